@@ -1,0 +1,29 @@
+"""A node alone, as `em-runner disco` runs it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import anyio
+
+from disco.node import Node, serve
+from disco.settings import NodeSettings
+
+
+async def run(settings: NodeSettings, *, announce: Callable[[Node], None]) -> None:
+    """Serve a node until SIGTERM or SIGINT.
+
+    Args:
+        settings: what to serve.
+        announce: called once, when agents can connect.
+
+    Raises:
+        ConfigError: when the address cannot be bound, is open to others without a secret, or the
+            secret is too short to be one.
+    """
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with serve(settings) as node:
+            announce(node)
+            async for _ in signals:
+                return

@@ -1,0 +1,65 @@
+"""What `em-runner check` finds out: everything that can be known before the first worker runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from runner.app import check_handlers
+from runner.process import ForkServer
+from shared import tokens
+from shared.config import Agent, Config, worker_specs
+from shared.tokens import TokenError, TokenSource
+
+
+class Report(NamedTuple):
+    """A row for each worker that would run, and what would go wrong, in words."""
+
+    rows: Sequence[tuple[str, ...]]
+    problems: list[str]
+
+
+def check(config: Config) -> Report:
+    """Import every handler and look at every token.
+
+    Raises:
+        ConfigError: when a handler cannot be loaded.
+    """
+    fork_server = ForkServer()
+    fork_server.start()
+    capabilities = check_handlers(config, fork_server)
+    rows = [
+        (
+            spec.name,
+            spec.agent.name,
+            str(spec.node),
+            str(spec.agent.handler),
+            spec.agent.memory,
+            ", ".join(capabilities[spec.agent.name]),
+            spec.agent.token.describe(),
+        )
+        for spec in worker_specs(config)
+    ]
+    return Report(rows, [problem for agent in config.agents for problem in token_problems(agent)])
+
+
+def token_problems(agent: Agent) -> list[str]:
+    """Return why em_disco would refuse the agent's token, as far as can be seen without its secret."""
+    where = f"agent {agent.name!r}, token ({agent.token.describe()})"
+    try:
+        token = agent.token.read(agent.name)
+        if token is None:
+            return []
+        if agent.token.secret_file is not None:
+            return _secret_problems(agent.token, where)
+        return [f"{where}: {problem}" for problem in tokens.inspect(token).problems(agent.name)]
+    except TokenError as exc:
+        return [f"{where}: {exc}"]
+
+
+def _secret_problems(source: TokenSource, where: str) -> list[str]:
+    assert source.secret_file is not None
+    size = len(tokens.read_secret_file(source.secret_file).encode())
+    if size >= tokens.MIN_SECRET_BYTES:
+        return []
+    return [f"{where}: the secret has {size} bytes, at least {tokens.MIN_SECRET_BYTES} are needed for HS256"]

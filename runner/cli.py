@@ -1,0 +1,223 @@
+"""The `em-runner` command. Each subcommand reads its options, calls one function, and says how it went."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import anyio
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from runner import app as runner_app
+from runner import check as checking
+from runner import client, demo
+from shared import logs, tokens
+from shared.config import Config, HttpAddress, load, parse_http_address
+from shared.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, StartError
+from shared.schema import DEFAULT_HTTP, DEFAULT_STATE_DIR, LogFormat, LogLevel
+from shared.tokens import Secret, TokenError
+
+cli = typer.Typer(
+    name="em-runner",
+    help="Runs Emergence agents: one supervised process for each em_disco node, direct queries over HTTP.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_out: Final = Console(soft_wrap=True, highlight=False)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration, a TOML file.")]
+StateDir = Annotated[Path, typer.Option(help="Where the runner keeps its socket and its address.")]
+HttpOption = Annotated[str | None, typer.Option("--http", help="Listen here instead: HOST:PORT; port 0 takes any.")]
+Level = Annotated[LogLevel, typer.Option("--log-level", help="The least severe level that is logged.")]
+Style = Annotated[LogFormat, typer.Option("--log-format", help="How the log is written.")]
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on standard error, never a traceback."""
+    try:
+        cli()
+    except ConfigError as exc:
+        _leave(str(exc), EXIT_CONFIG)
+    except (StartError, TokenError) as exc:
+        _leave(str(exc), EXIT_FAILED)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except BrokenPipeError:  # `em-runner check | head`
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        sys.exit(EXIT_FAILED)
+
+
+def _leave(message: str, status: int) -> None:
+    print(f"em-runner: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@cli.command()
+def run(
+    config: ConfigFile = Path("em-runner.toml"),
+    http: HttpOption = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Use this state folder instead of the file's.")] = None,
+) -> None:
+    """Run the agents of a configuration until SIGTERM or Ctrl-C.
+
+    Example: em-runner run -c em-runner.toml
+    """
+    loaded = _overridden(load(config), http, state_dir)
+    logs.configure(loaded.log_level, loaded.log_format)
+    runner_app.run(loaded)
+
+
+@cli.command()
+def check(config: ConfigFile = Path("em-runner.toml")) -> None:
+    """Load a configuration, import its handlers, look at its tokens, and print the workers that would run.
+
+    Exit status: 0 when all is well, 1 when a token would be refused, 78 when the configuration is wrong.
+
+    Example: em-runner check -c em-runner.toml
+    """
+    report = checking.check(load(config))
+    table = Table("worker", "agent", "node", "handler", "memory", "capabilities", "token", box=None, pad_edge=False)
+    for row in report.rows:
+        table.add_row(*row)
+    _out.print(table)
+    for problem in report.problems:
+        print(f"em-runner: {problem}", file=sys.stderr)
+    if report.problems:
+        raise typer.Exit(EXIT_FAILED)
+    _out.print(f"{config}: good, {len(report.rows)} worker{'s' if len(report.rows) != 1 else ''} would run")
+
+
+@cli.command("demo")
+def run_demo(
+    nodes: Annotated[int, typer.Option(min=1, max=100, help="How many embedded nodes to run.")] = 2,
+    first_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The first node's port, the next ones follow; 0 takes any.")
+    ] = 8080,
+    http: HttpOption = None,
+    state_dir: StateDir = Path(DEFAULT_STATE_DIR),
+) -> None:
+    """Run embedded em_disco nodes and the echo agent with one worker at each, all on this machine.
+
+    Example: em-runner demo --nodes 2
+    """
+    logs.configure()
+    address = parse_http_address(http or DEFAULT_HTTP, "--http")
+    if not address.loopback:
+        raise ConfigError(f"--http: the demo has no token and listens on this machine only, not on {address}")
+    ports = demo.ports(first_port, nodes)
+    demo.run(address, ports, state_dir.expanduser(), lambda http: _welcome(http, ports))
+
+
+@cli.command("disco")
+def run_disco(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any.")] = 8080,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    jwt_secret_file: Annotated[Path | None, typer.Option(help="A file with the secret that signs the tokens.")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask for no token (loopback only).")] = False,
+    level: Level = "info",
+    style: Style = "auto",
+) -> None:
+    """Run an embedded em_disco node alone, for development.
+
+    Example: em-runner disco --port 8080 --no-auth
+    """
+    import disco
+    import disco.main
+
+    if no_auth == (jwt_secret_file is not None):
+        raise typer.BadParameter("give either --jwt-secret-file FILE or --no-auth")
+    logs.configure(level, style)
+    secret = None if jwt_secret_file is None else Secret(tokens.read_secret_file(jwt_secret_file))
+    settings = disco.NodeSettings(host=host, port=port, secret=secret)
+    anyio.run(
+        lambda: disco.main.run(settings, announce=lambda node: print(f"em_disco node at {node.url}", flush=True)),
+        backend_options={"use_uvloop": True},
+    )
+
+
+@cli.command()
+def token(
+    sub: Annotated[str, typer.Option(help="The agent's name, which the token is for.")],
+    secret_file: Annotated[Path, typer.Option(help="A file with the secret, at least 32 bytes.")],
+    ttl_s: Annotated[int, typer.Option(min=1, help="How long the token is valid, in seconds.")] = 86_400,
+) -> None:
+    """Print a new token for an agent.
+
+    Example: em-runner token --sub echo --secret-file disco.secret
+    """
+    secret = tokens.require_strong(tokens.read_secret_file(secret_file), str(secret_file))
+    print(tokens.mint(secret, sub, ttl_s=ttl_s))
+
+
+@cli.command()
+def query(
+    text: Annotated[str, typer.Argument(help="The query.")],
+    agent: Annotated[str | None, typer.Option(help="Ask this agent; needed when there are several.")] = None,
+    worker: Annotated[str | None, typer.Option(help="Ask this worker.")] = None,
+    url: Annotated[str | None, typer.Option(help="The runner, such as http://127.0.0.1:9600.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="A file with the runner's HTTP token.")] = None,
+    state_dir: StateDir = Path(DEFAULT_STATE_DIR),
+) -> None:
+    """Ask a running agent and print its results as JSON.
+
+    Exit status: 0 answered, 1 no runner or no answer in time, 2 wrong query or no such agent, 3 the handler
+    failed, 4 no worker is up or it is busy.
+
+    Example: em-runner query "what is new?" --agent echo
+    """
+    base = client.find(url, state_dir.expanduser())
+    secret = None if token_file is None else tokens.read_secret_file(token_file)
+    asked = {"query": text} | {name: value for name, value in (("agent", agent), ("worker", worker)) if value}
+    answer = client.call(base, "/agent/query", asked, token=secret)
+    if answer.status == 200:
+        _print_json(answer.body["results"])
+        return
+    message = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
+    _leave(f"{answer.status}: {message}", client.exit_status(answer.status))
+
+
+def _overridden(config: Config, http: str | None, state_dir: Path | None) -> Config:
+    """Return the configuration with what the command line says instead."""
+    import msgspec
+
+    if http is not None:
+        address = parse_http_address(http, "--http")
+        if not address.loopback and config.http_token is None:
+            raise ConfigError(f"--http: {http!r} can be reached from other machines; set runner.http_token_file first")
+        config = msgspec.structs.replace(config, http=address)
+    if state_dir is not None:
+        config = msgspec.structs.replace(config, state_dir=state_dir.expanduser().absolute())
+    return config
+
+
+def _print_json(value: Any) -> None:
+    import msgspec
+
+    print(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
+def _welcome(http: HttpAddress, ports: list[int]) -> None:
+    nodes = ", ".join(f"http://{demo.HOST}:{port}" for port in ports)
+    print(
+        f"""
+The demo is up. Ctrl-C ends it.
+
+  HTTP      http://{http}    workers: /workers   readiness: /ready
+  nodes     {nodes}
+
+Ask the agent directly:
+
+  curl -s http://{http}/agent/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
+
+Ask all agents at the first node:
+
+  curl -s http://{demo.HOST}:{ports[0]}/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
+""",
+        flush=True,
+    )

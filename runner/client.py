@@ -1,0 +1,71 @@
+"""What the commands say to a running runner, over its HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from runner.state_dir import read_address
+from shared.errors import StartError
+
+
+class Answer(NamedTuple):
+    """A status, the decoded body, and the worker that answered, if one did."""
+
+    status: int
+    body: Any
+    worker: str | None
+
+
+def find(url: str | None, state_dir: Path) -> str:
+    """Return the runner's address: the one given, else the one that the state folder names.
+
+    Raises:
+        StartError: when there is none.
+    """
+    if url is not None:
+        return url.rstrip("/")
+    address = read_address(state_dir)
+    if address is None:
+        raise StartError(f"no runner is known in {state_dir}; start one with 'em-runner run', or name it with --url")
+    return address.http
+
+
+def call(
+    base: str, path: str, body: dict[str, Any] | None = None, *, token: str | None = None, timeout_s: float = 35.0
+) -> Answer:
+    """Make one request: POST of `body` as JSON, GET without one.
+
+    Raises:
+        StartError: when the runner does not answer, or what answers is none.
+    """
+    request = urllib.request.Request(base + path, data=None if body is None else msgspec.json.encode(body))
+    request.add_header("Content-Type", "application/json")
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as response:
+                return _answer(response)
+        except urllib.error.HTTPError as refused:
+            with refused:
+                return _answer(refused)
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        reason = getattr(exc, "reason", None) or exc
+        raise StartError(f"no answer from {base}: {reason}; is the runner up?") from None
+    except msgspec.DecodeError:
+        raise StartError(f"what answers at {base} is not em-runner") from None
+
+
+def _answer(response: http.client.HTTPResponse | urllib.error.HTTPError) -> Answer:
+    return Answer(int(response.status or 0), msgspec.json.decode(response.read()), response.headers.get("x-worker"))
+
+
+def exit_status(http_status: int) -> int:
+    """Return what `em-runner query` leaves with after an answer of that HTTP status."""
+    return {200: 0, 400: 2, 404: 2, 413: 2, 500: 3, 503: 4}.get(http_status, 1)

@@ -1,0 +1,176 @@
+"""Starts, signals and reaps worker processes, by way of a fork server.
+
+The fork server is a small process that has imported what a worker needs; a worker is a fork of it.
+It is started before the runner has threads or sockets, and again whenever it is found dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from types import ModuleType
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+
+from shared.config import HandlerRef
+from shared.errors import ConfigError
+from shared.ipc import Launch
+from worker.main import probe, run  # the worker's entry points: the only line of the runner that knows them
+
+PRELOAD: Final = "worker.preload"
+PROBE_TIMEOUT_S: Final = 60.0
+_STATUS_TIMEOUT_S: Final = 0.2
+_UNKNOWN_STATUS: Final = 255  # what multiprocessing says when the fork server took the status with it
+
+
+class SpawnError(Exception):
+    """A process could not be started; the text says why."""
+
+
+class ForkServer:
+    """The one fork server of this runner."""
+
+    def __init__(self) -> None:
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([PRELOAD])
+        self._one_at_a_time = anyio.CapacityLimiter(1)
+
+    def start(self) -> None:
+        """Start the fork server, unless it runs. Call it before there are threads or sockets."""
+        with _nameless_main():
+            multiprocessing.forkserver.ensure_running()
+
+    async def spawn(self, launch: Launch) -> WorkerProcess:
+        """Fork a worker.
+
+        Raises:
+            SpawnError: when there is no process to be had (limits, memory, a fork server that died meanwhile).
+        """
+        try:
+            process = await anyio.to_thread.run_sync(
+                self._start_process, run, (launch,), launch.spec.name, limiter=self._one_at_a_time
+            )
+        except (OSError, EOFError) as exc:
+            raise SpawnError(f"no process could be started: {exc or 'the fork server died'}") from None
+        return WorkerProcess(process)
+
+    def probe(self, ref: HandlerRef) -> tuple[str, ...]:
+        """Load a handler in a process of its own and return the capabilities that it names.
+
+        Raises:
+            ConfigError: when it cannot be loaded, or takes more than a minute.
+        """
+        receiver, sender = self._context.Pipe(duplex=False)
+        try:
+            process = self._start_process(probe, (ref, sender), f"probe {ref}")
+            sender.close()
+            if not receiver.poll(PROBE_TIMEOUT_S):
+                process.kill()
+                raise ConfigError(f"the handler {ref} is not imported after {PROBE_TIMEOUT_S:.0f} s")
+            capabilities, error = receiver.recv()
+        except EOFError:
+            raise ConfigError(f"the handler {ref} ended the process that imported it") from None
+        finally:
+            receiver.close()
+            sender.close()
+        process.join()
+        if error is not None:
+            raise ConfigError(error)
+        return tuple(capabilities)
+
+    def _start_process(self, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> ForkServerProcess:
+        # Not a daemon in multiprocessing's sense: those may have no children, and handlers may want some.
+        process = self._context.Process(target=target, args=arguments, name=name)
+        with _nameless_main():
+            process.start()
+        return process
+
+
+class WorkerProcess:
+    """One running worker process."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        assert process.pid is not None
+        self.pid: int = process.pid
+        self._process = process
+        # The process's own sentinel belongs to the fork server and reports an end when *that* dies;
+        # a pidfd belongs to the kernel. Where there is none, the sentinel has to do.
+        self._pidfd: int | None = None
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(ProcessLookupError):
+                self._pidfd = os.pidfd_open(self.pid)
+        self._ended = asyncio.Event()
+        self._watched = self._process.sentinel if self._pidfd is None else self._pidfd
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._watched, self._end)
+
+    def _end(self) -> None:
+        self._loop.remove_reader(self._watched)
+        self._ended.set()
+
+    async def ended(self) -> None:
+        """Wait until the process has ended."""
+        await self._ended.wait()
+
+    async def how(self) -> str:
+        """Return how the ended process ended, in words."""
+        with anyio.move_on_after(_STATUS_TIMEOUT_S):
+            await _readable(self._process.sentinel)
+        status = self._process.exitcode
+        if status is None or status == _UNKNOWN_STATUS:
+            return "status unknown"
+        if status < 0:
+            return f"killed by {_signal_name(-status)}"
+        return f"exit status {status}"
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            else:
+                self._process.kill()
+
+    def release(self) -> None:
+        """Let go of what was kept of an ended process."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        with contextlib.suppress(ValueError):  # its status is still on the way; the collector takes it later
+            self._process.close()
+
+
+async def _readable(fd: int) -> None:
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@contextlib.contextmanager
+def _nameless_main() -> Iterator[None]:
+    """Keep multiprocessing from importing the program's main module, and all the runner with it, in each child."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

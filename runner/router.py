@@ -1,0 +1,327 @@
+"""Routes queries to named workers over ZeroMQ, and their replies back.
+
+A query is answered exactly once: by its worker's reply, by its deadline, by the worker's death, or
+by a refusal at once. Whatever one loop turn gathers for a worker leaves as one message. Nothing
+here knows of HTTP or of processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+import structlog
+import zmq
+
+from shared import ipc
+from shared.ipc import Launch, Outcome
+from shared.logs import Folded
+
+MAX_MESSAGE_BYTES: Final = 1 << 30
+
+
+class Ending(Enum):
+    """How a routed query ended."""
+
+    OK = "ok"
+    HANDLER_FAILED = "handler_failed"
+    TIMED_OUT = "timed_out"
+    WORKER_GONE = "worker_gone"
+    REFUSED = "refused"
+
+
+class Reply(NamedTuple):
+    """A query's end. `payload` is JSON for OK, else words in UTF-8. `worker` is who was asked."""
+
+    ending: Ending
+    payload: bytes
+    worker: str
+
+
+OnReply = Callable[[Reply], None]
+
+
+class Listener(Protocol):
+    """Who is told what a worker says of itself."""
+
+    def on_status(self, incarnation: int, status: ipc.Status) -> None:
+        """Take a state change or a heartbeat."""
+
+    def on_failed(self, incarnation: int, reason: str) -> None:
+        """Take the reason why a worker cannot start."""
+
+
+class Line:
+    """One incarnation of a worker, as the router knows it."""
+
+    __slots__ = (
+        "accepting",
+        "draining",
+        "in_flight",
+        "incarnation",
+        "key",
+        "known",
+        "listener",
+        "name",
+        "outbox",
+        "routing_id",
+        "withdrawn",
+    )
+
+    def __init__(self, launch: Launch, listener: Listener) -> None:
+        self.name = launch.spec.name
+        self.incarnation = launch.incarnation
+        self.routing_id = launch.routing_id
+        self.key = launch.key
+        self.listener = listener
+        self.known = False
+        self.accepting = False
+        self.draining = False
+        self.in_flight: dict[int, Pending] = {}
+        self.outbox: list[tuple[int, str]] = []
+        self.withdrawn: list[int] = []
+
+
+class Pending:
+    """One query that waits for its reply."""
+
+    __slots__ = ("deadline", "line", "on_reply", "sequence")
+
+    def __init__(self, sequence: int, line: Line, deadline: float, on_reply: OnReply) -> None:
+        self.sequence = sequence
+        self.line = line
+        self.deadline = deadline
+        self.on_reply = on_reply
+
+
+class Router:
+    """The runner's ROUTER socket and the queries in flight on it.
+
+    Args:
+        socket_path: the Unix socket to listen on, in a folder that only this user can enter.
+        query_timeout_s: how long a query may wait for its reply.
+        max_in_flight: how many queries one worker may have before it; past it they are refused.
+    """
+
+    def __init__(self, socket_path: Path, *, query_timeout_s: float = 30.0, max_in_flight: int = 1024) -> None:
+        self.endpoint = f"ipc://{socket_path}"
+        self._query_timeout_s = query_timeout_s
+        self._max_in_flight = max_in_flight
+        self._lines: dict[bytes, Line] = {}
+        self._by_name: dict[str, Line] = {}
+        self._pending: dict[int, Pending] = {}  # in the order of their deadlines, which is that of their arrival
+        self._sequence = 0
+        self._dirty: dict[bytes, Line] = {}
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._folded = Folded()
+        self._log = structlog.get_logger("router")
+
+    def open(self) -> None:
+        """Listen. Call it on the running event loop.
+
+        Raises:
+            zmq.ZMQError: when the socket cannot be bound.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # `max_in_flight` bounds what waits here
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.bind(self.endpoint)
+        self._fd = int(self._socket.get(zmq.FD))
+        self._loop.add_reader(self._fd, self._readable)
+
+    def close(self) -> None:
+        """Refuse what is still waiting and let the socket go."""
+        for pending in list(self._pending.values()):
+            self._finish(pending, Ending.WORKER_GONE, b"the runner is shutting down")
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+        self._loop.remove_reader(self._fd)
+        self._socket.close()
+        self._context.term()
+
+    # --- workers come and go ---
+
+    def expect(self, launch: Launch, listener: Listener) -> None:
+        """Admit the incarnation that `launch` describes, once it presents its key."""
+        line = Line(launch, listener)
+        self._lines[line.routing_id] = line
+        self._by_name[line.name] = line
+
+    def drop(self, launch: Launch, reason: str) -> None:
+        """Forget an incarnation, and answer at once for every query that it still had."""
+        line = self._lines.pop(launch.routing_id, None)
+        if line is None:
+            return
+        if self._by_name.get(line.name) is line:
+            del self._by_name[line.name]
+        self._dirty.pop(line.routing_id, None)
+        for pending in list(line.in_flight.values()):
+            self._finish(pending, Ending.WORKER_GONE, reason.encode())
+
+    def drain(self, launch: Launch) -> bool:
+        """Send a worker no more queries, and tell it so. Return False when it cannot be told."""
+        line = self._lines.get(launch.routing_id)
+        if line is None or not line.known:
+            return False
+        return line.draining or self._drain_line(line)
+
+    def accepts(self, name: str) -> bool:
+        """Return whether a worker of that name can be given a query now."""
+        line = self._by_name.get(name)
+        return line is not None and line.accepting
+
+    # --- queries ---
+
+    def submit(self, name: str, query: str, on_reply: OnReply) -> int | None:
+        """Send a query to a worker; `on_reply` is called exactly once, with whatever becomes of it.
+
+        Returns:
+            What `withdraw` takes, or None when the query was refused at once.
+        """
+        line = self._by_name.get(name)
+        if line is None or not line.accepting:
+            on_reply(Reply(Ending.WORKER_GONE, b"the worker is not up", name))
+            return None
+        if len(line.in_flight) >= self._max_in_flight:
+            on_reply(Reply(Ending.REFUSED, b"the worker has too many queries before it", name))
+            return None
+        self._sequence = sequence = self._sequence + 1
+        pending = Pending(sequence, line, self._loop.time() + self._query_timeout_s, on_reply)
+        self._pending[sequence] = line.in_flight[sequence] = pending
+        line.outbox.append((sequence, query))
+        self._mark(line)
+        if self._deadline_timer is None:
+            self._deadline_timer = self._loop.call_at(pending.deadline, self._expire)
+        return sequence
+
+    def withdraw(self, sequence: int) -> None:
+        """Forget a query that nobody waits for any more; `on_reply` is not called."""
+        pending = self._pending.pop(sequence, None)
+        if pending is not None:
+            self._take_back(pending)
+
+    @property
+    def in_flight(self) -> int:
+        """How many queries wait for a reply."""
+        return len(self._pending)
+
+    def _take_back(self, pending: Pending) -> None:
+        """Free a query's place at its worker, and have the worker skip it if it has not begun."""
+        line = pending.line
+        del line.in_flight[pending.sequence]
+        line.withdrawn.append(pending.sequence)
+        self._mark(line)
+
+    def _finish(self, pending: Pending, ending: Ending, payload: bytes) -> None:
+        self._pending.pop(pending.sequence, None)
+        pending.line.in_flight.pop(pending.sequence, None)
+        pending.on_reply(Reply(ending, payload, pending.line.name))
+
+    def _expire(self) -> None:
+        """Answer the queries whose deadline has passed, and wait for the next one."""
+        # Replies that wait in the socket came in time: a late runner must not take them for missing.
+        self._readable()
+        self._deadline_timer = None
+        now = self._loop.time()
+        while self._pending:
+            oldest = next(iter(self._pending.values()))
+            if oldest.deadline > now:
+                self._deadline_timer = self._loop.call_at(oldest.deadline, self._expire)
+                return
+            self._take_back(oldest)
+            self._finish(oldest, Ending.TIMED_OUT, b"no answer before the deadline")
+
+    # --- the socket ---
+
+    def _mark(self, line: Line) -> None:
+        if not self._dirty:
+            self._loop.call_soon(self._flush)
+        self._dirty[line.routing_id] = line
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, {}
+        for line in dirty.values():
+            self._flush_line(line)
+
+    def _flush_line(self, line: Line) -> None:
+        if line.outbox:
+            items, line.outbox = line.outbox, []
+            if line.withdrawn:  # some may have been withdrawn before they ever left
+                items = [item for item in items if item[0] in line.in_flight]
+            if items and not self._send(line, ipc.Queries(items)):
+                for sequence, _ in items:
+                    if (pending := line.in_flight.get(sequence)) is not None:
+                        self._finish(pending, Ending.WORKER_GONE, b"the worker cannot be reached")
+        if line.withdrawn:
+            withdrawn, line.withdrawn = line.withdrawn, []
+            self._send(line, ipc.Cancel(withdrawn))
+
+    def _send(self, line: Line, message: ipc.RunnerMessage) -> bool:
+        """Send a message; return False when the worker is not there, or has stopped reading."""
+        try:
+            self._socket.send_multipart([line.routing_id, ipc.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as exc:
+            if self._folded.admit(f"send {line.name}") is not None:
+                self._log.warning("worker_unreachable", worker=line.name, reason=str(exc))
+            return False
+        # A send may have used up the edge that announced something to read.
+        if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._readable)
+        return True
+
+    def _readable(self) -> None:
+        while not self._socket.closed:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._receive(parts)
+
+    def _receive(self, parts: list[bytes]) -> None:
+        line = self._lines.get(parts[0])
+        if line is None or len(parts) != 2:
+            self._ignore("unknown_peer", parts[0])
+            return
+        try:
+            message = ipc.decode_worker_message(parts[1])
+        except Exception:  # noqa: BLE001 - whatever bytes do to the decoder, they are no worker's
+            self._ignore("undecodable", parts[0])
+            return
+        if isinstance(message, ipc.Hello):
+            line.known = line.known or hmac.compare_digest(message.key, line.key)
+        elif not line.known:
+            self._ignore("no_key", parts[0])
+        else:
+            self._hear(line, message)
+
+    def _hear(self, line: Line, message: ipc.WorkerMessage) -> None:
+        if isinstance(message, ipc.Replies):
+            for sequence, outcome, payload in message.items:
+                if (pending := line.in_flight.get(sequence)) is not None:
+                    ending = Ending.OK if outcome == Outcome.OK else Ending.HANDLER_FAILED
+                    self._finish(pending, ending, payload)
+        elif isinstance(message, ipc.Status):
+            line.accepting = message.state not in ("starting", "draining", "stopped") and not line.draining
+            line.listener.on_status(line.incarnation, message)
+        elif isinstance(message, ipc.Failed):
+            line.listener.on_failed(line.incarnation, message.reason)
+        elif isinstance(message, ipc.DrainRequest) and not line.draining:
+            self._drain_line(line)
+
+    def _drain_line(self, line: Line) -> bool:
+        self._flush_line(line)
+        line.accepting, line.draining = False, True
+        return self._send(line, ipc.Drain())
+
+    def _ignore(self, reason: str, routing_id: bytes) -> None:
+        if self._folded.admit(reason) is not None:
+            self._log.warning("message_ignored", reason=reason, sender=repr(routing_id[:80]))

@@ -1,0 +1,100 @@
+"""The runner's folder: one runner at a time, its address for the other commands, its private socket."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from shared.errors import StartError
+
+_MAX_SOCKET_PATH: Final = 107  # sun_path of unix(7) holds 108 bytes, one of them the end
+
+
+class Address(msgspec.Struct, frozen=True):
+    """What `runner.json` holds: where to find the running runner."""
+
+    pid: int
+    http: str
+
+
+class StateDir:
+    """A state folder that this process holds alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.socket_path = path / "ipc" / "router.sock"
+        self._address_path = path / "runner.json"
+
+    def announce(self, http: str) -> None:
+        """Write where the runner listens, whole or not at all."""
+        data = msgspec.json.format(msgspec.json.encode(Address(os.getpid(), http)))
+        partial = self._address_path.with_suffix(".tmp")
+        partial.write_bytes(data + b"\n")
+        partial.replace(self._address_path)
+
+    def clear(self) -> None:
+        """Remove what only a running runner has."""
+        with contextlib.suppress(OSError):
+            self._address_path.unlink(missing_ok=True)
+        shutil.rmtree(self.socket_path.parent, ignore_errors=True)
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[StateDir]:
+    """Hold a state folder, making it if need be; what a killed runner left in it is cleared.
+
+    Raises:
+        StartError: when another runner holds it, or it cannot be made or written.
+    """
+    state = StateDir(path.absolute())
+    if len(os.fsencode(state.socket_path)) > _MAX_SOCKET_PATH:
+        raise StartError(f"the path of the state folder {path} is too long for a socket in it; choose a shorter one")
+    try:
+        lock = _lock(state.path)
+        state.clear()
+        state.socket_path.parent.mkdir(mode=0o700)
+    except OSError as exc:
+        raise StartError(f"the state folder {path} cannot be used: {exc.strerror or exc}") from None
+    try:
+        yield state
+    finally:
+        state.clear()
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = _held_by_another(lock, path)
+        os.close(lock)
+        raise StartError(message) from None
+    os.truncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return lock
+
+
+def read_address(path: Path) -> Address | None:
+    """Return the address that the runner of a state folder announced, or None."""
+    try:
+        return msgspec.json.decode((path / "runner.json").read_bytes(), type=Address)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _held_by_another(lock: int, path: Path) -> str:
+    pid = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
+    return (
+        f"another em-runner{f' (pid {pid})' if pid else ''} uses the state folder {path}; "
+        "stop it, or choose another folder with --state-dir or runner.state_dir"
+    )

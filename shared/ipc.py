@@ -1,0 +1,123 @@
+"""What runner and worker say to each other over ZeroMQ, as msgpack.
+
+One message is one ZeroMQ frame and holds whatever one loop turn gathered, so that a burst of
+queries costs one send. The runner's ROUTER knows a worker by its routing id, which carries the
+incarnation: a reply of a dead process is never taken for one of its successor.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final, Literal
+
+import msgspec
+
+from shared.config import WorkerSpec
+
+WorkerState = Literal["starting", "connecting", "registering", "ready", "backoff", "draining", "stopped"]
+"""The states that a worker reports of itself; the supervisor adds `crashed`, `restarting`, `failed`."""
+
+HEARTBEAT_INTERVAL_S: Final = 1.0
+KEY_BYTES: Final = 32
+
+
+class Outcome(IntEnum):
+    """How a query ended in its worker. `payload` is JSON for OK, and words in UTF-8 otherwise."""
+
+    OK = 0
+    HANDLER_FAILED = 1
+    CANCELLED = 2
+
+
+# --- runner -> worker ------------------------------------------------------------------------
+
+
+class Queries(msgspec.Struct, array_like=True, tag=1):
+    """Queries to answer: (sequence number, query text)."""
+
+    items: list[tuple[int, str]]
+
+
+class Cancel(msgspec.Struct, array_like=True, tag=2):
+    """Queries that nobody waits for any more; those not begun are dropped."""
+
+    sequences: list[int]
+
+
+class Drain(msgspec.Struct, array_like=True, tag=3):
+    """Finish what came before this message, then leave. No query comes after it."""
+
+
+RunnerMessage = Queries | Cancel | Drain
+
+# --- worker -> runner ------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, array_like=True, tag=1):
+    """First message of a worker. `key` is the one that its runner gave it at the fork."""
+
+    key: bytes
+    pid: int
+
+
+class Replies(msgspec.Struct, array_like=True, tag=2):
+    """Answers: (sequence number, outcome, payload)."""
+
+    items: list[tuple[int, int, bytes]]
+
+
+class Counters(msgspec.Struct, kw_only=True):
+    """What a worker counted since its process began, and the last thing that went wrong in it."""
+
+    queries_node: int = 0
+    queries_http: int = 0
+    errors: int = 0
+    late: int = 0
+    reconnects: int = 0
+    ignored: dict[str, int] = {}
+    last_error: str = ""
+
+
+class Status(msgspec.Struct, array_like=True, tag=3):
+    """A worker's state, sent at each change and as its heartbeat every `HEARTBEAT_INTERVAL_S`.
+
+    `detail` says why it is in this state, in words for an operator, or is empty.
+    """
+
+    state: WorkerState
+    detail: str
+    counters: Counters
+
+
+class DrainRequest(msgspec.Struct, array_like=True, tag=4):
+    """The worker was told to leave by a signal: send it nothing more, and `Drain` as the mark."""
+
+
+class Failed(msgspec.Struct, array_like=True, tag=5):
+    """The worker cannot start, and leaves; `reason` says what to do."""
+
+    reason: str
+
+
+WorkerMessage = Hello | Replies | Status | DrainRequest | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_runner_message = msgspec.msgpack.Decoder(RunnerMessage).decode
+decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What the runner hands a worker process at its fork."""
+
+    spec: WorkerSpec
+    incarnation: int
+    endpoint: str
+    key: bytes
+
+    @property
+    def routing_id(self) -> bytes:
+        """The name under which the ROUTER knows this incarnation."""
+        return f"{self.spec.name}#{self.incarnation}".encode()
+
+    def __repr__(self) -> str:
+        return f"Launch({self.spec.name}#{self.incarnation})"

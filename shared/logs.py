@@ -1,0 +1,115 @@
+"""Logging for every process: structlog, one event a line on standard error.
+
+Pretty on a terminal, JSON lines otherwise. A log that cannot be written (its reader is gone, the
+disk is full) is dropped: it must never end a process. Tracebacks show no local variables, which
+could hold secrets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final, TextIO
+
+import structlog
+
+from shared.schema import LogFormat, LogLevel
+
+_LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_MAX_FOLDED_KEYS: Final = 256
+
+
+class _Line:
+    """structlog's sink: one `write` a line, so that lines of several processes do not mix."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._fd = stream.fileno()
+
+    def msg(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._fd, message.encode("utf-8", "backslashreplace") + b"\n")
+
+    log = debug = info = warning = warn = error = critical = exception = msg
+
+
+class _FromLogging(logging.Handler):
+    """Hands what libraries say through `logging` to structlog."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = {"library": record.name}
+        if record.exc_info:
+            event["exc_info"] = record.exc_info  # type: ignore[assignment]
+        log = structlog.get_logger()
+        say = log.error if record.levelno >= logging.ERROR else log.warning
+        with contextlib.suppress(Exception):
+            say(record.getMessage(), **event)
+
+
+def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any) -> None:
+    """Set up this process's logging.
+
+    Args:
+        level: the least severe level that is written.
+        style: `console`, `json`, or `auto` for what fits standard error.
+        bound: fields that every line carries from now on.
+    """
+    pretty = style == "console" or (style == "auto" and sys.stderr.isatty())
+    render: list[Any] = (
+        [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback, sort_keys=False
+            )
+        ]
+        if pretty
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso" if not pretty else "%H:%M:%S", utc=not pretty),
+            *render,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
+        logger_factory=lambda *_: _Line(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**bound)
+    logging.basicConfig(level=logging.WARNING, handlers=[_FromLogging()], force=True)
+
+
+class Folded:
+    """Lets a repeated event through once, then at most once in `every_s`, with the number held back.
+
+    For anything that a peer or a handler can cause as often as it likes.
+    """
+
+    def __init__(self, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._clock = clock
+        self._seen: dict[str, tuple[float, int]] = {}
+
+    def admit(self, key: str) -> int | None:
+        """Return None to hold this event back, else how many like it were held back before it."""
+        now = self._clock()
+        since, held = self._seen.get(key, (None, 0))
+        if since is not None and now - since < self._every_s:
+            self._seen[key] = (since, held + 1)
+            return None
+        if since is None and len(self._seen) >= _MAX_FOLDED_KEYS:
+            self._seen.pop(next(iter(self._seen)))
+        self._seen[key] = (now, 0)
+        return held
+
+    def overdue(self) -> list[tuple[str, int]]:
+        """Return (key, number held back) of events whose time is up, so that their end is told too."""
+        now = self._clock()
+        found = [(key, held) for key, (since, held) in self._seen.items() if now - since >= self._every_s]
+        for key, _ in found:
+            del self._seen[key]
+        return [(key, held) for key, held in found if held]

@@ -1,0 +1,174 @@
+"""The configuration file's sections as typed data, read key by key.
+
+One table and one Struct in, a Struct or one clear error out: an error names the key's path, what
+was found, what is expected, and the nearest known key. What the values mean together is decided
+in `shared.config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from shared.errors import ConfigError
+from shared.tokens import Secret
+
+Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
+FrameBytes = Annotated[int, Meta(ge=1024, le=1 << 30)]
+MemoryKind = Literal["none", "ram"]
+LogFormat = Literal["auto", "console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+DEFAULT_STATE_DIR: Final = "~/.local/state/em-runner"
+DEFAULT_HTTP: Final = "127.0.0.1:9600"
+_HIDDEN_KEYS = frozenset({"jwt_token", "http_token"})
+
+Section = TypeVar("Section", bound=msgspec.Struct)
+
+
+class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
+    """`[runner]`: the parent process."""
+
+    http: str = DEFAULT_HTTP
+    http_token: Secret | None = None
+    http_token_file: Path | None = None
+    state_dir: Path = Path(DEFAULT_STATE_DIR)
+    query_timeout_ms: Milliseconds = 30_000
+    max_in_flight: Annotated[int, Meta(ge=1, le=65_536)] = 1024
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+
+
+class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
+    """`[connection]`: how workers reach their nodes. Every key may also stand in an `[[agent]]`."""
+
+    reconnect_interval_ms: Milliseconds = 5000
+    connect_timeout_ms: Milliseconds = 5000
+    upgrade_timeout_ms: Milliseconds = 5000
+    ping_interval_ms: Milliseconds = 20_000
+    max_frame_bytes: FrameBytes = 16 * 1024 * 1024
+    tls_ca_file: Path | None = None
+    jwt_token: Secret | None = None
+    jwt_token_file: Path | None = None
+    jwt_secret_file: Path | None = None
+
+
+class SupervisionSection(msgspec.Struct, frozen=True, kw_only=True):
+    """`[supervision]`: when a worker is started again, and how long it may take to leave."""
+
+    max_restarts: Annotated[int, Meta(ge=0, le=1000)] = 10
+    restart_window_s: Annotated[int, Meta(ge=1, le=86_400)] = 60
+    shutdown_timeout_ms: Milliseconds = 5000
+
+
+class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
+    """One `[[agent]]`. Keys of `[connection]` set here hold for this agent alone."""
+
+    name: str
+    handler: str
+    capabilities: list[str] | UnsetType = UNSET
+    memory: MemoryKind = "ram"
+    concurrency: Annotated[int, Meta(ge=1, le=1024)] = 1
+    nodes: list[str] | UnsetType = UNSET
+    reconnect_interval_ms: Milliseconds | UnsetType = UNSET
+    connect_timeout_ms: Milliseconds | UnsetType = UNSET
+    upgrade_timeout_ms: Milliseconds | UnsetType = UNSET
+    ping_interval_ms: Milliseconds | UnsetType = UNSET
+    max_frame_bytes: FrameBytes | UnsetType = UNSET
+    tls_ca_file: Path | UnsetType = UNSET
+    jwt_token: Secret | UnsetType = UNSET
+    jwt_token_file: Path | UnsetType = UNSET
+    jwt_secret_file: Path | UnsetType = UNSET
+
+
+def read_section(table: Any, section: type[Section], path: str) -> Section:
+    """Return `table` as a `section`.
+
+    Args:
+        table: what the TOML parser found.
+        section: the Struct whose fields are the known keys.
+        path: the table's own key path, for messages.
+
+    Raises:
+        ConfigError: for something that is no table, an unknown key, a missing one, a wrong type or
+            an impossible value.
+    """
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: found {show(table)}, expected a table")
+    hints = typing.get_type_hints(section, include_extras=True)
+    check_keys(table, section.__struct_fields__, path)
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(section):
+        key = f"{path}.{field.name}"
+        if field.name in table:
+            values[field.name] = _convert(table[field.name], hints[field.name], key, field.name)
+        elif field.required:
+            raise ConfigError(f"{key}: is missing, expected {_expected(hints[field.name])}")
+    return section(**values)
+
+
+def check_keys(table: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+    """Refuse a key that nobody reads.
+
+    Raises:
+        ConfigError: naming it, and the nearest known key or all of them.
+    """
+    known = tuple(known)
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise ConfigError(f"{path + '.' if path else ''}{key}: is not a known key; {advice}")
+
+
+def show(value: Any) -> str:
+    """Return a value as an error may quote it: one line, cut to a readable length."""
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _convert(value: Any, hint: Any, key: str, name: str) -> Any:
+    try:
+        return msgspec.convert(value, hint, dec_hook=_from_text)
+    except (msgspec.ValidationError, OverflowError):
+        found = f"a {type(value).__name__} (not shown)" if name in _HIDDEN_KEYS else show(value)
+        raise ConfigError(f"{key}: found {found}, expected {_expected(hint)}{_near_choice(value, hint)}") from None
+
+
+def _from_text(kind: type, value: Any) -> Any:
+    """Build the types that TOML does not have; `msgspec` calls this for those it does not know."""
+    if not isinstance(value, str):
+        raise msgspec.ValidationError("expected a string")
+    if kind is Path and not value.strip():
+        raise msgspec.ValidationError("expected a path")
+    return kind(value)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _near_choice(value: Any, hint: Any) -> str:
+    near = difflib.get_close_matches(value, _choices(hint), n=1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _expected(hint: Any) -> str:
+    """Return a type in a user's words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        bounds = arguments[1]
+        return f"a whole number from {bounds.ge} to {bounds.le}"
+    if origin is Literal:
+        return "one of " + ", ".join(f'"{choice}"' for choice in arguments)
+    if origin is list:
+        return "a list of strings"
+    if origin is not None:  # a union with None or UNSET: the key may be left out
+        return _expected(next(part for part in arguments if part not in (type(None), UnsetType)))
+    return {str: "a string", Secret: "a string", Path: "a path", bool: "true or false"}.get(hint, str(hint))

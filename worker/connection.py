@@ -1,0 +1,347 @@
+"""Keeps one WebSocket to one node: connect, upgrade, register, stay, and again for ever.
+
+The I/O around `worker.session`, which decides. Nothing that a node does gets past here: whatever
+ends an attempt becomes the reason for a `backoff`, and the next attempt follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import ssl
+from collections.abc import Callable
+from typing import Any, Final
+
+import anyio
+import anyio.abc
+import structlog
+from websockets.frames import CloseCode
+
+from shared.config import WorkerSpec
+from shared.ipc import Counters, Outcome, WorkerState
+from shared.logs import Folded
+from shared.tokens import TokenError, redact
+from worker.dispatch import Answer, Dispatcher, Job, encode_result
+from worker.session import Session
+
+READ_BYTES: Final = 65_536
+MAX_PENDING: Final = 1024
+"""Queries of a node that may wait for the handler or for their answer to be written; past it TCP pushes back."""
+
+MAX_PENDING_BYTES: Final = 8 * 1024 * 1024
+"""The same bound for their text and for unsent answers; one message may exceed it alone."""
+
+JITTER: Final = 0.2
+"""Up to this part of the reconnect interval is left off, so that a node's clients do not return at once."""
+
+CLOSE_TIMEOUT_S: Final = 1.0
+
+OnState = Callable[[WorkerState, str], None]
+
+
+class Lost(Exception):
+    """The attempt is over; the text says why."""
+
+
+class Connection:
+    """One worker's way to its node.
+
+    Args:
+        spec: which node, as which agent.
+        capabilities: what the agent says it can do.
+        dispatcher: who answers the queries.
+        counters: where reconnects, ignored frames and late answers are counted.
+        on_state: called at each change of state, with the reason in words.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        capabilities: tuple[str, ...],
+        dispatcher: Dispatcher,
+        counters: Counters,
+        on_state: OnState,
+    ) -> None:
+        self._spec = spec
+        self._options = spec.agent.connection
+        self._capabilities = capabilities
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self._on_state = on_state
+        self._folded = Folded()
+        self._attempt: Attempt | None = None
+        self._draining = False
+        self._log = structlog.get_logger("worker.connection")
+
+    async def run(self) -> None:
+        """Connect, and again after each loss, until drained or cancelled."""
+        while not self._draining:
+            self._on_state("connecting", "")
+            why = await self._try_once()
+            if self._draining:
+                return
+            delay_s = self._options.reconnect_interval_ms / 1000 * (1 - JITTER * random.random())
+            self._counters.reconnects += 1
+            self._on_state("backoff", why)
+            await anyio.sleep(delay_s)
+
+    async def drain(self) -> None:
+        """Answer what has been read, send it, close the socket with 1001 (going away), and stay away."""
+        self._draining = True
+        if self._attempt is not None:
+            await self._attempt.drain()
+
+    def tell_overdue(self) -> None:
+        """Log how many ignored frames were held back, once their time is up."""
+        for reason, held in self._folded.overdue():
+            self._log.warning("frames_ignored", reason=reason, more=held)
+
+    async def _try_once(self) -> str:
+        """Return why the connection could not be had, or was lost."""
+        token = None
+        try:
+            token = self._spec.agent.token.read(self._spec.agent.name)
+            stream = await self._connect()
+        except TokenError as exc:
+            return f"no token: {exc}"
+        except (OSError, ssl.SSLError, TimeoutError) as exc:
+            return _describe(exc, self._spec.node.authority, self._options.connect_timeout_ms)
+        session = Session(
+            self._spec.node, self._spec.agent.name, self._capabilities, token, self._options.max_frame_bytes
+        )
+        self._attempt = Attempt(self, stream, session)
+        try:
+            return redact(await self._attempt.run(), token)
+        finally:
+            self._attempt = None
+
+    async def _connect(self) -> anyio.abc.ByteStream:
+        node, options = self._spec.node, self._options
+        with anyio.fail_after(options.connect_timeout_ms / 1000):
+            if not node.tls:
+                return await anyio.connect_tcp(node.host, node.port)
+            # A new context each time: the CA file may have been renewed since.
+            context = ssl.create_default_context(cafile=options.tls_ca_file)
+            return await anyio.connect_tcp(
+                node.host, node.port, ssl_context=context, tls_hostname=node.host, tls_standard_compatible=False
+            )
+
+
+class Attempt:
+    """One socket, from its connect to its loss. The source of the jobs that come by it."""
+
+    def __init__(self, connection: Connection, stream: anyio.abc.ByteStream, session: Session) -> None:
+        self._owner = connection
+        self._options = connection._options
+        self._stream = stream
+        self._session = session
+        self._lost_because = ""
+        self._waiting = 0
+        self._waiting_bytes = 0
+        self._unsent_bytes = 0
+        self._paused = False
+        self._paused_since_ping = False
+        self._over = False
+        self._draining = False
+        self._room = asyncio.Event()
+        self._output = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._counted: dict[str, int] = {}
+
+    async def run(self) -> str:
+        """Run the session and return why it ended."""
+        why = "the connection was lost"
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._guard, self._read, tasks.cancel_scope)
+                tasks.start_soon(self._guard, self._write, tasks.cancel_scope)
+                tasks.start_soon(self._guard, self._keep, tasks.cancel_scope)
+        finally:
+            self._over = True
+            with anyio.CancelScope(shield=True):
+                await self._leave()
+        return self._lost_because or self._session.ended or why
+
+    async def _guard(self, part: Callable[[], Any], scope: anyio.CancelScope) -> None:
+        """Run one part; its end is the end of the attempt, and never an exception's way out."""
+        try:
+            await part()
+        except Lost as exc:
+            self._lost_because = str(exc)
+        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, OSError) as exc:
+            if isinstance(exc, anyio.EndOfStream):
+                self._session.receive(b"")
+            elif self._session.ended is None:
+                self._lost_because = f"the connection broke: {exc.__cause__ or exc or type(exc).__name__}"
+        except Exception as exc:  # noqa: BLE001 - a fault of ours costs this connection, not the worker
+            self._owner._log.error("connection_fault", exc_info=exc)
+            self._lost_because = f"a fault of em-runner's own: {type(exc).__name__} (see the log)"
+        scope.cancel()
+
+    # --- from the node ---
+
+    async def _read(self) -> None:
+        session = self._session
+        self._flush()
+        while session.ended is None:
+            await self._make_room()
+            data = await self._stream.receive(READ_BYTES)
+            before = session.state
+            queries = session.receive(data)
+            if queries:
+                self._submit(queries)
+            if session.state != before:
+                self._tell_state()
+            if session.ignored:
+                self._count_ignored()
+            self._flush()
+
+    def _submit(self, queries: list[tuple[bytes, str]]) -> None:
+        if self._draining:  # nobody is left to answer them; `null` spares the node its time-out
+            for query_id, _ in queries:
+                self._session.answer(query_id, b"null")
+            return
+        jobs = [Job(self, query_id, body, len(body)) for query_id, body in queries]
+        self._waiting += len(jobs)
+        self._waiting_bytes += sum(job.size for job in jobs)
+        self._owner._dispatcher.submit(jobs)
+
+    async def _make_room(self) -> None:
+        """Wait while the node is ahead of the handler, or does not read its answers."""
+        while (
+            self._waiting >= MAX_PENDING
+            or self._waiting_bytes >= MAX_PENDING_BYTES
+            or self._unsent_bytes >= MAX_PENDING_BYTES
+        ):
+            self._paused = self._paused_since_ping = True
+            self._room.clear()
+            await self._room.wait()
+        self._paused = False
+
+    def _tell_state(self) -> None:
+        if self._session.state == "registering":
+            self._owner._on_state("registering", "")
+        elif self._session.state == "ready" and not self._draining:
+            self._owner._on_state("ready", "")
+        self._progress.set()
+
+    def _count_ignored(self) -> None:
+        ignored, counted = self._session.ignored, self._owner._counters.ignored
+        for reason, number in ignored.items():
+            counted[reason] = counted.get(reason, 0) + number
+            held = self._owner._folded.admit(reason)
+            if held is not None:
+                self._owner._log.warning("frames_ignored", reason=reason, more=held)
+        ignored.clear()
+
+    # --- to the node ---
+
+    def encode(self, result: Any) -> bytes:
+        """Return a result as the JSON that goes into `data`."""
+        return encode_result(result)
+
+    def answer(self, job: Job, answer: Answer) -> None:
+        """Send one answer; what a handler failed at is `null` to the node."""
+        outcome, payload = answer
+        self._owner._counters.queries_node += 1
+        self._waiting -= 1
+        self._waiting_bytes -= job.size
+        if self._over or not self._session.answer(job.ticket, payload if outcome is Outcome.OK else b"null"):
+            self._owner._counters.late += 1
+            return
+        self._unsent_bytes += len(payload)
+        self._output.set()
+        if self._paused:
+            self._room.set()
+
+    def _flush(self) -> None:
+        self._output.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._output.wait()
+            self._output.clear()
+            data = self._session.take_output()
+            self._unsent_bytes = len(data)
+            if data:
+                await self._stream.send(data)
+            self._unsent_bytes = 0
+            if self._paused:
+                self._room.set()
+            self._progress.set()
+
+    # --- time ---
+
+    async def _keep(self) -> None:
+        """Hold the node to its time-outs: the upgrade, the registration, then a pong for each ping."""
+        timeout_ms = self._options.upgrade_timeout_ms
+        await self._wait_until(lambda: self._session.state != "connecting", timeout_ms, "did not answer the upgrade")
+        await self._wait_until(
+            lambda: self._session.state not in ("connecting", "registering"),
+            timeout_ms,
+            "took the connection, but did not register the agent",
+        )
+        while True:
+            self._session.ping()
+            self._paused_since_ping = self._paused
+            self._flush()
+            await anyio.sleep(self._options.ping_interval_ms / 1000)
+            # A pong that lies behind queries we have not read yet is our delay, not the node's.
+            if not self._session.ponged and not self._paused_since_ping:
+                raise Lost(f"the node answered no ping within {self._options.ping_interval_ms} ms")
+
+    async def _wait_until(self, reached: Callable[[], bool], timeout_ms: int, failure: str) -> None:
+        with anyio.move_on_after(timeout_ms / 1000):
+            while not reached():
+                self._progress.clear()
+                await self._progress.wait()
+            return
+        raise Lost(f"the node {failure} within {timeout_ms} ms")
+
+    # --- the end ---
+
+    async def drain(self) -> None:
+        """Answer and send what has been read, then close with 1001."""
+        self._draining = True
+        while not self._over and (self._waiting or self._unsent_bytes or self._output.is_set()):
+            self._progress.clear()
+            await self._progress.wait()
+        self._session.close(CloseCode.GOING_AWAY, "the agent leaves")
+        self._flush()
+        with anyio.move_on_after(CLOSE_TIMEOUT_S):
+            while not self._over:
+                self._progress.clear()
+                await self._progress.wait()
+
+    async def _leave(self) -> None:
+        """Say goodbye if the peer still reads, and let the socket go in any case."""
+        self._progress.set()
+        with anyio.move_on_after(CLOSE_TIMEOUT_S):
+            try:
+                if data := self._session.take_output():
+                    await self._stream.send(data)
+                await self._stream.aclose()
+                return
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
+                pass
+        await anyio.aclose_forcefully(self._stream)
+
+
+def _describe(exc: Exception, authority: str, timeout_ms: int) -> str:
+    if isinstance(exc, TimeoutError):
+        return f"no connection to {authority} within {timeout_ms} ms"
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"the certificate of {authority} is refused: {exc.verify_message}"
+    if isinstance(exc, ssl.SSLError):
+        return f"no TLS with {authority}: {exc.reason or exc}"
+    return f"cannot connect to {authority}: {_root(exc)}"
+
+
+def _root(exc: BaseException) -> str:
+    """Return the innermost reason; anyio wraps one error for each address it tried."""
+    if isinstance(exc, BaseExceptionGroup):
+        return _root(exc.exceptions[0])
+    if exc.__cause__ is not None:
+        return _root(exc.__cause__)
+    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+    return text or type(exc).__name__

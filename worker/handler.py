@@ -1,0 +1,145 @@
+"""Loads an agent's handler: a function, or a class or object with `handle`, sync or async."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from shared.config import HandlerRef
+from shared.errors import ConfigError
+
+
+class Handler(msgspec.Struct, frozen=True, kw_only=True):
+    """A loaded handler.
+
+    `handle(body, memory)` returns `(result, new_memory)`, or a coroutine of it when `is_async`.
+    `setup` and `close`, where the handler has them, are called without arguments before its first
+    and after its last query; either may be a coroutine function.
+    """
+
+    handle: Callable[[str, dict[Any, Any]], Any]
+    is_async: bool
+    capabilities: tuple[str, ...] = ()
+    setup: Callable[[], Any] | None = None
+    close: Callable[[], Any] | None = None
+
+
+def load(ref: HandlerRef) -> Handler:
+    """Import a handler and check that it can be called.
+
+    Raises:
+        ConfigError: one line that says what failed and where.
+    """
+    try:
+        found = _attribute(_import(ref), ref)
+        target = found() if inspect.isclass(found) else found
+    except ConfigError:
+        raise
+    except BaseException as exc:  # noqa: BLE001 - a module may raise anything, SystemExit too, while it is imported
+        raise ConfigError(f"the handler {ref} cannot be imported: {_describe(exc)}") from None
+    handle = getattr(target, "handle", target)
+    if not callable(handle):
+        raise ConfigError(
+            f"the handler {ref} is a {type(target).__name__}; expected a function, or a class with handle()"
+        )
+    _check_arguments(handle, ref)
+    return Handler(
+        handle=handle,
+        is_async=_is_async(handle),
+        capabilities=_capabilities(target, ref),
+        setup=_method(target, "setup"),
+        close=_method(target, "close"),
+    )
+
+
+def _import(ref: HandlerRef) -> ModuleType:
+    folder = str(ref.search_dir)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if ref.file is None:
+        assert ref.module is not None
+        return importlib.import_module(ref.module)
+    return _import_file(ref.file)
+
+
+def _import_file(file: Path) -> ModuleType:
+    # A name of its own, so that my/json.py does not become everybody's json; registered, because
+    # dataclasses, pickle and annotations look their module up by name.
+    name = f"em_handler_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"the handler {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _attribute(module: ModuleType, ref: HandlerRef) -> Any:
+    found: Any = module
+    for part in ref.attribute.split("."):
+        if not hasattr(found, part):
+            defined = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+            raise ConfigError(
+                f"the handler {ref} does not exist: {module.__name__} has no {part!r}"
+                + (f"; it has {', '.join(sorted(defined)[:8])}" if defined else "")
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _check_arguments(handle: Callable[..., Any], ref: HandlerRef) -> None:
+    try:
+        signature = inspect.signature(handle)
+    except (TypeError, ValueError):
+        return  # some callables of C extensions have no signature; they are called as they are
+    try:
+        signature.bind("", {})
+    except TypeError as exc:
+        raise ConfigError(f"the handler {ref} must take (body, memory): {exc}") from None
+
+
+def _is_async(handle: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(inspect.unwrap(handle)) or inspect.iscoroutinefunction(
+        getattr(handle, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether it exists
+    )
+
+
+def _capabilities(target: Any, ref: HandlerRef) -> tuple[str, ...]:
+    method = _method(target, "capabilities")
+    if method is None:
+        return ()
+    try:
+        return tuple(msgspec.convert(method(), list[str]))
+    except msgspec.ValidationError:
+        raise ConfigError(f"the handler {ref}: capabilities() must return a list of strings") from None
+    except Exception as exc:  # noqa: BLE001 - a user's code
+        raise ConfigError(f"the handler {ref}: capabilities() failed: {_describe(exc)}") from None
+
+
+def _method(target: Any, name: str) -> Callable[[], Any] | None:
+    # A plain function has no life-cycle; an attribute of that name on it would be an accident.
+    found = None if inspect.isroutine(target) else getattr(target, name, None)
+    return found if callable(found) else None
+
+
+def _describe(exc: BaseException) -> str:
+    """Return an exception and the last place of the user's code that it came through, on one line."""
+    text = " ".join(f"{type(exc).__name__}: {exc}".split())
+    if isinstance(exc, SyntaxError):
+        return text
+    frames = [f for f in traceback.extract_tb(exc.__traceback__) if not _is_ours(f.filename)]
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith("<frozen") or filename == __file__ or filename == importlib.__file__

@@ -1,0 +1,23 @@
+"""What the fork server imports: all that a worker needs, so that starting one is a fork and no more.
+
+Never a user's handler: that is loaded in the worker, where its faults belong.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.spawn  # noqa: F401 - the child's own entry imports it otherwise
+import signal
+
+import anyio._backends._asyncio  # noqa: F401 - as above
+import uvloop  # noqa: F401 - as above
+
+import worker.main  # noqa: F401 - as above
+
+# Ctrl-C reaches every process of a terminal, but how a cluster ends is the runner's to say. Set
+# here, because a worker would be open to it between its fork and its own first line.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# What is imported here never becomes garbage; keeping the collector off it keeps its pages shared.
+gc.collect()
+gc.freeze()
