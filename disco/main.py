@@ -19,8 +19,8 @@ async def run(settings: NodeSettings, *, announce: Callable[[Node], None]) -> No
         announce: called once, when agents can connect.
 
     Raises:
-        ConfigError: when the address cannot be bound, is open to others without a secret, or the
-            secret is too short to be one.
+        ConfigError: when the address is open to others without a secret, or the secret is too short.
+        StartError: when the address cannot be had.
     """
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with serve(settings) as node:

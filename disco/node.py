@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import errno
+import functools
 import ipaddress
-import os
-import socket
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import anyio
 
 from disco import embryos
+from disco.http import application
 from disco.hub import Hub
-from disco.listener import BACKLOG, Listener
 from disco.registry import Registry
 from disco.settings import NodeSettings
+from disco.socket import AgentSocket
 from shared.errors import ConfigError
+from shared.http_server import HttpServer, listen, resolve
 from shared.tokens import require_strong
+
+GRACE_S: Final = 0.25
+"""How long clients may take to part when the node stops; then they are cut."""
 
 
 class Node:
@@ -98,59 +101,28 @@ async def serve(settings: NodeSettings) -> AsyncIterator[Node]:
     """Serve a node for as long as the context lasts; its port is bound before the context is entered.
 
     Raises:
-        ConfigError: when the address cannot be bound, is open to others without a secret, or the
-            secret is too short to be one.
+        ConfigError: when the address is open to others without a secret, or the secret is too short.
+        StartError: when the address cannot be had.
     """
     if settings.secret is not None:
         require_strong(settings.secret.reveal(), "disco")
-    sock = await _bind(settings)
-    hub = Hub(settings)
-    listener = Listener(hub, sock)
-    try:
-        await listener.start()
-        host, port = sock.getsockname()[:2]
-        yield Node(hub, _reachable(host), port)
-    finally:
-        hub.stop()
-        with anyio.CancelScope(shield=True):
-            await listener.stop()
-
-
-async def _bind(settings: NodeSettings) -> socket.socket:
-    try:
-        found = await anyio.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
-    except OSError as exc:
-        raise ConfigError(f"disco: no address for host {settings.host!r} ({exc.strerror}); try 127.0.0.1") from None
-    family, kind, _, _, address = found[0]
-    if settings.secret is None and not ipaddress.ip_address(address[0]).is_loopback:
+    place = resolve(settings.host, settings.port, hint=settings.port_hint)
+    if settings.secret is None and not place.is_loopback:
         raise ConfigError(
             f"disco: {settings.host} is open to other machines and no secret is set; "
             "set one so that agents must show a token, or listen on 127.0.0.1"
         )
-    sock = socket.socket(family, kind)
+    listener = listen(place, hint=settings.port_hint)
+    host, port = listener.getsockname()[:2]
+    hub = Hub(settings)
+    server = HttpServer(application(hub), listener, ws=functools.partial(AgentSocket, hub))
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        # Here and not later: two sockets may share a port until one of them listens.
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except OSError as exc:
-        sock.close()
-        raise ConfigError(_explain(exc, settings)) from None
-    return sock
-
-
-def _explain(exc: OSError, settings: NodeSettings) -> str:
-    place = f"disco: cannot listen on {settings.host}:{settings.port}"
-    match exc.errno:
-        case errno.EADDRINUSE:
-            return f"{place}: another program does; stop it, or choose another port (0 takes any free one)"
-        case errno.EACCES:
-            return f"{place}: it needs privileges; choose a port above 1023"
-        case errno.EADDRNOTAVAIL:
-            return f"{place}: this machine has no such address; try 127.0.0.1"
-        case code:
-            return f"{place}: {os.strerror(code) if code else exc}; choose another host or port"
+        await server.start()
+        yield Node(hub, _reachable(host), port)
+    finally:
+        hub.stop()
+        with anyio.CancelScope(shield=True):
+            await server.stop(GRACE_S)
 
 
 def _reachable(host: str) -> str:

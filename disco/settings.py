@@ -25,6 +25,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
         queries_per_s: POST /query past this rate is answered 429; None sets no limit.
         connections_per_s: upgrades past this rate are answered 429; None sets no limit.
         sse_ping_interval_ms: how often a quiet event stream carries a comment.
+        port_hint: ends the error about an address that cannot be had; says how to choose another.
     """
 
     host: str = "127.0.0.1"
@@ -38,3 +39,4 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     queries_per_s: float | None = None
     connections_per_s: float | None = None
     sse_ping_interval_ms: int = 30_000
+    port_hint: str = "choose another port with --port (0 takes any free one)"

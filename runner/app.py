@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
 
 import anyio
 import anyio.abc
 import structlog
-import uvicorn
 import zmq
 
 from runner.http import Api
@@ -23,8 +21,12 @@ from runner.state_dir import StateDir, hold
 from runner.supervisor import Supervisor
 from shared.config import Config, HttpAddress, WorkerSpec, worker_specs
 from shared.errors import ConfigError, StartError
+from shared.http_server import HttpServer, listen, resolve
 
-BACKLOG: Final = 2048
+REPLY_GRACE_S: Final = 0.5
+"""How long clients may take to read the last answers when the runner ends."""
+
+_PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
 
 OnStarted = Callable[[HttpAddress], None]
 Surroundings = Callable[[], AbstractAsyncContextManager[None]]
@@ -44,7 +46,8 @@ def run(config: Config, *, on_started: OnStarted = lambda _: None, around: Surro
     """
     fork_server = ForkServer()
     fork_server.start()
-    with hold(config.state_dir) as state, _listen(config.http) as listener:
+    place = resolve(config.http.host, config.http.port, hint=_PORT_HINT)
+    with hold(config.state_dir) as state, listen(place, hint=_PORT_HINT) as listener:
         check_handlers(config, fork_server)
         runner = Runner(config, fork_server, state, listener)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
@@ -88,7 +91,7 @@ class Runner:
             supervision.shutdown_timeout_ms / 1000,
         )
         self._api = Api(self._router, _by_agent(specs), lambda: self._supervisor.rows, config.http_token)
-        self._server = HttpServer(self._api, supervision.shutdown_timeout_ms / 1000)
+        self._server = HttpServer(self._api.app, listener)
         self._log = structlog.get_logger("runner")
 
     async def run(self, on_started: OnStarted, around: Surroundings | None) -> None:
@@ -100,11 +103,11 @@ class Runner:
         try:
             async with (around or _nothing_around)(), anyio.create_task_group() as tasks:
                 await tasks.start(self._obey_signals)
-                tasks.start_soon(self._server.serve, [self._listener])
+                await self._server.start()
                 self._announce(on_started)
                 await self._supervisor.run()
-                self._server.should_exit = True
-                await self._server.finished.wait()
+                # Every query that was in flight is answered by now, by its worker or in its stead.
+                await self._server.stop(REPLY_GRACE_S)
                 tasks.cancel_scope.cancel()
         finally:
             self._router.close()
@@ -127,38 +130,8 @@ class Runner:
                         continue
                     self._log.info("draining", why=signal.Signals(number).name)
                     self._api.closing = True
-                    self._server.should_exit = True
+                    self._server.close()
                     tasks.start_soon(self._supervisor.drain)
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn, inside a program that owns its signals and its sockets."""
-
-    def __init__(self, api: Api, shutdown_timeout_s: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                api.app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=max(1, round(shutdown_timeout_s)),
-            )
-        )
-
-        self.finished = anyio.Event()
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until `should_exit`, then until the requests in flight are answered."""
-        await super().serve(sockets)
-        self.finished.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone: they are the runner's."""
-        yield
 
 
 def _by_agent(specs: tuple[WorkerSpec, ...]) -> dict[str, tuple[str, ...]]:
@@ -166,25 +139,6 @@ def _by_agent(specs: tuple[WorkerSpec, ...]) -> dict[str, tuple[str, ...]]:
     for spec in specs:
         found[spec.agent.name] = (*found.get(spec.agent.name, ()), spec.name)
     return found
-
-
-@contextlib.contextmanager
-def _listen(address: HttpAddress) -> Iterator[socket.socket]:
-    """Bind the address now, so that a port in use is an error before anything is started."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address.host, address.port))
-        listener.listen(BACKLOG)
-    except (OSError, UnicodeError) as exc:
-        listener.close()
-        raise StartError(
-            f"cannot listen on {address}: {getattr(exc, 'strerror', None) or exc}; "
-            "choose another address with --http or runner.http (port 0 takes any free one)"
-        ) from None
-    with listener:
-        yield listener
 
 
 @asynccontextmanager

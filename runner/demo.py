@@ -48,10 +48,15 @@ def run(http: HttpAddress, ports: Sequence[int], state_dir: Path, on_started: ap
     async def nodes() -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             for port in ports:
-                await stack.enter_async_context(disco.serve(disco.NodeSettings(host=HOST, port=port, secret=secret)))
+                await stack.enter_async_context(disco.serve(_node(port, secret)))
             yield
 
     app.run(config, on_started=on_started, around=nodes)
+
+
+def _node(port: int, secret: Secret) -> disco.NodeSettings:
+    hint = "choose other ports for the nodes with --first-port (0 takes any free ones)"
+    return disco.NodeSettings(host=HOST, port=port, secret=secret, port_hint=hint)
 
 
 def ports(first: int, count: int) -> list[int]:

@@ -24,8 +24,9 @@ from shared.nodes import NodeAddress
 
 SessionState = Literal["connecting", "registering", "ready", "closed"]
 
-# websockets logs the request line, and with it the token, at debug level.
-_SILENT: Final = logging.getLogger("worker.session.wire")
+# websockets logs the request line, and with it the token, at debug level. No configuration can
+# wake a logger that is not in the tree.
+_SILENT: Final = logging.Logger("worker.session.wire")
 _SILENT.disabled = True
 
 _ADVICE: Final = {

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from disco import Node, NodeSettings, serve
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StartError
 from shared.tokens import Secret
 from tests.disco.harness import SECRET, agent, eventually, node_with, raw_agent, raw_socket
 from tests.disco.test_disco_http import events, next_names
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 async def refused(**settings: object) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises((ConfigError, StartError)) as caught:
         async with serve(NodeSettings(**settings)):  # type: ignore[arg-type]
             pass
     assert "\n" not in str(caught.value)
