@@ -26,6 +26,9 @@ from shared.http_server import HttpServer, listen, resolve
 REPLY_GRACE_S: Final = 0.5
 """How long clients may take to read the last answers when the runner ends."""
 
+SETTLE_S: Final = 0.02
+"""How long requests that have arrived may take to be read before the door is closed."""
+
 _PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
 
 OnStarted = Callable[[HttpAddress], None]
@@ -92,6 +95,7 @@ class Runner:
         )
         self._api = Api(self._router, _by_agent(specs), lambda: self._supervisor.rows, config.http_token)
         self._server = HttpServer(self._api.app, listener)
+        self._leaving = False
         self._log = structlog.get_logger("runner")
 
     async def run(self, on_started: OnStarted, around: Surroundings | None) -> None:
@@ -124,14 +128,21 @@ class Runner:
             task_status.started()
             async with anyio.create_task_group() as tasks:
                 async for number in signals:
-                    if self._api.closing:
+                    if self._leaving:
                         self._log.warning("killing", why="a second signal")
                         self._supervisor.kill()
                         continue
+                    self._leaving = True
+                    self._supervisor.retire()
                     self._log.info("draining", why=signal.Signals(number).name)
-                    self._api.closing = True
-                    self._server.close()
-                    tasks.start_soon(self._supervisor.drain)
+                    tasks.start_soon(self._drain)
+
+    async def _drain(self) -> None:
+        # Requests that were sent before the signal may still lie unread in their sockets.
+        await anyio.sleep(SETTLE_S)
+        self._api.closing = True
+        self._server.close()
+        await self._supervisor.drain()
 
 
 def _by_agent(specs: tuple[WorkerSpec, ...]) -> dict[str, tuple[str, ...]]:

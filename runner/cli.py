@@ -28,7 +28,8 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_out: Final = Console(soft_wrap=True, highlight=False)
+# Into a pipe or a file nothing is cut to a terminal's width.
+_out: Final = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 10_000)
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration, a TOML file.")]
 StateDir = Annotated[Path, typer.Option(help="Where the runner keeps its socket and its address.")]

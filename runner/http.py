@@ -124,10 +124,10 @@ class Api:
     async def _query(self, request: Request) -> Response:
         body = await _read(request)
         if body is None:
-            return error(413, f"the body is larger than {MAX_BODY_BYTES} bytes", connection="close")
+            return error(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         try:
             asked = _decode_body(body)
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return error(400, _BAD_BODY)
         for named in ("agent", "worker"):
             in_path, in_body = request.path_params.get(named), getattr(asked, named)

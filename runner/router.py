@@ -222,7 +222,8 @@ class Router:
         self._mark(line)
 
     def _finish(self, pending: Pending, ending: Ending, payload: bytes) -> None:
-        self._pending.pop(pending.sequence, None)
+        if self._pending.pop(pending.sequence, None) is None:
+            return  # an earlier `on_reply` has withdrawn it
         pending.line.in_flight.pop(pending.sequence, None)
         pending.on_reply(Reply(ending, payload, pending.line.name))
 

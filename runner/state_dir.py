@@ -88,7 +88,7 @@ def read_address(path: Path) -> Address | None:
     """Return the address that the runner of a state folder announced, or None."""
     try:
         return msgspec.json.decode((path / "runner.json").read_bytes(), type=Address)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError):
         return None
 
 

@@ -182,9 +182,13 @@ class Child:
 
     # --- the end ---
 
+    def retire(self) -> None:
+        """Let the worker's next end be its last."""
+        self._stopping.set()
+
     async def drain(self, timeout_s: float) -> None:
         """Have the worker finish what is in flight and leave; kill it when it takes longer than `timeout_s`."""
-        self._stopping.set()
+        self.retire()
         process, launch = self._process, self._launch
         if process is None or launch is None:
             return
@@ -197,7 +201,7 @@ class Child:
 
     def kill(self) -> None:
         """End the worker at once."""
-        self._stopping.set()
+        self.retire()
         if self._process is not None:
             self._process.kill()
 
@@ -232,6 +236,11 @@ class Supervisor:
         async with anyio.create_task_group() as tasks:
             for child in self.children:
                 tasks.start_soon(child.run)
+
+    def retire(self) -> None:
+        """Start no worker again: a signal to the whole process group reaches them before their drain does."""
+        for child in self.children:
+            child.retire()
 
     async def drain(self) -> None:
         """Drain all workers at once."""

@@ -6,6 +6,7 @@ Outside data becomes typed here, and past this module nobody checks it again. `l
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -29,6 +30,7 @@ from shared.schema import (
     SupervisionSection,
     check_keys,
     read_section,
+    show,
 )
 from shared.tokens import Secret, TokenError, TokenSource, read_secret_file
 
@@ -86,7 +88,12 @@ class HttpAddress(msgspec.Struct, frozen=True):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        return self.host in LOOPBACK_HOSTS or self.host.startswith("127.")
+        if self.host in LOOPBACK_HOSTS:
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name, which may mean any address: 127.example.com too
+            return False
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -195,7 +202,7 @@ def parse(
         agents=agents,
         http=http,
         http_token=http_token,
-        state_dir=_path(runner.state_dir, folder),
+        state_dir=_path(runner.state_dir, folder, "runner.state_dir"),
         query_timeout_ms=runner.query_timeout_ms,
         max_in_flight=runner.max_in_flight,
         log_level=runner.log_level,
@@ -297,9 +304,9 @@ def _reconnect_from(environ: Mapping[str, str], default: int) -> int:
     text = environ.get("EM_FILTER_RECONNECT_MS", "").strip()
     if not text:
         return default
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 86_400_000):
+    if not (re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= 86_400_000):
         raise ConfigError(
-            f"EM_FILTER_RECONNECT_MS (environment): found {text!r}, expected a whole number from 1 to 86400000"
+            f"EM_FILTER_RECONNECT_MS (environment): found {show(text)}, expected a whole number from 1 to 86400000"
         )
     return int(text)
 
@@ -316,7 +323,7 @@ def _token_source(
                 raise ConfigError(f"{where}.jwt_token: found an empty text, expected a token")
             return TokenSource(token=Secret(given["jwt_token"].reveal().strip()))
         if "jwt_token_file" in given:
-            return TokenSource(token_file=_path(given["jwt_token_file"], folder))
+            return TokenSource(token_file=_path(given["jwt_token_file"], folder, f"{where}.jwt_token_file"))
         if "jwt_secret_file" in given:
             return TokenSource(secret_file=_existing(given["jwt_secret_file"], folder, f"{where}.jwt_secret_file"))
     if environ.get("EM_FILTER_JWT_TOKEN", "").strip():
@@ -392,7 +399,7 @@ def _http_token(runner: RunnerSection, folder: Path) -> Secret | None:
         raise ConfigError("runner: found http_token and http_token_file, expected only one of them")
     if runner.http_token_file is not None:
         try:
-            return Secret(read_secret_file(_path(runner.http_token_file, folder)))
+            return Secret(read_secret_file(_path(runner.http_token_file, folder, "runner.http_token_file")))
         except TokenError as exc:
             raise ConfigError(f"runner.http_token_file: {exc}") from None
     if runner.http_token is not None and not runner.http_token.reveal().strip():
@@ -400,15 +407,21 @@ def _http_token(runner: RunnerSection, folder: Path) -> Secret | None:
     return runner.http_token
 
 
-def _path(path: Path, folder: Path) -> Path:
+def _path(path: Path, folder: Path, key: str) -> Path:
     try:
         return folder / path.expanduser()
     except RuntimeError:
-        raise ConfigError(f"{path}: the home folder of that user is not known; write the whole path") from None
+        raise ConfigError(
+            f"{key}: found {str(path)!r}, but the home folder of that user is not known; write the whole path"
+        ) from None
 
 
 def _existing(path: Path, folder: Path, key: str) -> Path:
-    full = _path(path, folder)
-    if not full.is_file():
+    full = _path(path, folder, key)
+    try:
+        found = full.is_file()
+    except OSError as exc:  # a name that is too long, a folder that may not be entered
+        raise ConfigError(f"{key}: cannot look for {show(str(full))}: {exc.strerror}") from None
+    if not found:
         raise ConfigError(f"{key}: there is no file {full}")
     return full

@@ -18,12 +18,15 @@ from typing import Any, Final, NamedTuple
 import anyio
 from starlette.types import ASGIApp
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from shared.errors import StartError
 
 BACKLOG: Final = 2048
+LINGER_S: Final = 1.0
+"""How long the rest of a request that is already answered is read and dropped."""
+
 CUT_S: Final = 0.25
 """How long connections that were cut may take to be gone."""
 
@@ -48,6 +51,35 @@ class HttpConnection(HttpToolsProtocol):
             self.transport.abort()
             return
         super().handle_websocket_upgrade()
+
+    def on_message_complete(self) -> None:
+        """Note that the request is whole, also when it was answered before that."""
+        if self.cycle is not None:
+            self.cycle.more_body = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Give a client that was refused in mid-request a moment to see why.
+
+        Closing at once would reset the connection under what it still sends, and the answer with it.
+        """
+        answered = self.cycle
+        super().on_response_complete()
+        if answered.more_body:
+            self.loop.call_later(LINGER_S, self._stop_lingering, answered)
+
+    def _stop_lingering(self, answered: RequestResponseCycle) -> None:
+        if self.cycle is answered and answered.more_body:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP as every other error is answered."""
+        body = b'{"error":"that is not an HTTP request"}'
+        self.transport.write(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body)
+        )
+        self.transport.close()
 
 
 class Connections(set[Any]):

@@ -26,8 +26,11 @@ _MAX_FOLDED_KEYS: Final = 256
 class _Line:
     """structlog's sink: one `write` a line, so that lines of several processes do not mix."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._fd = stream.fileno()
+    def __init__(self, stream: TextIO | None) -> None:
+        try:
+            self._fd = -1 if stream is None else stream.fileno()  # None: started without one
+        except (OSError, ValueError):  # closed, or no file
+            self._fd = -1
 
     def msg(self, message: str) -> None:
         with contextlib.suppress(OSError):
@@ -57,11 +60,12 @@ def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any)
         style: `console`, `json`, or `auto` for what fits standard error.
         bound: fields that every line carries from now on.
     """
-    pretty = style == "console" or (style == "auto" and sys.stderr.isatty())
+    terminal = _is_terminal(sys.stderr)
+    pretty = style == "console" or (style == "auto" and terminal)
     render: list[Any] = (
         [
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback, sort_keys=False
+                colors=terminal, exception_formatter=structlog.dev.plain_traceback, sort_keys=False
             )
         ]
         if pretty
@@ -81,6 +85,10 @@ def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any)
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**bound)
     logging.basicConfig(level=logging.WARNING, handlers=[_FromLogging()], force=True)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 class Folded:

@@ -24,6 +24,7 @@ DEFAULT_NODE: Final = "localhost:8080"
 _LOOPBACK_PORT: Final = 8080
 _TLS_PORT: Final = 443
 _HOST_NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?")
+_SCOPE_ID = re.compile(r"[A-Za-z0-9_.-]+")
 _FORMS = "HOST, HOST:PORT, [IPv6]:PORT, ws://HOST:PORT or wss://HOST:PORT"
 
 
@@ -65,6 +66,8 @@ def parse_node(text: str) -> NodeAddress:
         ValueError: when it is none of the accepted forms; the text says what is wrong.
     """
     rest = text.strip()
+    if "?" in rest:
+        raise ValueError("what follows the '?' does not belong to it; a token goes into jwt_token_file")
     scheme, found, after = rest.partition("://")
     tls: bool | None = None
     if found:
@@ -134,9 +137,12 @@ def _split_port(text: str) -> tuple[str, int | None]:
 
 def _check_ipv6(text: str) -> str:
     try:
-        return str(ipaddress.IPv6Address(text))
+        address = ipaddress.IPv6Address(text)
     except ValueError:
         raise ValueError(f"{text!r} is not an IPv6 address") from None
+    if address.scope_id is not None and not _SCOPE_ID.fullmatch(address.scope_id):
+        raise ValueError(f"{text!r} has a zone that names no network interface")
+    return str(address)
 
 
 def _check_host(text: str) -> str:
@@ -166,7 +172,9 @@ def _parse_all(texts: Iterable[str], origin: str) -> NodeList:
         try:
             node = parse_node(text)
         except ValueError as exc:
-            raise ConfigError(f"{origin}: {text!r} is not a node's address: {exc}") from None
+            address, query, _ = text.partition("?")  # where people paste a token
+            shown = repr(address) + ("?..." if query else "")
+            raise ConfigError(f"{origin}: {shown} is not a node's address: {exc}") from None
         if node in nodes:
             raise ConfigError(f"{origin}: the node {node} is named twice; an agent keeps one worker for each node")
         nodes.append(node)
@@ -187,7 +195,10 @@ def _read_emergence_conf(path: Path) -> list[str] | None:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text") from None
     except configparser.Error as exc:
-        raise ConfigError(f"{path}: is not an INI file: {' '.join(exc.message.split())}") from None
+        # Which line, and not its text: the file may hold a token.
+        wrong = [getattr(exc, "lineno", None), *(number for number, _ in getattr(exc, "errors", ()))]
+        line = next(filter(None, wrong), None)
+        raise ConfigError(f"{path}: is not an INI file{f' (line {line})' if line else ''}") from None
     section = "em_disco"
     if listed := parser.get(section, "nodes", fallback="").strip():
         return [item.strip() for item in listed.replace("\n", ",").split(",") if item.strip()]

@@ -124,7 +124,8 @@ def check_keys(table: Mapping[str, Any], known: Iterable[str], path: str) -> Non
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-            raise ConfigError(f"{path + '.' if path else ''}{key}: is not a known key; {advice}")
+            shown = key if key.isidentifier() else show(key)
+            raise ConfigError(f"{path + '.' if path else ''}{shown}: is not a known key; {advice}")
 
 
 def show(value: Any) -> str:
@@ -145,7 +146,7 @@ def _from_text(kind: type, value: Any) -> Any:
     """Build the types that TOML does not have; `msgspec` calls this for those it does not know."""
     if not isinstance(value, str):
         raise msgspec.ValidationError("expected a string")
-    if kind is Path and not value.strip():
+    if kind is Path and (not value.strip() or "\0" in value):
         raise msgspec.ValidationError("expected a path")
     return kind(value)
 

@@ -7,8 +7,10 @@ for months. No function here logs, and no error text holds a token or a secret.
 
 from __future__ import annotations
 
+import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,9 @@ MINTED_TTL_S: Final = 3600
 
 MIN_SECRET_BYTES: Final = 32
 """RFC 7518, 3.2: a key of the hash's size or larger must be used with HS256."""
+
+# PyJWT would tell of a short secret on standard error; `em-runner check` does so in words of ours.
+warnings.filterwarnings("ignore", message="The HMAC key is", category=UserWarning)
 
 
 class Secret:
@@ -145,10 +150,17 @@ def read_secret_file(path: Path) -> str:
 
 
 def mint(secret: str, subject: str, *, ttl_s: float, now: float | None = None) -> str:
-    """Return a signed token for `subject`, valid for `ttl_s` seconds from `now` (Unix seconds)."""
+    """Return a signed token for `subject`, valid for `ttl_s` seconds from `now` (Unix seconds).
+
+    Raises:
+        TokenError: when the secret is one half of a key pair, which HS256 must not be used with.
+    """
     now = time.time() if now is None else now
     claims = {"sub": subject, "iat": int(now), "exp": int(now + ttl_s)}
-    return jwt.encode(claims, secret, algorithm=ALGORITHM)
+    try:
+        return jwt.encode(claims, secret, algorithm=ALGORITHM)
+    except jwt.PyJWTError as exc:
+        raise TokenError(f"no token can be signed with this secret: {exc}") from None
 
 
 def inspect(token: str) -> TokenClaims:
@@ -181,7 +193,7 @@ def verify(token: str, secret: str) -> TokenClaims:
 def _claims(decode: Callable[[], dict[str, Any]]) -> TokenClaims:
     try:
         claims = decode()
-        return msgspec.convert(
+        found = msgspec.convert(
             {"subject": claims.get("sub"), "issued_at": claims.get("iat"), "expires_at": claims.get("exp")}, TokenClaims
         )
     except (jwt.PyJWTError, msgspec.ValidationError) as exc:
@@ -189,6 +201,9 @@ def _claims(decode: Callable[[], dict[str, Any]]) -> TokenClaims:
     except (ValueError, TypeError, OverflowError, RecursionError):
         # Seen by fuzzing the decoder with claims of absurd shapes; the text could hold parts of the token.
         raise TokenError("not a valid token: its claims cannot be read") from None
+    if not all(math.isfinite(at) for at in (found.issued_at, found.expires_at) if at is not None):
+        raise TokenError("not a valid token: 'iat' and 'exp' must be numbers of seconds")
+    return found
 
 
 def require_strong(secret: str, where: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import ssl
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from worker.dispatch import Answer, Dispatcher, Job, encode_result
 from worker.session import Session
 
 READ_BYTES: Final = 65_536
+SEND_BYTES: Final = 65_536
 MAX_PENDING: Final = 1024
 """Queries of a node that may wait for the handler or for their answer to be written; past it TCP pushes back."""
 
@@ -138,9 +140,13 @@ class Attempt:
         self._lost_because = ""
         self._waiting = 0
         self._waiting_bytes = 0
-        self._unsent_bytes = 0
+        self._outbox: deque[bytes] = deque()
+        self._outbox_bytes = 0
+        self._answer_bytes = 0
+        self._written_bytes = 0
+        self._sending = False
         self._paused = False
-        self._paused_since_ping = False
+        self._excused = False
         self._over = False
         self._draining = False
         self._room = asyncio.Event()
@@ -182,7 +188,7 @@ class Attempt:
 
     async def _read(self) -> None:
         session = self._session
-        self._flush()
+        self._output.set()
         while session.ended is None:
             await self._make_room()
             data = await self._stream.receive(READ_BYTES)
@@ -194,7 +200,8 @@ class Attempt:
                 self._tell_state()
             if session.ignored:
                 self._count_ignored()
-            self._flush()
+            self._collect()
+            self._output.set()
 
     def _submit(self, queries: list[tuple[bytes, str]]) -> None:
         if self._draining:  # nobody is left to answer them; `null` spares the node its time-out
@@ -208,15 +215,20 @@ class Attempt:
 
     async def _make_room(self) -> None:
         """Wait while the node is ahead of the handler, or does not read its answers."""
-        while (
-            self._waiting >= MAX_PENDING
-            or self._waiting_bytes >= MAX_PENDING_BYTES
-            or self._unsent_bytes >= MAX_PENDING_BYTES
-        ):
-            self._paused = self._paused_since_ping = True
+        while (behind := self._handler_is_behind()) or self._unsent_bytes >= MAX_PENDING_BYTES:
+            self._paused = True
+            # A pong may lie behind queries that we do not read yet: that is our delay, not the node's.
+            self._excused = self._excused or behind
             self._room.clear()
             await self._room.wait()
         self._paused = False
+
+    def _handler_is_behind(self) -> bool:
+        return self._waiting >= MAX_PENDING or self._waiting_bytes >= MAX_PENDING_BYTES
+
+    @property
+    def _unsent_bytes(self) -> int:
+        return self._outbox_bytes + self._answer_bytes
 
     def _tell_state(self) -> None:
         if self._session.state == "registering":
@@ -249,26 +261,39 @@ class Attempt:
         if self._over or not self._session.answer(job.ticket, payload if outcome is Outcome.OK else b"null"):
             self._owner._counters.late += 1
             return
-        self._unsent_bytes += len(payload)
+        self._answer_bytes += len(payload)
         self._output.set()
         if self._paused:
             self._room.set()
 
-    def _flush(self) -> None:
-        self._output.set()
+    def _collect(self) -> None:
+        """Take what the session wants sent, pongs too, so that it is counted while it waits."""
+        data = self._session.take_output()
+        self._answer_bytes = 0
+        if data:
+            self._outbox.append(data)
+            self._outbox_bytes += len(data)
 
     async def _write(self) -> None:
         while True:
             await self._output.wait()
             self._output.clear()
-            data = self._session.take_output()
-            self._unsent_bytes = len(data)
-            if data:
-                await self._stream.send(data)
-            self._unsent_bytes = 0
-            if self._paused:
-                self._room.set()
+            self._collect()
+            while self._outbox:
+                await self._send(self._outbox.popleft())
+                if self._paused:
+                    self._room.set()
             self._progress.set()
+
+    async def _send(self, data: bytes) -> None:
+        """Send in pieces, so that a node that reads slowly is seen to read."""
+        self._sending = True
+        for start in range(0, len(data), SEND_BYTES):
+            piece = data[start : start + SEND_BYTES] if len(data) > SEND_BYTES else data
+            await self._stream.send(piece)
+            self._outbox_bytes -= len(piece)
+            self._written_bytes += len(piece)
+        self._sending = False
 
     # --- time ---
 
@@ -283,11 +308,12 @@ class Attempt:
         )
         while True:
             self._session.ping()
-            self._paused_since_ping = self._paused
-            self._flush()
+            self._excused = self._handler_is_behind()
+            written_bytes = self._written_bytes
+            self._output.set()
             await anyio.sleep(self._options.ping_interval_ms / 1000)
-            # A pong that lies behind queries we have not read yet is our delay, not the node's.
-            if not self._session.ponged and not self._paused_since_ping:
+            still_reads = self._paused and self._written_bytes > written_bytes
+            if not (self._session.ponged or self._excused or still_reads):
                 raise Lost(f"the node answered no ping within {self._options.ping_interval_ms} ms")
 
     async def _wait_until(self, reached: Callable[[], bool], timeout_ms: int, failure: str) -> None:
@@ -307,7 +333,7 @@ class Attempt:
             self._progress.clear()
             await self._progress.wait()
         self._session.close(CloseCode.GOING_AWAY, "the agent leaves")
-        self._flush()
+        self._output.set()
         with anyio.move_on_after(CLOSE_TIMEOUT_S):
             while not self._over:
                 self._progress.clear()
@@ -318,8 +344,9 @@ class Attempt:
         self._progress.set()
         with anyio.move_on_after(CLOSE_TIMEOUT_S):
             try:
-                if data := self._session.take_output():
-                    await self._stream.send(data)
+                self._collect()
+                while self._outbox and not self._sending:  # not into the middle of a frame
+                    await self._stream.send(self._outbox.popleft())
                 await self._stream.aclose()
                 return
             except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):

@@ -129,12 +129,12 @@ class Dispatcher(ABC):
         try:
             await self._call(function)
         except (Exception, SystemExit) as exc:
-            raise HandlerFault(f"the handler's {name}() failed: {type(exc).__name__}: {exc}") from exc
+            raise HandlerFault(f"the handler's {name}() failed: {type(exc).__name__}: {_words(exc)}") from exc
 
     async def idle(self) -> None:
         """Wait until every job that was submitted is answered."""
         while self.pending:
-            self._idle = anyio.Event()
+            self._idle = self._idle or anyio.Event()
             await self._idle.wait()
 
     def _settle(self, job: Job, answer: Answer) -> None:
@@ -162,7 +162,7 @@ class Dispatcher(ABC):
     def _fail(self, exc: BaseException) -> Answer:
         """Undo what a failed call did to the memory, and put its traceback in the log. Where `handle` ran."""
         self._memory.rollback()
-        what = f"{type(exc).__name__}: {exc}"[:500]
+        what = f"{type(exc).__name__}: {_words(exc)}"[:500]
         last = exc.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
@@ -238,6 +238,8 @@ class ThreadDispatcher(Dispatcher):
         super().__init__(handler, memory, counters, concurrency)
         self._inbox: SimpleQueue[list[Job] | Callable[[], None] | None] = SimpleQueue()
         self._batches_out = 0
+        self._answered: deque[tuple[Job, Answer]] = deque()
+        self._collecting = False
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue jobs, in order. Call it on the event loop."""
@@ -284,10 +286,11 @@ class ThreadDispatcher(Dispatcher):
     def _feed(self) -> None:
         # One batch more than there are threads, so that a thread finds work while the loop delivers.
         queue = self._queue
+        # Several threads get one query each: none may wait behind a slow one while a thread is free.
+        most = BATCH if self._concurrency == 1 else 1
         while queue and self._batches_out <= self._concurrency:
-            size = min(len(queue), BATCH, 1 + len(queue) // self._concurrency)
             self._batches_out += 1
-            self._inbox.put([queue.popleft() for _ in range(size)])
+            self._inbox.put([queue.popleft() for _ in range(min(len(queue), most))])
 
     def _serve(self) -> None:
         """Run batches. On the handler's thread."""
@@ -295,15 +298,17 @@ class ThreadDispatcher(Dispatcher):
             if callable(item):
                 item()
                 continue
-            answers: list[tuple[Job, Answer]] = []
             slice_ends = perf_counter() + SLICE_S
             for job in item:
-                answers.append((job, CANCELLED if job.cancelled else self._run(job)))
+                if self._answered and not self._collecting:
+                    # The next query may take long: have the loop fetch what is finished meanwhile.
+                    self._collecting = True
+                    self._to_loop(self._collect_soon)
+                self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
                 if perf_counter() > slice_ends:
-                    self._to_loop(self._deliver, answers, False)
-                    answers = []
+                    self._to_loop(self._deliver)
                     slice_ends = perf_counter() + SLICE_S
-            self._to_loop(self._deliver, answers, True)
+            self._to_loop(self._batch_done)
 
     def _run(self, job: Job) -> Answer:
         try:
@@ -315,12 +320,21 @@ class ThreadDispatcher(Dispatcher):
         except BaseException as exc:  # noqa: BLE001 - SystemExit too: a handler's failure is a failed query
             return self._fail(exc)
 
-    def _deliver(self, answers: list[tuple[Job, Answer]], batch_done: bool) -> None:
-        if batch_done:
-            self._batches_out -= 1
-            self._feed()
-        for job, answer in answers:
-            self._settle(job, answer)
+    def _batch_done(self) -> None:
+        self._batches_out -= 1
+        self._feed()
+        self._deliver()
+
+    def _collect_soon(self) -> None:
+        self._loop.call_later(SLICE_S, self._collect)
+
+    def _collect(self) -> None:
+        self._collecting = False  # first, so that an answer which comes after the next line asks again
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while self._answered:
+            self._settle(*self._answered.popleft())
 
     def _to_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -363,6 +377,13 @@ def is_json(data: bytes) -> bool:
 
 
 _skim = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def _words(exc: BaseException) -> str:
+    try:
+        return str(exc)
+    except Exception:  # noqa: BLE001 - a handler's own exception class may fail at this too
+        return "(its text cannot be had)"
 
 
 def _kind(value: Any) -> str:

@@ -109,9 +109,9 @@ def _check_arguments(handle: Callable[..., Any], ref: HandlerRef) -> None:
 
 
 def _is_async(handle: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(inspect.unwrap(handle)) or inspect.iscoroutinefunction(
-        getattr(handle, "__call__", None)  # noqa: B004 - the method itself is looked at, not whether it exists
-    )
+    # The method itself is looked at, not whether it exists; either side of a decorator may be the async one.
+    seen = (handle, inspect.unwrap(handle), getattr(handle, "__call__", None))  # noqa: B004
+    return any(inspect.iscoroutinefunction(one) for one in seen)
 
 
 def _capabilities(target: Any, ref: HandlerRef) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def _capabilities(target: Any, ref: HandlerRef) -> tuple[str, ...]:
         return tuple(msgspec.convert(method(), list[str]))
     except msgspec.ValidationError:
         raise ConfigError(f"the handler {ref}: capabilities() must return a list of strings") from None
-    except Exception as exc:  # noqa: BLE001 - a user's code
+    except (Exception, SystemExit) as exc:  # noqa: BLE001 - a user's code
         raise ConfigError(f"the handler {ref}: capabilities() failed: {_describe(exc)}") from None
 
 

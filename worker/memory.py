@@ -6,6 +6,7 @@ was, also when it had begun to change the dict in place: that is what `rollback`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from typing import Any, Final, Protocol
@@ -59,8 +60,12 @@ class RamMemory:
         self._current = new
 
     def rollback(self) -> None:
-        """Bring back the snapshot."""
-        self._current = pickle.loads(self._before) if isinstance(self._before, bytes) else self._before
+        """Bring back the snapshot; a dict whose pickled contents cannot be read back stays as it is."""
+        if not isinstance(self._before, bytes):
+            self._current = self._before
+            return
+        with contextlib.suppress(Exception):  # objects of any class may refuse in any way
+            self._current = pickle.loads(self._before)
 
 
 def open_memory(kind: MemoryKind) -> Memory:

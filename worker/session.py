@@ -66,7 +66,7 @@ class Session:
         self._capabilities = capabilities
         self._message: bytearray | None = None
         self._message_is_text = False
-        query = f"?token={quote(token, safe='')}" if token else ""
+        query = f"?token={quote(token, safe='', errors='surrogateescape')}" if token else ""
         self._protocol = ClientProtocol(parse_uri(node.url + query), max_size=max_frame_bytes, logger=_SILENT)
         self._protocol.send_request(self._protocol.connect())
 
@@ -105,9 +105,11 @@ class Session:
             else:
                 self._protocol.receive_eof()
             for event in self._protocol.events_received():
+                if self.ended is not None:  # what follows the frame that ended the session means nothing
+                    break
                 if isinstance(event, Frame):
                     self._frame(event, queries)
-                elif isinstance(event, Response):
+                elif isinstance(event, Response) and self._protocol.handshake_exc is None:
                     self._upgraded()
         except Exception as exc:  # noqa: BLE001 - whatever a node provokes ends its session, not the worker
             self._end(f"the node's bytes could not be read: {_cut(exc)}")
@@ -157,6 +159,7 @@ class Session:
                 text.decode()
             except UnicodeDecodeError:  # RFC 6455, 8.1: the connection must be failed
                 self._protocol.fail(CloseCode.INVALID_DATA, "not UTF-8")
+                self._end("the node sent text that is not UTF-8")
                 self.ignored["not_utf8"] += 1
                 return
         try:

@@ -1,0 +1,1 @@
+"""Handlers to copy: what `handler = "examples.echo:handle"` names."""

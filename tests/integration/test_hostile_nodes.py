@@ -1,0 +1,396 @@
+"""Whatever a node does, the worker lives on with its memory, and its neighbours do not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from websockets.frames import Frame, Opcode
+
+from disco import Node
+from tests.cluster import Cluster, agent, cluster, until
+from tests.integration.wire import AGENT_REGISTERED, Script, Wire, scripted
+
+pytestmark = pytest.mark.anyio
+
+QUERY = {"action": "query", "id": "after", "body": "still there?"}
+
+
+async def _answered(wire: Wire) -> None:
+    """Check that the worker answers an honest query on this very connection."""
+    await wire.send(QUERY)
+    while (answer := await wire.json())["id"] != "after":
+        pass
+    assert answer["data"]["properties"]["body"] == "still there?"
+    await wire.until_gone()
+
+
+def ignored(*texts: bytes) -> Script:
+    async def script(wire: Wire) -> None:
+        await wire.register()
+        for text in texts:
+            await wire.text(text)
+        await _answered(wire)
+
+    return script
+
+
+def echoed(query_id: Any, body: Any) -> Script:
+    async def script(wire: Wire) -> None:
+        await wire.register()
+        await wire.send({"action": "query", "id": query_id, "body": body, "extra": [1]})
+        answer = await wire.json()
+        assert answer["action"] == "result"
+        assert answer["id"] == query_id
+        expected = body if isinstance(body, str) else json.dumps(body)
+        assert answer["data"]["properties"]["body"] == expected
+        await _answered(wire)
+
+    return script
+
+
+async def query_without_body(wire: Wire) -> None:
+    await wire.register()
+    await wire.send({"action": "query", "id": 7})
+    assert await wire.json() == {"action": "result", "id": 7, "data": None}
+    await _answered(wire)
+
+
+async def text_in_fragments(wire: Wire) -> None:
+    await wire.register()
+    text = json.dumps({"action": "query", "id": "f", "body": "in ünit parts"}, ensure_ascii=False).encode()
+    wire.protocol.send_text(text[:1], fin=False)
+    for byte in text[1:-1]:
+        wire.protocol.send_continuation(bytes([byte]), fin=False)
+        wire.protocol.send_ping(b"between")
+    wire.protocol.send_continuation(text[-1:], fin=True)
+    await wire.flush()
+    answer = await wire.json()
+    assert answer["data"]["properties"]["body"] == "in ünit parts"
+    await _answered(wire)
+
+
+async def binary_frames(wire: Wire) -> None:
+    await wire.register()
+    wire.protocol.send_binary(json.dumps(QUERY).encode())
+    wire.protocol.send_binary(b"\x00\xff", fin=False)
+    wire.protocol.send_continuation(b"\x01", fin=True)
+    await wire.flush()
+    await _answered(wire)
+
+
+async def query_before_the_handshake_is_answered(wire: Wire) -> None:
+    await wire.upgrade()
+    await wire.text(b"{}")
+    await wire.send({"action": "query", "id": "early", "body": "x"})
+    assert (await wire.json())["action"] == "register"
+    assert (await wire.json())["action"] == "agent_hello"
+    assert (await wire.json())["id"] == "early"
+    await wire.send(AGENT_REGISTERED)
+    await _answered(wire)
+
+
+async def oversized_frame(wire: Wire) -> None:
+    await wire.register()
+    await wire.raw(b"\x81\x7f" + (1 << 40).to_bytes(8, "big") + b"x" * 1000)
+    close = await wire.frame(Opcode.CLOSE)
+    assert int.from_bytes(close.data[:2], "big") == 1009
+    await wire.until_gone()
+
+
+async def oversized_message_in_fragments(wire: Wire) -> None:
+    await wire.register()
+    wire.protocol.send_text(b"x" * 1000, fin=False)
+    for _ in range(40):
+        wire.protocol.send_continuation(b"x" * 1000, fin=False)
+    await wire.flush()
+    close = await wire.frame(Opcode.CLOSE)
+    assert int.from_bytes(close.data[:2], "big") == 1009
+    await wire.until_gone()
+
+
+async def text_that_is_not_utf8(wire: Wire) -> None:
+    await wire.register()
+    await wire.text(b'{"action":"query","id":"\xff","body":"x"}')
+    close = await wire.frame(Opcode.CLOSE)
+    assert int.from_bytes(close.data[:2], "big") == 1007
+    await wire.until_gone()
+
+
+async def close_in_the_middle_of_a_frame(wire: Wire) -> None:
+    await wire.register()
+    await wire.raw(Frame(Opcode.TEXT, json.dumps(QUERY).encode()).serialize(mask=False)[:-5])
+
+
+async def garbage_after_the_upgrade(wire: Wire) -> None:
+    await wire.register()
+    await wire.raw(os.urandom(4096))
+    await wire.until_gone()
+
+
+async def masked_frame(wire: Wire) -> None:
+    await wire.register()
+    await wire.raw(Frame(Opcode.TEXT, b"{}").serialize(mask=True))
+    await wire.until_gone()
+
+
+def instead_of_the_upgrade(answer: bytes) -> Script:
+    async def script(wire: Wire) -> None:
+        await wire.reader.readuntil(b"\r\n\r\n")
+        await wire.raw(answer)
+
+    return script
+
+
+async def accepts_and_says_nothing(wire: Wire) -> None:
+    await wire.reader.read(-1)
+
+
+async def upgrades_and_says_nothing(wire: Wire) -> None:
+    await wire.upgrade()
+    await wire.reader.read(-1)
+
+
+async def answers_no_ping(wire: Wire) -> None:
+    await wire.register()
+    await wire.reader.read(-1)
+
+
+async def closes_right_after_registered(wire: Wire) -> None:
+    await wire.upgrade()
+    await wire.json()
+    await wire.send({"status": "ok", "action": "registered"})
+    wire.protocol.send_close(1000)
+    await wire.flush()
+
+
+async def resets(wire: Wire) -> None:
+    await wire.register()
+    wire.writer.transport.abort()
+
+
+def refuses(reply: dict[str, Any]) -> Script:
+    async def script(wire: Wire) -> None:
+        await wire.upgrade()
+        await wire.json()
+        await wire.send(reply)
+        await wire.until_gone()
+
+    return script
+
+
+async def floods_pings_and_reads_nothing(wire: Wire) -> None:
+    await wire.register()
+    for _ in range(1000):
+        await wire.raw(Frame(Opcode.PING, b"x" * 125).serialize(mask=False) * 500)
+
+
+STAYS = {
+    "malformed JSON": (ignored(b"{", b"nonsense", b"", b"[1,2]", b"42", b'"x"', b'{"a":' * 5000), "malformed"),
+    "unknown actions": (ignored(b'{"action":"dance"}', b'{"action":[1]}', b"{}"), "unknown_action"),
+    "errors once ready": (ignored(b'{"error":"unknown_action"}', b'{"status":"error"}'), "error_frame"),
+    "a query without an id": (ignored(b'{"action":"query","body":"x"}'), "query_without_id"),
+    "a query without a body": (query_without_body, "query_without_body"),
+    "an id that is a number": (echoed(1.5e300, "x"), None),
+    "an id that is null": (echoed(None, "x"), None),
+    "an id that is an object": (echoed({"a": [1, {"b": None}]}, "x"), None),
+    "an id that is a long text": (echoed("é" * 3000, "x"), None),
+    "a body that is an object": (echoed("i", {"a": 1}), None),
+    "a body that is null": (echoed("i", None), None),
+    "a body that is a number": (echoed("i", 12.5), None),
+    "a body of any text": (echoed("i", ' \n\t "quoted" \\ ☃ \u0000 '), None),
+    "text in fragments": (text_in_fragments, None),
+    "binary frames": (binary_frames, "binary"),
+    "frames before the handshake is answered": (query_before_the_handshake_is_answered, "unknown_action"),
+}
+
+LOSES = {
+    "an oversized frame": (oversized_frame, "1009"),
+    "an oversized message in fragments": (oversized_message_in_fragments, "1009"),
+    "text that is not UTF-8": (text_that_is_not_utf8, "not UTF-8"),
+    "a close in the middle of a frame": (close_in_the_middle_of_a_frame, "connection"),
+    "garbage after the upgrade": (garbage_after_the_upgrade, "connection"),
+    "a masked frame": (masked_frame, "1002"),
+    "a redirect": (
+        instead_of_the_upgrade(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n"),
+        "redirects elsewhere (302)",
+    ),
+    "a 500": (instead_of_the_upgrade(b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\nOops"), "answered 500"),
+    "a 401": (instead_of_the_upgrade(b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n"), "refused the token (401)"),
+    "a 429": (instead_of_the_upgrade(b"HTTP/1.1 429 No\r\nContent-Length: 0\r\n\r\n"), "429"),
+    "an upgrade without its key": (
+        instead_of_the_upgrade(b"HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"),
+        "no em_disco",
+    ),
+    "garbage instead of the upgrade": (instead_of_the_upgrade(os.urandom(512) + b"\r\n\r\n"), "no em_disco"),
+    "an endless header": (instead_of_the_upgrade(b"HTTP/1.1 101 Yes\r\nA: " + b"x" * 100_000), "no em_disco"),
+    "silence after the accept": (accepts_and_says_nothing, "did not answer the upgrade"),
+    "silence after the upgrade": (upgrades_and_says_nothing, "did not register"),
+    "no answer to a ping": (answers_no_ping, "no ping"),
+    "a flood of pings whose pongs it does not read": (floods_pings_and_reads_nothing, "no ping"),
+    "a close right after registered": (closes_right_after_registered, "1000"),
+    "a reset": (resets, "connection"),
+    "name_mismatch": (refuses({"status": "error", "reason": "name_mismatch"}), "name_mismatch: the token was issued"),
+    "an error in the running reference's form": (
+        refuses({"error": "must register before agent_hello"}),
+        "must register",
+    ),
+    "an error of no known form": (refuses({"error": {"a": [1] * 1000}}), "refused the registration"),
+}
+
+OPTIONS = "reconnect_interval_ms = 30\nupgrade_timeout_ms = 250\nping_interval_ms = 250\nmax_frame_bytes = 32768"
+
+
+async def _unmoved(running: Cluster, before: dict[str, Any], asked: int) -> None:
+    """Check that the worker is the same process with the same memory, and its neighbour never noticed."""
+    after = await running.row("count_server_2")
+    assert after["pid"] == before["pid"]
+    assert after["restarts"] == 0
+    found = await running.results("x", worker="count_server_2")
+    assert found["properties"]["count"] >= asked + 1
+    neighbour = await running.row("count_server")
+    assert (neighbour["state"], neighbour["reconnects"], neighbour["restarts"]) == ("ready", 0, 0)
+
+
+@pytest.mark.parametrize("name", STAYS)
+async def test_worker_stays_connected_through(name: str, tmp_path: Path, node: Node) -> None:
+    script, reason = STAYS[name]
+    done = anyio.Event()
+
+    async def first(wire: Wire) -> None:
+        try:
+            await script(wire)
+        finally:
+            done.set()
+
+    async with (
+        scripted(first) as (bad, url),
+        cluster(tmp_path, agent("count", [node.url, url]), connection=OPTIONS) as running,
+    ):
+        await running.wait_state("count_server", "ready")
+        before = await running.wait_state("count_server_2", "ready")
+        await running.results("one", worker="count_server_2")
+
+        async def counted() -> bool:
+            row = await running.row("count_server_2")
+            return row["queries_node"] >= 1 and (reason is None or row["ignored"].get(reason, 0) >= 1)
+
+        await until(counted, "it is answered and counted")
+        assert bad.connections == 1
+        await _unmoved(running, before, 1)
+        if reason is not None:
+            lines = [line for line in running.events("frames_ignored") if line["reason"] == reason]
+            assert len(lines) == 1, "logged once, not once a frame"
+        assert "Traceback" not in running.log
+        await running.stop()
+        await done.wait()
+
+
+@pytest.mark.parametrize("name", LOSES)
+async def test_worker_comes_back_after(name: str, tmp_path: Path, node: Node) -> None:
+    script, words = LOSES[name]
+    async with (
+        scripted(script) as (bad, url),
+        cluster(tmp_path, agent("count", [node.url, url]), connection=OPTIONS) as running,
+    ):
+        await running.wait_state("count_server", "ready")
+        before = await running.wait_up("count_server_2")
+        await running.results("one", worker="count_server_2")
+        await until(lambda: bad.connections >= 2, f"it connects again\n{running.log}")
+        await running.wait_state("count_server_2", "ready")
+        assert words in running.events("backoff")[0]["reason"]
+        await _unmoved(running, before, 1)
+        row = await running.row("count_server_2")
+        assert words in row["last_error"]
+        assert "Traceback" not in running.log
+
+
+async def test_handler_that_blocks_does_not_keep_pings_unanswered_and_its_queue_is_answered_in_order(
+    tmp_path: Path,
+) -> None:
+    handlers = f"""
+import pathlib, time
+gate = pathlib.Path({str(tmp_path / "gate")!r})
+def handle(body, memory):
+    while body == "block" and not gate.exists():
+        time.sleep(0.005)
+    return body, memory
+"""
+    pongs, order = 0, []
+
+    async def script(wire: Wire) -> None:
+        nonlocal pongs
+        await wire.register()
+        for number, body in enumerate(["block", *map(str, range(50))]):
+            await wire.send({"action": "query", "id": number, "body": body})
+        for _ in range(20):
+            wire.protocol.send_ping(b"there?")
+            await wire.flush()
+            frame = await wire.frame(Opcode.PONG, Opcode.TEXT)
+            assert frame.opcode is Opcode.PONG, "nothing is answered while the handler blocks, but the pings"
+            pongs += 1
+        (tmp_path / "gate").touch()
+        for _ in range(51):
+            order.append((await wire.json())["id"])
+        await wire.until_gone()
+
+    async with scripted(script) as (_, url), cluster(tmp_path, agent("slow", [url]), handlers=handlers):
+        await until(lambda: len(order) == 51, "everything is answered")
+    assert pongs == 20
+    assert order == list(range(51))
+
+
+async def test_node_that_floods_is_read_no_faster_than_the_handler_works(tmp_path: Path) -> None:
+    import psutil
+
+    handlers = f"""
+import pathlib, time
+gate = pathlib.Path({str(tmp_path / "gate")!r})
+def handle(body, memory):
+    while not gate.exists():
+        time.sleep(0.005)
+    return None, memory
+"""
+    sent = answered = 0
+    total = 60_000
+
+    async def script(wire: Wire) -> None:
+        nonlocal sent, answered
+        await wire.register()
+
+        async def blast() -> None:
+            nonlocal sent
+            frame = Frame(Opcode.TEXT, json.dumps({"action": "query", "id": 1, "body": "x" * 2000}).encode())
+            data = frame.serialize(mask=False)
+            for _ in range(total // 100):
+                await wire.raw(data * 100)
+                sent += 100
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(blast)
+            for _ in range(total):
+                await wire.json()
+                answered += 1
+        await wire.until_gone()
+
+    async with scripted(script) as (_, url), cluster(tmp_path, agent("slow", [url]), handlers=handlers) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("slow_server")
+        previous = -1
+
+        def stalled() -> bool:
+            nonlocal previous
+            stuck, previous = sent > 1000 and sent == previous, sent
+            return stuck
+
+        for _ in range(20):  # the flood has come to rest against TCP's windows
+            await until(stalled, "the flood is held back")
+        assert sent < total
+        assert psutil.Process(pid).memory_info().rss < 150 * 1024 * 1024
+        (tmp_path / "gate").touch()
+        await until(lambda: answered == total, "everything is answered in the end", 40)
+        assert (await running.row("slow_server"))["reconnects"] == 0

@@ -1,0 +1,287 @@
+"""The routes and every error row of the HTTP interface, against a real runner."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from disco import Node
+from tests.cluster import Cluster, agent, cluster, until
+
+pytestmark = pytest.mark.anyio
+
+ECHO = "def handle(body, memory):\n    return body, memory\n"
+GATED = """
+import pathlib, time
+def handle(body, memory):
+    pathlib.Path("began").touch()
+    while body != "free" and not pathlib.Path("gate").exists():
+        time.sleep(0.005)
+    return body, memory
+"""
+
+
+async def test_routes_to_the_worker_that_is_named_else_to_the_primary(
+    tmp_path: Path, node: Node, other_node: Node
+) -> None:
+    async with cluster(
+        tmp_path, agent("a", [node.url, other_node.url]), agent("b", [node.url]), handlers=ECHO
+    ) as running:
+        await running.wait_ready()
+        await running.wait_state("a_server_2", "ready")
+        http = running.http
+
+        async def answered_by(path: str, **named: str) -> str | None:
+            answer = await http.post(path, json={"query": "x", **named})
+            assert (answer.status_code, answer.json()) == (200, {"results": "x"}), answer.text
+            assert answer.headers["content-type"] == "application/json"
+            return answer.headers.get("x-worker")
+
+        assert await answered_by("/agent/query", agent="a") == "a_server"
+        assert await answered_by("/agent/query", agent="b") == "b_server"
+        assert await answered_by("/agent/query", worker="a_server_2") == "a_server_2"
+        assert await answered_by("/agent/query", worker="a_server_2", agent="a") == "a_server_2"
+        assert await answered_by("/agents/b/query") == "b_server"
+        assert await answered_by("/workers/a_server_2/query") == "a_server_2"
+
+        several = await http.post("/agent/query", json={"query": "x"})
+        assert several.status_code == 400
+        assert "a, b" in several.json()["error"]
+        for body, names in (
+            ({"agent": "zz"}, "a, b"),
+            ({"worker": "zz"}, "a_server, a_server_2, b_server"),
+            ({"worker": "b_server", "agent": "a"}, "b_server"),
+        ):
+            unknown = await http.post("/agent/query", json={"query": "x", **body})
+            assert unknown.status_code == 404
+            assert names in unknown.json()["error"]
+        assert (await http.post("/agents/zz/query", json={"query": "x"})).status_code == 404
+        assert (await http.post("/agents/a/query", json={"query": "x", "agent": "b"})).status_code == 400
+
+
+BAD_BODIES: list[bytes] = [
+    b"", b"nonsense", b"[]", b"{}", b'"x"', b'{"query":1}', b'{"query":null}', b'{"q":"x"}', b'{"query":"\xff"}',
+    b'{"query":"\\ud800"}', b"[" * 60_000, b'{"query":"x","agent":1}',
+]  # fmt: skip
+
+
+async def test_every_wrong_request_gets_its_status_and_a_json_error(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
+        await running.wait_ready()
+        http = running.http
+        for body in BAD_BODIES:
+            answer = await http.post("/agent/query", content=body)
+            assert answer.status_code == 400, body[:40]
+            assert answer.json() == {"error": "body must be JSON with a 'query' field"}
+        for method, path, status in (
+            ("GET", "/agent/query", 405),
+            ("POST", "/health", 405),
+            ("DELETE", "/workers", 405),
+            ("GET", "/nowhere", 404),
+        ):
+            answer = await http.request(method, path)
+            assert answer.status_code == status
+            assert "error" in answer.json()
+        assert "POST" in (await http.get("/agent/query")).headers["allow"]
+        assert (await http.get("/health")).json() == {"status": "ok"}
+        fits = await http.post("/agent/query", json={"query": "x" * 60_000})
+        assert fits.status_code == 200
+
+
+async def test_large_body_is_refused_without_being_read(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
+        await running.wait_ready()
+        url = running.http.base_url
+        async with await anyio.connect_tcp(url.host, url.port or 0) as stream:
+            await stream.send(b"POST /agent/query HTTP/1.1\r\nHost: x\r\nContent-Length: 65537\r\n\r\n")
+            answer = await stream.receive()  # nothing of the body was sent
+            assert answer.startswith(b"HTTP/1.1 413 ")
+            assert [chunk async for chunk in stream] == [], "the connection is closed after the answer"
+
+        async def chunks() -> Any:
+            for _ in range(70):
+                yield b"x" * 1024
+
+        answer = await running.http.post("/agent/query", content=chunks())
+        assert answer.status_code == 413
+        assert "65536" in answer.json()["error"]
+
+
+async def test_no_answer_before_the_deadline_is_504_and_the_query_is_not_run_later(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import pathlib, time
+def handle(body, memory):
+    with open("ran", "a") as file:
+        file.write(body + "\\n")
+    while body == "slow" and not pathlib.Path("gate").exists():
+        time.sleep(0.005)
+    return body, memory
+"""
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=handlers, runner="query_timeout_ms = 300") as running:
+        await running.wait_ready()
+        answers: list[httpx.Response] = []
+
+        async def ask(text: str) -> None:
+            answers.append(await running.ask(text))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, "slow")
+            await until((tmp_path / "ran").exists, "the handler is at it")
+            tasks.start_soon(ask, "behind")
+        assert {answer.status_code for answer in answers} == {504}
+        (tmp_path / "gate").touch()
+        assert await running.results("next") == "next"
+        assert (tmp_path / "ran").read_text().split() == ["slow", "next"]
+
+
+async def test_full_worker_refuses_at_once_with_retry_after(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=GATED, runner="max_in_flight = 4") as running:
+        await running.wait_ready()
+        answers: list[httpx.Response] = []
+
+        async def ask() -> None:
+            answers.append(await running.ask("x"))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(10):
+                tasks.start_soon(ask)
+            await until(lambda: len(answers) == 6, "what does not fit is refused")
+            assert {answer.status_code for answer in answers} == {503}
+            assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+            (tmp_path / "gate").touch()
+        assert [answer.status_code for answer in answers[6:]] == [200] * 4
+
+
+async def test_client_that_goes_away_frees_its_place(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=GATED, runner="max_in_flight = 2") as running:
+        await running.wait_ready()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(running.ask, "x")
+            tasks.start_soon(running.ask, "x")
+            await until((tmp_path / "began").exists, "the handler is at it")
+
+            async def full() -> bool:
+                with anyio.move_on_after(0.05):
+                    return (await running.ask("free")).status_code == 503
+                return False
+
+            await until(full, "the worker is full")
+            tasks.cancel_scope.cancel()  # both clients hang up
+
+        async def place() -> bool:
+            with anyio.move_on_after(0.3):
+                return (await running.ask("free")).status_code == 200
+            return True  # admitted: it waits for the handler rather than being refused
+
+        await until(place, "a place is free")
+        (tmp_path / "gate").touch()
+        assert await running.results("free") == "free"
+
+
+async def test_bearer_token_guards_every_route_but_health(tmp_path: Path, node: Node) -> None:
+    (tmp_path / "token").write_text("let-me-in\n")
+    (tmp_path / "token").chmod(0o600)
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO, runner='http_token_file = "token"') as running:
+        http = running.http
+        assert (await http.get("/health")).status_code == 200
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "let-me-in"}):
+            for method, path in (("GET", "/workers"), ("GET", "/ready"), ("POST", "/agent/query"), ("GET", "/zz")):
+                refused = await http.request(method, path, headers=headers)
+                assert refused.status_code == 401
+                assert refused.headers["www-authenticate"] == "Bearer"
+        http.headers["authorization"] = "Bearer let-me-in"
+        await running.wait_ready()
+        assert await running.results("x") == "x"
+        assert "let-me-in" not in running.log + str(await running.rows())
+
+
+async def test_port_in_use_is_one_clear_line(tmp_path: Path, node: Node) -> None:
+    import subprocess
+    import sys
+
+    from tests.cluster import ROOT
+
+    (tmp_path / "handlers.py").write_text(ECHO)
+    (tmp_path / "em-runner.toml").write_text(agent("a", [node.url]))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "runner", "run", "-c", str(tmp_path / "em-runner.toml"), "--http", address]
+        ended = await anyio.to_thread.run_sync(
+            lambda: subprocess.run(
+                [*command, "--state-dir", str(tmp_path / "s")], capture_output=True, text=True, cwd=ROOT, timeout=20
+            )
+        )
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert address in ended.stderr
+    assert "--http" in ended.stderr
+
+
+async def test_ready_says_which_worker_is_not(tmp_path: Path, node: Node) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        down = f"ws://127.0.0.1:{nobody.getsockname()[1]}"
+        async with cluster(tmp_path, agent("a", [node.url]), agent("b", [down]), handlers=ECHO) as running:
+            await running.wait_state("a_server", "ready")
+            await running.wait_state("b_server", "backoff")
+            answer = await running.http.get("/ready")
+            assert answer.status_code == 503
+            agents = answer.json()["agents"]
+            assert agents["a"] == {"ready": True, "workers": {"a_server": "ready"}}
+            assert not agents["b"]["ready"]
+            assert "refused" in agents["b"]["workers"]["b_server"]
+            assert await running.results("x", agent="b") == "x", "a worker answers HTTP without its node"
+
+
+async def test_queries_move_to_the_next_worker_that_is_up(tmp_path: Path, node: Node, other_node: Node) -> None:
+    handlers = """
+import pathlib, os, sys
+class Agent:
+    def setup(self):
+        title = __import__("setproctitle").getproctitle()
+        if " a_server " in title and pathlib.Path("broken").exists():
+            os._exit(1)
+    def handle(self, body, memory):
+        return body, memory
+"""
+    import os
+    import signal
+
+    async with cluster(
+        tmp_path, agent("a", [node.url, other_node.url], handler="handlers.py:Agent"), handlers=handlers
+    ) as running:
+        await running.wait_ready()
+        await running.wait_state("a_server_2", "ready")
+        assert (await running.ask("x")).headers["x-worker"] == "a_server"
+        (tmp_path / "broken").touch()
+        os.kill(await running.worker_pid("a_server"), signal.SIGKILL)
+
+        async def moved() -> bool:
+            return (await running.ask("x")).headers.get("x-worker") == "a_server_2"
+
+        await until(moved, "the next worker answers")
+        assert (await running.ask("x", worker="a_server")).status_code == 503
+
+
+async def test_row_tells_what_happened(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
+        await running.wait_ready()
+        await running.results("x")
+        await node.query("y")
+        await _check_row(running, node)
+
+
+async def _check_row(running: Cluster, node: Node) -> None:
+    async def counted() -> bool:
+        return (await running.row("a_server"))["queries"] == 2
+
+    await until(counted, "both queries are counted")
+    row = await running.row("a_server")
+    assert (row["agent"], row["node"], row["state"]) == ("a", node.url, "ready")
+    assert (row["queries_node"], row["queries_http"], row["errors"], row["restarts"]) == (1, 1, 0, 0)
+    assert row["uptime_s"] > 0

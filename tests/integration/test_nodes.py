@@ -1,0 +1,244 @@
+"""A worker and its node over time: down and up again, names taken and freed, tokens, TLS."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import trustme
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as serve_websocket
+
+from disco import Node, NodeSettings, serve
+from shared import tokens
+from shared.config import Agent, HandlerRef, WorkerSpec
+from shared.config import Connection as Options
+from shared.ipc import Counters
+from shared.nodes import NodeAddress
+from shared.tokens import Secret
+from tests.cluster import agent, cluster, until
+from tests.integration.wire import AGENT_REGISTERED, REGISTERED
+from worker.connection import Connection
+from worker.dispatch import dispatcher_for
+from worker.handler import load
+from worker.memory import NoMemory
+
+pytestmark = pytest.mark.anyio
+SECRET = "0123456789abcdef0123456789abcdef"
+
+
+@asynccontextmanager
+async def held_port() -> AsyncIterator[int]:
+    """A port on which nobody listens and which nobody else is given; a node may listen on it later."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+async def test_node_that_is_down_then_up_is_joined_within_one_interval_and_nothing_is_restarted(
+    tmp_path: Path, node: Node
+) -> None:
+    interval_s = 1.0
+    async with (
+        held_port() as port,
+        cluster(
+            tmp_path,
+            agent("count", [f"ws://127.0.0.1:{port}"]),
+            connection="reconnect_interval_ms = 1000",
+        ) as running,
+    ):
+        before = await running.wait_state("count_server", "backoff")
+        assert not await running.ready()
+        assert (await running.results("x"))["properties"]["count"] == 1
+        for _ in range(2):
+            async with serve(NodeSettings(port=port)) as late:
+                with anyio.fail_after(interval_s + 0.3):  # the handshake's own time is not the interval's
+                    await late.wait_for("count", interval_s + 0.3)
+                await running.wait_ready()
+            await running.wait_state("count_server", "backoff")
+            assert not await running.ready()
+        after = await running.row("count_server")
+        assert (after["pid"], after["restarts"]) == (before["pid"], 0)
+        assert (await running.results("x"))["properties"]["count"] == 2, "its memory is intact"
+
+
+async def test_worker_whose_name_is_taken_says_so_stays_up_and_registers_once_it_is_free(
+    tmp_path: Path, node: Node
+) -> None:
+    async with connect(f"{node.url}/ws") as holder:
+        await holder.send('{"action":"register","name":"count"}')
+        await holder.send('{"action":"agent_hello","capabilities":[]}')
+        await node.wait_for("count")
+        async with cluster(tmp_path, agent("count", [node.url])) as running:
+
+            async def refused() -> bool:
+                return "name_taken" in (await running.row("count_server"))["detail"]
+
+            await until(refused, "it says that the name is taken")
+            before = await running.row("count_server")
+            assert not await running.ready()
+            assert (await running.results("x"))["properties"]["count"] == 1
+            assert len(running.events("backoff")) == 1
+            await holder.close()
+            await running.wait_ready()
+            after = await running.row("count_server")
+            assert (after["pid"], after["restarts"]) == (before["pid"], 0)
+
+
+async def test_quiet_worker_is_kept_by_its_pings(tmp_path: Path, anyio_backend: object) -> None:
+    async with serve(NodeSettings(port=0, idle_timeout_ms=300)) as strict:
+        async with cluster(
+            tmp_path,
+            agent("count", [strict.url]),
+            connection="reconnect_interval_ms = 50\nping_interval_ms = 100",
+        ) as running:
+            await running.wait_ready()
+            first = strict.registry.agents()[0].connected_at
+            uptime = (await running.row("count_server"))["uptime_s"]
+
+            async def outlived() -> bool:  # five idle time-outs
+                return (await running.row("count_server"))["uptime_s"] > uptime + 1.5
+
+            await until(outlived, "the worker has been up for a while")
+            assert (await running.row("count_server"))["reconnects"] == 0
+            assert strict.registry.agents()[0].connected_at == first
+
+
+async def test_token_is_read_afresh_at_each_connect(tmp_path: Path, anyio_backend: object) -> None:
+    file = tmp_path / "count.jwt"
+    expired = tokens.mint(SECRET, "count", ttl_s=-10)
+    other = tokens.mint(SECRET, "somebody", ttl_s=60)
+    good = tokens.mint(SECRET, "count", ttl_s=60)
+    file.write_text(expired)
+    file.chmod(0o600)
+    async with serve(NodeSettings(port=0, secret=Secret(SECRET))) as guarded:
+        options = {"jwt_token_file": str(file)}
+        async with cluster(tmp_path, agent("count", [guarded.url], **options)) as running:
+            for token, words in ((None, "refused the token (401)"), (other, "name_mismatch"), ("", "is empty")):
+                if token is not None:
+                    file.write_text(token)
+
+                async def told(words: str = words) -> bool:
+                    return words in (await running.row("count_server"))["detail"]
+
+                await until(told, words)
+            pid = await running.worker_pid("count_server")
+            file.write_text(good)
+            await running.wait_ready()
+            assert await running.worker_pid("count_server") == pid
+            shown = running.log + str(await running.rows()) + (tmp_path / "em-runner.toml").read_text()
+            assert not any(token in shown for token in (expired, other, good))
+
+
+@pytest.mark.parametrize("way", ["value", "file", "secret", "environment"])
+async def test_token_comes_by_each_way_and_is_never_shown(way: str, tmp_path: Path, anyio_backend: object) -> None:
+    import psutil
+
+    token = tokens.mint(SECRET, "count", ttl_s=60)
+    (tmp_path / "token").write_text(token)
+    (tmp_path / "secret").write_text(SECRET)
+    for name in ("token", "secret"):
+        (tmp_path / name).chmod(0o600)
+    options: dict[str, Any] = {
+        "value": {"jwt_token": token},
+        "file": {"jwt_token_file": "token"},
+        "secret": {"jwt_secret_file": "secret"},
+        "environment": {},
+    }[way]
+    environ = {"EM_FILTER_JWT_TOKEN": token} if way == "environment" else None
+    async with (
+        serve(NodeSettings(port=0, secret=Secret(SECRET))) as guarded,
+        cluster(
+            tmp_path, agent("count", [guarded.url], **options), runner='log_level = "debug"', environ=environ
+        ) as running,
+    ):
+        await running.wait_ready()
+        titles = " ".join(" ".join(psutil.Process(pid).cmdline()) for pid in running.note_processes())
+        shown = running.log + str(await running.rows()) + titles
+        assert token not in shown
+        assert SECRET not in shown
+
+
+async def _tls_node(websocket: ServerConnection) -> None:
+    import json
+
+    async for _ in websocket:
+        await websocket.send(json.dumps(REGISTERED))
+        await websocket.recv()
+        await websocket.send(json.dumps(AGENT_REGISTERED))
+        await websocket.wait_closed()
+
+
+@asynccontextmanager
+async def tls_node(certificate: trustme.LeafCert) -> AsyncIterator[int]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    async with serve_websocket(_tls_node, "127.0.0.1", 0, ssl=context) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_tls_node_is_joined_when_its_certificate_verifies(tmp_path: Path, anyio_backend: object) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    async with tls_node(ca.issue_cert("localhost")) as port:
+        async with cluster(tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")) as running:
+            await running.wait_ready()
+
+
+@pytest.mark.parametrize(
+    ("names", "trusted", "words"),
+    [(["localhost"], False, "certificate"), (["elsewhere.example"], True, "Hostname mismatch")],
+)
+async def test_tls_node_is_refused_when_its_certificate_does_not_verify(
+    names: list[str], trusted: bool, words: str, tmp_path: Path, anyio_backend: object
+) -> None:
+    ca = trustme.CA()
+    (ca if trusted else trustme.CA()).cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    async with tls_node(ca.issue_cert(*names)) as port:
+        async with cluster(tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")) as running:
+            row = await running.wait_state("count_server", "backoff")
+            assert "certificate of localhost" in row["detail"]
+            assert words in row["detail"]
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})])
+async def test_wildcard_certificate_verifies(
+    tmp_path: Path, anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In this process, and on the loop that asks Python for addresses, so that the name can be given one.
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **more: real("127.0.0.1" if "node" in str(host) else host, *rest, **more),
+    )
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    states: list[tuple[str, str]] = []
+    async with tls_node(ca.issue_cert("*.disco.example")) as port:
+        spec = WorkerSpec(
+            name="w",
+            agent=Agent(
+                name="a",
+                handler=HandlerRef("worker.echo", None, "handle", tmp_path),
+                nodes=(),
+                connection=Options(tls_ca_file=tmp_path / "ca.pem"),
+            ),
+            node=NodeAddress("node.disco.example", port, True),
+            index=1,
+        )
+        dispatcher = dispatcher_for(load(spec.agent.handler), NoMemory(), Counters())
+        connection = Connection(spec, (), dispatcher, Counters(), lambda *state: states.append(state))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(connection.run)
+            await until(lambda: states[-1:] == [("ready", "")] or "backoff" in dict(states), "it is decided")
+            tasks.cancel_scope.cancel()
+    assert states[-1] == ("ready", ""), states

@@ -1,0 +1,323 @@
+"""What dies is started again, alone; what the runner leaves behind is nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anyio
+import httpx
+import psutil
+import pytest
+
+from disco import Node
+from tests.cluster import ROOT, Cluster, agent, alive, cluster, until
+
+pytestmark = pytest.mark.anyio
+
+HANGS = """
+import pathlib, time
+def handle(body, memory):
+    pathlib.Path("began").touch()
+    time.sleep(3600)
+"""
+
+
+async def test_killed_worker_is_registered_again_within_a_second_and_its_neighbour_answers_throughout(
+    tmp_path: Path, node: Node, other_node: Node
+) -> None:
+    async with cluster(tmp_path, agent("count", [node.url, other_node.url])) as running:
+        await running.wait_ready()
+        await running.wait_state("count_server_2", "ready")
+        assert (await running.results("a", worker="count_server"))["properties"]["count"] == 1
+        victim = await running.worker_pid("count_server_2")
+        answered = 0
+
+        async def ask_the_neighbour(scope: anyio.CancelScope) -> None:
+            nonlocal answered
+            while not scope.cancel_called:
+                found = await running.results("n", worker="count_server")
+                answered += 1
+                assert found["properties"]["count"] == answered + 1
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask_the_neighbour, tasks.cancel_scope)
+            await until(lambda: answered > 5, "the neighbour answers")
+            began = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
+            await other_node.wait_gone("count", 1.0)
+            await other_node.wait_for("count", 1.0)
+            took = time.monotonic() - began
+            before = answered
+            await until(lambda: answered > before + 5, "the neighbour still answers")
+            tasks.cancel_scope.cancel()
+        assert took < 1.0
+        row = await running.row("count_server_2")
+        assert row["restarts"] == 1
+        assert row["incarnation"] == 2
+        assert row["pid"] != victim
+        assert "SIGKILL" in row["last_error"]
+        assert (await running.row("count_server"))["restarts"] == 0
+
+
+async def test_queries_of_a_dead_worker_are_answered_503_at_once(tmp_path: Path, node: Node) -> None:
+    handlers = HANGS
+    async with cluster(tmp_path, agent("slow", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("slow_server")
+        answers = []
+
+        async def ask() -> None:
+            answers.append(await running.ask("x"))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(ask)
+            await anyio.wait_all_tasks_blocked()
+            await until(lambda: len(psutil_connections(running.process.pid)) >= 20, "the queries have arrived")
+            os.kill(pid, signal.SIGKILL)
+        assert {answer.status_code for answer in answers} == {503}
+        assert all("retry-after" in answer.headers for answer in answers)
+
+
+def psutil_connections(pid: int) -> list[object]:
+    return [c for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
+
+
+async def test_no_worker_outlives_a_killed_runner_whatever_its_handler_does(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import re, time
+
+def count(body, memory):
+    return None, memory
+
+def in_python(body, memory):
+    while True:
+        pass
+
+async def on_the_loop(body, memory):
+    while True:
+        pass
+
+def holding_the_lock(body, memory):
+    re.match(r"(a+)+b", "a" * 200)
+"""
+    names = ["count", "in_python", "on_the_loop", "holding_the_lock"]
+    agents = [agent(name, [node.url], handler=f"handlers.py:{name}") for name in names]
+    async with cluster(tmp_path, *agents, handlers=handlers) as running:
+        await running.wait_ready()
+        rows = await running.rows()
+        async with anyio.create_task_group() as tasks:
+            for name in names[1:]:
+                tasks.start_soon(_ask_in_vain, running, name)
+            await until(lambda: _busy(rows[f"{names[-1]}_server"]["pid"]), "the handlers are at it")
+            running.process.kill()
+            await running.gone(2.0)
+            tasks.cancel_scope.cancel()
+        assert not any(alive(row["pid"]) for row in rows.values())
+
+
+async def _ask_in_vain(running: Cluster, name: str) -> None:
+    with contextlib.suppress(httpx.TransportError):
+        await running.ask("x", agent=name)
+
+
+def _busy(pid: int) -> bool:
+    return psutil.Process(pid).cpu_times().user > 0.3
+
+
+async def test_runner_starts_again_after_it_was_killed(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        running.process.kill()
+        await running.gone(2.0)
+        assert (tmp_path / "state" / "ipc" / "router.sock").exists()
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        assert await running.stop() == 0
+
+
+async def test_sigterm_leaves_no_process_and_no_socket(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        assert await running.stop(signal.SIGTERM, 6.0) == 0
+        await running.gone(2.0)
+        assert not (tmp_path / "state" / "ipc").exists()
+        assert not (tmp_path / "state" / "runner.json").exists()
+        assert "count" not in node.registry
+        assert "Traceback" not in running.log
+
+
+async def test_drain_answers_what_is_in_flight_before_it_ends(tmp_path: Path, node: Node) -> None:
+    handlers = f"""
+import pathlib, time
+gate = pathlib.Path({str(tmp_path / "gate")!r})
+def handle(body, memory):
+    while not gate.exists():
+        time.sleep(0.005)
+    return [{{"type": "t", "properties": {{"title": body}}}}], memory
+"""
+    async with cluster(tmp_path, agent("slow", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        statuses, found = [], []
+
+        async def ask_http(text: str) -> None:
+            statuses.append((await running.ask(text)).status_code)
+
+        async def ask_node(text: str) -> None:
+            found.extend(await node.query(text))
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(5):
+                tasks.start_soon(ask_http, f"h{number}")
+                tasks.start_soon(ask_node, f"n{number}")
+            await until(lambda: node.in_flight == 5, "the node has asked")
+            await until(lambda: len(psutil_connections(running.process.pid)) >= 5, "HTTP has asked")
+            running.process.send_signal(signal.SIGTERM)
+            await until(lambda: running.events("draining"), "the runner drains")
+            (tmp_path / "gate").touch()
+        assert statuses == [200] * 5
+        assert sorted(item["properties"]["title"] for item in found) == [f"n{n}" for n in range(5)]
+        await until(lambda: running.process.poll() == 0, "the runner has ended")
+
+
+async def test_drain_that_takes_too_long_is_cut_short_and_the_exit_status_is_0(tmp_path: Path, node: Node) -> None:
+    handlers = HANGS
+    async with cluster(
+        tmp_path, agent("slow", [node.url]), handlers=handlers, supervision="shutdown_timeout_ms = 300"
+    ) as running:
+        await running.wait_ready()
+        async with anyio.create_task_group() as tasks:
+            answers = []
+
+            async def ask() -> None:
+                answers.append(await running.ask("x"))
+
+            tasks.start_soon(ask)
+            await until((tmp_path / "began").exists, "the handler is at it")
+            assert await running.stop(limit_s=2.5) == 0
+        assert answers[0].status_code == 503
+        await running.gone(2.0)
+
+
+async def test_second_signal_skips_the_drain(tmp_path: Path, node: Node) -> None:
+    handlers = HANGS
+    async with cluster(
+        tmp_path, agent("slow", [node.url]), handlers=handlers, supervision="shutdown_timeout_ms = 60000"
+    ) as running:
+        await running.wait_ready()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(running.ask, "x")
+            await until((tmp_path / "began").exists, "the handler is at it")
+            running.process.send_signal(signal.SIGINT)
+            await until(lambda: running.events("draining"), "the runner drains")
+            assert await running.stop(signal.SIGINT, 3.0) == 0
+        await running.gone(2.0)
+
+
+async def test_sigterm_to_the_whole_process_group_starts_nothing_again(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        running.note_processes()
+        os.killpg(running.process.pid, signal.SIGTERM)
+        await until(lambda: running.process.poll() is not None, "the runner has ended")
+        assert running.process.returncode == 0
+        assert len(running.events("worker_started")) == 1
+        await running.gone(2.0)
+
+
+async def test_sigterm_to_a_worker_drains_it_and_it_is_started_again(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("count_server")
+        os.kill(pid, signal.SIGTERM)
+        await until(lambda: not alive(pid), "the worker has left")
+        await until(lambda: running.events("worker_restarting"), "its end is logged")
+        assert "exit status 0" in running.events("worker_restarting")[0]["why"]
+        row = await running.wait_state("count_server", "ready")
+        assert row["pid"] != pid
+
+
+async def test_crash_loop_is_failed_alone(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import os
+def crash(body, memory):
+    os._exit(3)
+class Broken:
+    def setup(self):
+        os._exit(3)
+    def handle(self, body, memory):
+        return None, memory
+def handle(body, memory):
+    return body, memory
+"""
+    async with cluster(
+        tmp_path,
+        agent("good", [node.url]),
+        agent("bad", [node.url], handler="handlers.py:Broken"),
+        handlers=handlers,
+        supervision="max_restarts = 3",
+    ) as running:
+        row = await running.wait_state("bad_server", "failed")
+        assert row["restarts"] == 4
+        assert "exit status 3" in row["last_error"]
+        await running.wait_state("good_server", "ready")
+        assert (await running.row("good_server"))["restarts"] == 0
+        assert await running.results("x", agent="good") == "x"
+        refused = await running.ask("x", agent="bad")
+        assert refused.status_code == 503
+        assert "retry-after" in refused.headers
+        answer = await running.http.get("/ready")
+        assert answer.status_code == 503
+        assert "failed" in answer.json()["agents"]["bad"]["workers"]["bad_server"]
+
+
+async def test_fork_server_that_dies_is_started_again_unnoticed(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("count_server")
+        server = _fork_server(running.process.pid)
+        os.kill(server, signal.SIGKILL)
+        await until(lambda: not alive(server), "the fork server is dead")
+        assert (await running.results("x"))["properties"]["count"] == 1
+        assert (await running.row("count_server"))["pid"] == pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: running.events("worker_restarting"), "the worker's death is seen")
+        row = await running.wait_state("count_server", "ready")
+        assert row["pid"] != pid
+        assert row["restarts"] == 1
+
+
+def _fork_server(runner: int) -> int:
+    for child in psutil.Process(runner).children():
+        if "forkserver" in " ".join(child.cmdline()):
+            return child.pid
+    raise AssertionError("there is no fork server")
+
+
+async def test_workers_are_titled_for_ps(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        title = " ".join(psutil.Process(await running.worker_pid("count_server")).cmdline())
+        assert title.strip() == f"em-worker count_server {node.url}"
+
+
+async def test_second_runner_on_the_same_state_folder_is_refused_with_the_pid_of_the_first(
+    tmp_path: Path, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        command = [sys.executable, "-m", "runner", "run", "-c", str(tmp_path / "em-runner.toml")]
+        command += ["--http", "127.0.0.1:0", "--state-dir", str(tmp_path / "state")]
+        second = await anyio.to_thread.run_sync(
+            lambda: subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+        )
+        assert second.returncode == 1
+        assert f"pid {running.process.pid}" in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        assert await running.ready()

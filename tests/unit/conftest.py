@@ -1,0 +1,19 @@
+"""What the unit tests share: a silent log, and how long hypothesis may take."""
+
+from __future__ import annotations
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, settings
+
+# Two busy cores make a single example slow now and then; that is no failure.
+settings.register_profile("unit", deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unit")
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _silent_log():
+    """Render no log lines; tests that are about them capture them."""
+    structlog.configure(processors=[], logger_factory=structlog.testing.ReturnLoggerFactory())
+    yield
+    structlog.reset_defaults()

@@ -1,0 +1,158 @@
+"""`worker.memory`: what a query leaves for the next one, and what a failed one does not."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.memory import Memory, open_memory
+
+
+def keep(memory: Memory, value: dict[Any, Any]) -> None:
+    memory.checkout()
+    memory.commit(value)
+
+
+def test_memory_is_empty_at_first() -> None:
+    assert open_memory("ram").checkout() == {}
+    assert open_memory("none").checkout() == {}
+
+
+def test_committed_dict_is_the_next_one() -> None:
+    memory = open_memory("ram")
+    keep(memory, {"a": 1})
+    assert memory.checkout() == {"a": 1}
+
+
+def test_dict_changed_in_place_and_committed_is_the_next_one() -> None:
+    memory = open_memory("ram")
+    current = memory.checkout()
+    current["a"] = [1]
+    memory.commit(current)
+    assert memory.checkout() == {"a": [1]}
+
+
+def test_no_memory_keeps_nothing_and_shares_nothing() -> None:
+    memory = open_memory("none")
+    first = memory.checkout()
+    first["a"] = 1
+    memory.commit(first)
+    assert memory.checkout() == {}
+    memory.rollback()
+    assert memory.checkout() == {}
+
+
+class Point:
+    def __init__(self, x: int) -> None:
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Point) and other.x == self.x
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        {"n": 1, "text": "a", "none": None, "flag": True, "bytes": b"x", "float": 0.5},
+        {"list": [1, [2, [3]]]},
+        {"dict": {"set": {1, 2}}},
+        {"object": Point(1)},
+        {(1, 2): [3]},
+        {"default": defaultdict(list, {"a": [1]})},
+        {"bytearray": bytearray(b"abc")},
+    ],
+)
+def test_rollback_brings_back_what_was_changed_at_any_depth(before: dict[Any, Any]) -> None:
+    memory = open_memory("ram")
+    keep(memory, copy.deepcopy(before))
+    for _ in range(2):
+        spoil(memory.checkout())
+        memory.rollback()
+        assert memory.checkout() == before
+
+
+def spoil(value: Any) -> None:
+    """Change everything that can be changed in place."""
+    match value:
+        case dict():
+            for inner in value.values():
+                spoil(inner)
+            value.clear()
+            value["spoilt"] = True
+        case list():
+            for inner in value:
+                spoil(inner)
+            value.append("spoilt")
+        case set():
+            value.add("spoilt")
+        case bytearray():
+            value += b"spoilt"
+        case Point():
+            value.x = -1
+
+
+def test_rollback_keeps_the_kind_of_dict() -> None:
+    memory = open_memory("ram")
+    keep(memory, OrderedDict(a=1))
+    memory.checkout()["b"] = 2
+    memory.rollback()
+    assert memory.checkout() == OrderedDict(a=1)
+    assert type(memory.checkout()) is OrderedDict
+
+
+def test_what_cannot_be_copied_is_shared_and_the_rest_is_brought_back() -> None:
+    memory = open_memory("ram")
+    lock = threading.Lock()
+    keep(memory, {"lock": lock, "list": [1], "function": lambda: 1})
+    spoil(memory.checkout())
+    memory.rollback()
+    found = memory.checkout()
+    assert found["lock"] is lock
+    assert found["list"] == [1]
+    assert found["function"]() == 1
+
+
+class Unreadable(Exception):
+    """Pickles, and fails to unpickle."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+def test_memory_whose_pickle_cannot_be_read_back_stays_and_raises_nothing() -> None:
+    memory = open_memory("ram")
+    keep(memory, {"error": Unreadable("a", "b"), "n": 1})
+    memory.checkout()
+    memory.rollback()
+    assert memory.checkout()["n"] == 1
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.dictionaries(st.text(max_size=3), json_values, max_size=3))))
+def test_memory_is_always_the_last_committed_one(steps: list[tuple[bool, dict[Any, Any]]]) -> None:
+    memory = open_memory("ram")
+    expected: dict[Any, Any] = {}
+    for committed, value in steps:
+        found = memory.checkout()
+        assert found == expected
+        if committed:
+            memory.commit(copy.deepcopy(value))
+            expected = value
+        else:
+            spoil(found)
+            memory.rollback()
+    assert memory.checkout() == expected
