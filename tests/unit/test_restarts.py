@@ -42,15 +42,6 @@ def test_failed_worker_is_tried_again_with_the_whole_intensity_before_it() -> No
     assert decisions[11].delay_s == 0
 
 
-def test_deaths_outside_the_window_do_not_count() -> None:
-    life = Life(RestartPolicy(max_restarts=2, window_s=60))
-    assert not life.dies_after(1).failed
-    assert not life.dies_after(1).failed
-    life.now_s += 57.9  # the first restart is just within the window
-    history = life.history
-    assert RestartHistory.died(history, 1000 + 1 + 59.9, 1).failed
-
-
 def test_restart_leaves_the_window_after_its_length() -> None:
     history = RestartHistory(RestartPolicy(max_restarts=2, window_s=60))
     assert not history.died(0, 1).failed

@@ -1,0 +1,58 @@
+"""`runner.check`: a token that em_disco would refuse is found before the first worker runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.check import token_problems
+from shared.config import Agent, HandlerRef
+from shared.nodes import parse_node
+from shared.tokens import Secret, TokenSource, mint
+
+SECRET = "a-secret-of-more-than-thirty-two-bytes"
+
+
+def problems(source: TokenSource) -> list[str]:
+    handler = HandlerRef("worker.echo", None, "handle", Path("/"))
+    return token_problems(Agent(name="echo", handler=handler, nodes=(parse_node("h"),), token=source))
+
+
+def test_good_tokens_and_none_are_no_problem(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(SECRET)
+    assert problems(TokenSource()) == []
+    assert problems(TokenSource(secret_file=tmp_path / "secret")) == []
+    assert problems(TokenSource(token=Secret(mint(SECRET, "echo", ttl_s=60)))) == []
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        (mint(SECRET, "other", ttl_s=60), "the token's sub is 'other', not the agent's name 'echo'"),
+        (mint(SECRET, "echo", ttl_s=-7200), "the token expired 2 hours ago"),
+        ("s3cr3t", "not a valid token"),
+    ],
+)
+def test_token_that_would_be_refused_is_told_with_the_agent_and_its_place(token: str, says: str) -> None:
+    (problem,) = problems(TokenSource(token=Secret(token)))
+    assert problem.startswith(f"agent 'echo', token (configured): {says}")
+    assert token not in problem
+
+
+def test_token_file_that_is_missing_is_told(tmp_path: Path) -> None:
+    (problem,) = problems(TokenSource(token_file=tmp_path / "gone"))
+    assert problem.startswith(f"agent 'echo', token (file {tmp_path}/gone): cannot read")
+
+
+@pytest.mark.filterwarnings("ignore:The HMAC key is")
+def test_short_secret_is_told_with_its_length(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("short")
+    (problem,) = problems(TokenSource(secret_file=tmp_path / "secret"))
+    assert problem.endswith("the secret has 5 bytes, at least 32 are needed for HS256")
+
+
+def test_half_of_a_key_pair_is_told(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("ssh-rsa AAAAB3NzaC1yc2E")
+    (problem,) = problems(TokenSource(secret_file=tmp_path / "secret"))
+    assert "no token can be signed with this secret" in problem

@@ -1,0 +1,304 @@
+"""`shared.logs`: lines that machines and people can read, and a log that never ends a process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import logs
+from shared.logs import Folded
+from shared.tokens import Secret
+
+ROOT = Path(__file__).resolve().parents[2]
+Read = Callable[[], str]
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    before, root = structlog.get_config(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.configure(**before)
+    structlog.contextvars.clear_contextvars()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.fixture
+def stderr(capfd: pytest.CaptureFixture[str]) -> Read:
+    """Return what reads standard error, which is no terminal here."""
+    return lambda: capfd.readouterr().err
+
+
+def log() -> Any:
+    return structlog.get_logger("test")
+
+
+# --- lines ---
+
+
+def test_json_line_holds_the_event_its_fields_and_what_was_bound(stderr: Read) -> None:
+    logs.configure("info", "json", worker="echo_server", incarnation=3)
+    log().warning("backoff", reason="two\nlines", count=1)
+    (line,) = stderr().splitlines()
+    found = json.loads(line)
+    assert found.pop("timestamp").endswith("Z")
+    assert found == {
+        "event": "backoff",
+        "level": "warning",
+        "reason": "two\nlines",
+        "count": 1,
+        "worker": "echo_server",
+        "incarnation": 3,
+    }
+
+
+def test_console_line_is_plain_text_without_colours_in_a_file(stderr: Read) -> None:
+    logs.configure("info", "console", worker="echo_server")
+    log().info("ready", node="ws://h:1")
+    (line,) = stderr().splitlines()
+    assert "ready" in line
+    assert "node=ws://h:1" in line
+    assert "worker=echo_server" in line
+    assert "\x1b" not in line
+
+
+def test_auto_is_json_in_a_file(stderr: Read) -> None:
+    logs.configure("info", "auto")
+    log().info("ready")
+    assert json.loads(stderr())["event"] == "ready"
+
+
+def test_auto_is_for_people_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        logs.configure("info", "auto")
+        log().info("ready", node="here")
+        line = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "ready" in line
+    assert "\x1b[" in line
+    assert not line.startswith("{")
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
+def test_less_severe_lines_than_the_level_are_not_written(level: Any, stderr: Read) -> None:
+    logs.configure(level, "json")
+    for name in ("debug", "info", "warning", "error"):
+        getattr(log(), name)(name)
+    seen = [json.loads(line)["event"] for line in stderr().splitlines()]
+    assert seen == ["debug", "info", "warning", "error"][["debug", "info", "warning", "error"].index(level) :]
+
+
+def test_fields_bound_before_are_gone_after_another_configure(stderr: Read) -> None:
+    logs.configure("info", "json", old=1)
+    logs.configure("info", "json", new=1)
+    log().info("e")
+    assert {"old", "new"} & json.loads(stderr()).keys() == {"new"}
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_traceback_shows_the_way_but_no_local_variable(style: Any, stderr: Read) -> None:
+    logs.configure("info", style)
+
+    def inner() -> None:
+        token = "s3cr3t" + "-value"  # noqa: F841 - what a traceback with locals would show
+        held = Secret("s3cr3t" + "-value")  # noqa: F841 - as above
+        raise ValueError("failed")
+
+    try:
+        inner()
+    except ValueError as exc:
+        log().error("handler_failed", exc_info=exc)
+    told = stderr()
+    assert "ValueError: failed" in told
+    assert "in inner" in told
+    assert "s3cr3t-value" not in told
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"\xff", "a\ud800", Secret("s3cr3t"), float("nan"), [{}]])
+def test_any_value_can_be_logged(style: Any, value: Any, stderr: Read) -> None:
+    logs.configure("info", style)
+    log().info("e", value=value)
+    (line,) = stderr().splitlines()
+    assert "s3cr3t" not in line
+
+
+def test_each_line_is_one_write_so_that_processes_do_not_mix(stderr: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[bytes] = []
+    monkeypatch.setattr(logs.os, "write", lambda fd, data: written.append(data) or len(data))
+    logs.configure("info", "json")
+    log().info("one")
+    log().error("two")
+    assert [line.count(b"\n") for line in written] == [1, 1]
+    assert all(line.endswith(b"\n") for line in written)
+
+
+# --- libraries ---
+
+
+def test_warnings_of_libraries_come_out_as_events_and_their_chatter_does_not(stderr: Read) -> None:
+    logs.configure("debug", "json")
+    library = logging.getLogger("some.library")
+    library.info("chatter")
+    library.warning("took %d s", 3)
+    library.error("broke")
+    first, second = map(json.loads, stderr().splitlines())
+    assert (first["event"], first["level"], first["library"]) == ("took 3 s", "warning", "some.library")
+    assert (second["event"], second["level"]) == ("broke", "error")
+
+
+def test_library_that_logs_wrongly_raises_nothing(stderr: Read) -> None:
+    logs.configure("debug", "json")
+    logging.getLogger("some.library").warning("%d", "text")
+    log().info("alive")
+    assert json.loads(stderr().splitlines()[-1])["event"] == "alive"
+
+
+def test_exception_of_a_library_is_logged_with_its_traceback(stderr: Read) -> None:
+    logs.configure("debug", "json")
+    try:
+        raise ValueError("failed")
+    except ValueError:
+        logging.getLogger("some.library").exception("oops")
+    assert "ValueError: failed" in json.loads(stderr())["exception"]
+
+
+# --- a log that cannot be written ---
+
+
+def closed(tmp_path: Path) -> IO[str]:
+    stream = (tmp_path / "closed").open("w")
+    stream.close()
+    return stream
+
+
+def descriptor_gone(tmp_path: Path) -> IO[str]:
+    stream = (tmp_path / "gone").open("w")
+    os.close(stream.fileno())
+    return stream
+
+
+def disk_full(tmp_path: Path) -> IO[str]:
+    return open("/dev/full", "w")
+
+
+def reader_gone(tmp_path: Path) -> IO[str]:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return open(writing, "w")
+
+
+def pipe_full(tmp_path: Path) -> IO[str]:
+    _, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b"x" * 65536):
+            pass
+    return open(writing, "w")
+
+
+def none(tmp_path: Path) -> None:
+    return None
+
+
+@pytest.mark.parametrize("style", ["json", "console", "auto"])
+@pytest.mark.parametrize("stream", [closed, descriptor_gone, disk_full, reader_gone, pipe_full, none])
+@pytest.mark.parametrize("late", [False, True])
+def test_log_that_cannot_be_written_is_dropped(
+    stream: Any, style: Any, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = stream(tmp_path)
+    if not late:
+        monkeypatch.setattr(sys, "stderr", broken)
+    logs.configure("debug", style, worker="w")
+    monkeypatch.setattr(sys, "stderr", broken)
+    log().error("e", exc_info=ValueError("x"))
+    logging.getLogger("some.library").error("e")
+    if broken is not None and stream is descriptor_gone:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            broken.close()
+    elif broken is not None:
+        broken.close()
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- >&- <&-"])
+def test_process_without_a_standard_error_logs_and_goes_on(redirection: str) -> None:
+    code = "from shared import logs; logs.configure(); import structlog; structlog.get_logger().error('e'); exit(7)"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, code]
+    assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == 7
+
+
+# --- Folded ---
+
+
+class Clock:
+    now_s: float = 100
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_first_event_passes_and_those_like_it_are_held_and_counted() -> None:
+    clock = Clock()
+    folded = Folded(60, clock)
+    assert [folded.admit("a") for _ in range(4)] == [0, None, None, None]
+    clock.now_s += 59.9
+    assert folded.admit("a") is None
+    clock.now_s += 0.1
+    assert folded.admit("a") == 4
+    assert folded.admit("a") is None
+    clock.now_s += 60
+    assert folded.admit("a") == 1
+
+
+def test_other_events_are_not_held() -> None:
+    folded = Folded(60, Clock())
+    assert [folded.admit("a"), folded.admit("b")] == [0, 0]
+
+
+def test_end_of_a_burst_is_told_once_its_time_is_up() -> None:
+    clock = Clock()
+    folded = Folded(60, clock)
+    for key in ("a", "a", "a", "once"):
+        folded.admit(key)
+    assert folded.overdue() == []
+    clock.now_s += 60
+    assert folded.overdue() == [("a", 2)]
+    assert folded.overdue() == []
+    assert folded.admit("a") == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 100))))
+def test_no_event_is_lost_or_told_twice(events: list[tuple[str, int]]) -> None:
+    clock = Clock()
+    folded = Folded(60, clock)
+    told = 0
+    for key, pause_s in events:
+        clock.now_s += pause_s
+        held = folded.admit(key)
+        told += 0 if held is None else 1 + held
+    clock.now_s += 60
+    told += sum(held for _, held in folded.overdue())
+    assert told == len(events)
+
+
+def test_endless_kinds_of_events_do_not_fill_the_memory() -> None:
+    folded = Folded(60, Clock())
+    for number in range(5000):
+        assert folded.admit(str(number)) == 0
+    assert len(folded._seen) <= 256
