@@ -83,6 +83,7 @@ class Runner:
             state.socket_path,
             query_timeout_s=config.query_timeout_ms / 1000,
             max_in_flight=config.max_in_flight,
+            max_in_flight_total=config.max_in_flight_total,
         )
         specs = worker_specs(config)
         supervision = config.supervision

@@ -19,7 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runner.router import Ending, Reply, Router
+from runner.lines import Ending, Reply
+from runner.router import Router
 from runner.supervisor import WorkerRow
 from shared.tokens import Secret
 

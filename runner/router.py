@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Callable
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final
 
 import structlog
 import zmq
 
+from runner.lines import Ending, Line, Listener, OnReply, Pending, Reply
 from shared import ipc
 from shared.ipc import Launch, Outcome
 from shared.logs import Folded
@@ -24,78 +24,13 @@ from shared.logs import Folded
 MAX_MESSAGE_BYTES: Final = 1 << 30
 
 
-class Ending(Enum):
-    """How a routed query ended."""
-
-    OK = "ok"
-    HANDLER_FAILED = "handler_failed"
-    TIMED_OUT = "timed_out"
-    WORKER_GONE = "worker_gone"
-    REFUSED = "refused"
-
-
-class Reply(NamedTuple):
-    """A query's end. `payload` is JSON for OK, else words in UTF-8. `worker` is who was asked."""
-
-    ending: Ending
-    payload: bytes
-    worker: str
-
-
-OnReply = Callable[[Reply], None]
-
-
-class Listener(Protocol):
-    """Who is told what a worker says of itself."""
-
-    def on_status(self, incarnation: int, status: ipc.Status) -> None:
-        """Take a state change or a heartbeat."""
-
-    def on_failed(self, incarnation: int, reason: str) -> None:
-        """Take the reason why a worker cannot start."""
-
-
-class Line:
-    """One incarnation of a worker, as the router knows it."""
-
-    __slots__ = (
-        "accepting",
-        "draining",
-        "in_flight",
-        "incarnation",
-        "key",
-        "known",
-        "listener",
-        "name",
-        "outbox",
-        "routing_id",
-        "withdrawn",
-    )
-
-    def __init__(self, launch: Launch, listener: Listener) -> None:
-        self.name = launch.spec.name
-        self.incarnation = launch.incarnation
-        self.routing_id = launch.routing_id
-        self.key = launch.key
-        self.listener = listener
-        self.known = False
-        self.accepting = False
-        self.draining = False
-        self.in_flight: dict[int, Pending] = {}
-        self.outbox: list[tuple[int, str]] = []
-        self.withdrawn: list[int] = []
-
-
-class Pending:
-    """One query that waits for its reply."""
-
-    __slots__ = ("deadline", "line", "on_reply", "sequence")
-
-    def __init__(self, sequence: int, line: Line, deadline: float, on_reply: OnReply) -> None:
-        self.sequence = sequence
-        self.line = line
-        self.deadline = deadline
-        self.on_reply = on_reply
+_ENDINGS: Final[dict[int, Ending]] = {
+    Outcome.OK: Ending.OK,
+    Outcome.HANDLER_FAILED: Ending.HANDLER_FAILED,
+    Outcome.TIMED_OUT: Ending.TIMED_OUT,
+}
+_SERVING: Final = frozenset({"connecting", "registering", "ready", "backoff"})
+"""The states in which a worker answers direct queries: it needs no node for that."""
 
 
 class Router:
@@ -105,15 +40,26 @@ class Router:
         socket_path: the Unix socket to listen on, in a folder that only this user can enter.
         query_timeout_s: how long a query may wait for its reply.
         max_in_flight: how many queries one worker may have before it; past it they are refused.
+        max_in_flight_total: the same for all workers together.
     """
 
-    def __init__(self, socket_path: Path, *, query_timeout_s: float = 30.0, max_in_flight: int = 1024) -> None:
+    def __init__(
+        self,
+        socket_path: Path,
+        *,
+        query_timeout_s: float = 30.0,
+        max_in_flight: int = 1024,
+        max_in_flight_total: int = 16_384,
+    ) -> None:
         self.endpoint = f"ipc://{socket_path}"
         self._query_timeout_s = query_timeout_s
         self._max_in_flight = max_in_flight
+        self._max_in_flight_total = max_in_flight_total
         self._lines: dict[bytes, Line] = {}
         self._by_name: dict[str, Line] = {}
         self._pending: dict[int, Pending] = {}  # in the order of their deadlines, which is that of their arrival
+        self._held: dict[str, dict[int, Pending]] = {}  # by the name of the worker that they wait for
+        self._changing: set[str] = set()
         self._sequence = 0
         self._dirty: dict[bytes, Line] = {}
         self._deadline_timer: asyncio.TimerHandle | None = None
@@ -153,52 +99,100 @@ class Router:
     def expect(self, launch: Launch, listener: Listener) -> None:
         """Admit the incarnation that `launch` describes, once it presents its key."""
         line = Line(launch, listener)
+        line.heard_s = self._loop.time()
         self._lines[line.routing_id] = line
-        self._by_name[line.name] = line
+        if not launch.standby:
+            self._by_name[line.name] = line
 
     def drop(self, launch: Launch, reason: str) -> None:
-        """Forget an incarnation, and answer at once for every query that it still had."""
+        """Forget an incarnation, and answer at once for every query that it still had.
+
+        Those that had not left for it yet go to another worker, or wait for its successor.
+        """
         line = self._lines.pop(launch.routing_id, None)
         if line is None:
             return
         if self._by_name.get(line.name) is line:
             del self._by_name[line.name]
         self._dirty.pop(line.routing_id, None)
+        unsent, line.outbox = line.outbox, []
+        for pending in unsent:
+            if pending.sequence in line.in_flight:
+                self._place_again(pending)
         for pending in list(line.in_flight.values()):
             self._finish(pending, Ending.WORKER_GONE, reason.encode())
 
-    def drain(self, launch: Launch) -> bool:
-        """Send a worker no more queries, and tell it so. Return False when it cannot be told."""
+    def drain(self, launch: Launch, *, hand_over: bool = False) -> bool:
+        """Send a worker no more queries, and tell it so. Return False when it cannot be told.
+
+        With `hand_over`, queries for its name are held from now on, until `promote` names a successor.
+        """
         line = self._lines.get(launch.routing_id)
         if line is None or not line.known:
             return False
-        return line.draining or self._drain_line(line)
+        if hand_over:
+            self._changing.add(line.name)
+        return line.draining or self._drain_line(line, hand_over=hand_over)
+
+    def promote(self, launch: Launch, legacy: bytes | None) -> None:
+        """Have the incarnation on standby take the place of the one that left; `legacy` is what that remembered."""
+        self._changing.discard(launch.spec.name)
+        line = self._lines.get(launch.routing_id)
+        if line is not None:  # else it died while it waited, and is started again as after any death
+            self._by_name[line.name] = line
+            self._send(line, ipc.Go(legacy))
 
     def accepts(self, name: str) -> bool:
         """Return whether a worker of that name can be given a query now."""
         line = self._by_name.get(name)
-        return line is not None and line.accepting
+        return (line is not None and line.accepting) or name in self._changing
+
+    def silent_for_s(self, launch: Launch) -> float:
+        """Return for how long nothing has been heard of an incarnation; what waits in the socket is heard first."""
+        self._readable()
+        line = self._lines.get(launch.routing_id)
+        return 0.0 if line is None else self._loop.time() - line.heard_s
+
+    def pardon(self, launch: Launch) -> None:
+        """Count an incarnation's silence from now: it was the runner that did not listen."""
+        if (line := self._lines.get(launch.routing_id)) is not None:
+            line.heard_s = self._loop.time()
 
     # --- queries ---
 
-    def submit(self, name: str, query: str, on_reply: OnReply) -> int | None:
+    def submit(self, name: str, query: str, on_reply: OnReply, elsewhere: Sequence[str] = ()) -> int | None:
         """Send a query to a worker; `on_reply` is called exactly once, with whatever becomes of it.
+
+        Args:
+            name: the worker.
+            query: its text.
+            on_reply: may be called before this returns.
+            elsewhere: workers that may have the query if it comes back unhandled.
 
         Returns:
             What `withdraw` takes, or None when the query was refused at once.
         """
         line = self._by_name.get(name)
         if line is None or not line.accepting:
-            on_reply(Reply(Ending.WORKER_GONE, b"the worker is not up", name))
-            return None
-        if len(line.in_flight) >= self._max_in_flight:
+            if name not in self._changing:
+                on_reply(Reply(Ending.WORKER_GONE, b"the worker is not up", name))
+                return None
+            if len(self._held.get(name, ())) >= self._max_in_flight:
+                on_reply(Reply(Ending.REFUSED, b"the worker has too many queries before it", name))
+                return None
+        elif len(line.in_flight) >= self._max_in_flight:
             on_reply(Reply(Ending.REFUSED, b"the worker has too many queries before it", name))
             return None
+        if len(self._pending) >= self._max_in_flight_total:
+            on_reply(Reply(Ending.REFUSED, b"the runner has too many queries before it", name))
+            return None
         self._sequence = sequence = self._sequence + 1
-        pending = Pending(sequence, line, self._loop.time() + self._query_timeout_s, on_reply)
-        self._pending[sequence] = line.in_flight[sequence] = pending
-        line.outbox.append((sequence, query))
-        self._mark(line)
+        pending = Pending(sequence, name, query, self._loop.time() + self._query_timeout_s, on_reply, elsewhere)
+        self._pending[sequence] = pending
+        if line is None or not line.accepting:
+            self._hold(pending)
+        else:
+            self._place(pending, line)
         if self._deadline_timer is None:
             self._deadline_timer = self._loop.call_at(pending.deadline, self._expire)
         return sequence
@@ -214,18 +208,50 @@ class Router:
         """How many queries wait for a reply."""
         return len(self._pending)
 
-    def _take_back(self, pending: Pending) -> None:
-        """Free a query's place at its worker, and have the worker skip it if it has not begun."""
-        line = pending.line
-        del line.in_flight[pending.sequence]
-        line.withdrawn.append(pending.sequence)
+    def _place(self, pending: Pending, line: Line) -> None:
+        """Give a query to a worker."""
+        pending.line = line
+        line.in_flight[pending.sequence] = pending
+        line.outbox.append(pending)
         self._mark(line)
+
+    def _place_again(self, pending: Pending) -> None:
+        """Give a query that no handler has seen to a worker that is up, else hold it for its own one's successor."""
+        if pending.line is not None:
+            pending.line.in_flight.pop(pending.sequence, None)
+            pending.line = None
+        for name in (pending.name, *pending.elsewhere):
+            line = self._by_name.get(name)
+            if line is not None and line.accepting and len(line.in_flight) < self._max_in_flight:
+                self._place(pending, line)
+                return
+        self._hold(pending)
+
+    def _hold(self, pending: Pending) -> None:
+        self._held.setdefault(pending.name, {})[pending.sequence] = pending
+
+    def _release(self, line: Line) -> None:
+        """Give a worker that has come up what was held for it."""
+        for pending in self._held.pop(line.name, {}).values():
+            self._place(pending, line)
+
+    def _take_back(self, pending: Pending) -> None:
+        """Free a query's place, and have its worker skip it if it has not begun."""
+        if (line := pending.line) is not None:
+            line.in_flight.pop(pending.sequence, None)
+            line.withdrawn.append(pending.sequence)
+            self._mark(line)
+        elif (held := self._held.get(pending.name)) is not None:
+            held.pop(pending.sequence, None)
 
     def _finish(self, pending: Pending, ending: Ending, payload: bytes) -> None:
         if self._pending.pop(pending.sequence, None) is None:
             return  # an earlier `on_reply` has withdrawn it
-        pending.line.in_flight.pop(pending.sequence, None)
-        pending.on_reply(Reply(ending, payload, pending.line.name))
+        if pending.line is not None:
+            pending.line.in_flight.pop(pending.sequence, None)
+        elif (held := self._held.get(pending.name)) is not None:
+            held.pop(pending.sequence, None)
+        pending.on_reply(Reply(ending, payload, pending.name if pending.line is None else pending.line.name))
 
     def _expire(self) -> None:
         """Answer the queries whose deadline has passed, and wait for the next one."""
@@ -255,13 +281,12 @@ class Router:
 
     def _flush_line(self, line: Line) -> None:
         if line.outbox:
-            items, line.outbox = line.outbox, []
+            waiting, line.outbox = line.outbox, []
             if line.withdrawn:  # some may have been withdrawn before they ever left
-                items = [item for item in items if item[0] in line.in_flight]
-            if items and not self._send(line, ipc.Queries(items)):
-                for sequence, _ in items:
-                    if (pending := line.in_flight.get(sequence)) is not None:
-                        self._finish(pending, Ending.WORKER_GONE, b"the worker cannot be reached")
+                waiting = [pending for pending in waiting if pending.sequence in line.in_flight]
+            if waiting and not self._send(line, ipc.Queries([(each.sequence, each.query) for each in waiting])):
+                for pending in waiting:
+                    self._finish(pending, Ending.WORKER_GONE, b"the worker cannot be reached")
         if line.withdrawn:
             withdrawn, line.withdrawn = line.withdrawn, []
             self._send(line, ipc.Cancel(withdrawn))
@@ -305,23 +330,35 @@ class Router:
             self._hear(line, message)
 
     def _hear(self, line: Line, message: ipc.WorkerMessage) -> None:
+        line.heard_s = self._loop.time()
         if isinstance(message, ipc.Replies):
             for sequence, outcome, payload in message.items:
-                if (pending := line.in_flight.get(sequence)) is not None:
-                    ending = Ending.OK if outcome == Outcome.OK else Ending.HANDLER_FAILED
-                    self._finish(pending, ending, payload)
+                if (pending := line.in_flight.get(sequence)) is None:
+                    continue
+                if outcome == Outcome.RETURNED:
+                    self._place_again(pending)
+                else:
+                    self._finish(pending, _ENDINGS.get(outcome, Ending.HANDLER_FAILED), payload)
         elif isinstance(message, ipc.Status):
-            line.accepting = message.state not in ("starting", "draining", "stopped") and not line.draining
+            line.accepting = message.state in _SERVING and not line.draining
+            if line.accepting and line.name in self._held and self._by_name.get(line.name) is line:
+                self._release(line)
             line.listener.on_status(line.incarnation, message)
         elif isinstance(message, ipc.Failed):
+            # It leaves: what it gives back after this must not come to it again.
+            line.accepting, line.draining = False, True
             line.listener.on_failed(line.incarnation, message.reason)
+        elif isinstance(message, ipc.RecycleRequest):
+            line.listener.on_recycle(line.incarnation, message.reason)
+        elif isinstance(message, ipc.Legacy):
+            line.listener.on_legacy(line.incarnation, message.memory)
         elif isinstance(message, ipc.DrainRequest) and not line.draining:
             self._drain_line(line)
 
-    def _drain_line(self, line: Line) -> bool:
+    def _drain_line(self, line: Line, *, hand_over: bool = False) -> bool:
         self._flush_line(line)
         line.accepting, line.draining = False, True
-        return self._send(line, ipc.Drain())
+        return self._send(line, ipc.Drain(hand_over))
 
     def _ignore(self, reason: str, routing_id: bytes) -> None:
         if self._folded.admit(reason) is not None:

@@ -13,8 +13,10 @@ from typing import Final, Literal
 import anyio
 import msgspec
 import structlog
+from anyio.abc import TaskGroup
 
-from runner.process import ForkServer, SpawnError, WorkerProcess
+from runner.incarnation import Incarnation
+from runner.process import ForkServer, SpawnError
 from runner.restarts import RestartHistory, RestartPolicy
 from runner.router import Router
 from shared import ipc
@@ -23,6 +25,7 @@ from shared.ipc import KEY_BYTES, Counters, Launch
 
 ChildState = Literal[
     "starting",
+    "standby",
     "connecting",
     "registering",
     "ready",
@@ -33,6 +36,9 @@ ChildState = Literal[
     "restarting",
     "failed",
 ]
+START_TIMEOUT_S: Final = 60.0
+"""How long a worker may take to load its handler and set it up."""
+
 KILL_GRACE_S: Final = 0.5
 """How much longer than its own time for draining a worker gets before it is killed."""
 
@@ -63,122 +69,211 @@ class Child:
 
     def __init__(self, spec: WorkerSpec, policy: RestartPolicy, fork_server: ForkServer, router: Router) -> None:
         self.spec = spec
-        self.state: ChildState = "starting"
-        self._detail = ""
-        self._last_error = ""
-        self._failure = ""
-        self._history = RestartHistory(policy)
         self._fork_server = fork_server
         self._router = router
-        self._incarnation = 0
+        self._history = RestartHistory(policy)
+        self._state: ChildState = "starting"
+        self._last_error = ""
+        self._current: Incarnation | None = None
+        self._incarnations: dict[int, Incarnation] = {}
+        self._numbers = 0
         self._restarts = 0
-        self._started_s = 0.0
-        self._launch: Launch | None = None
-        self._process: WorkerProcess | None = None
         self._before = Counters()
-        self._now = Counters()
         self._stopping = anyio.Event()
+        self._ended = anyio.Event()
+        self._handover = anyio.Lock()
         self._log = structlog.get_logger("supervisor").bind(worker=spec.name)
 
     @property
     def row(self) -> WorkerRow:
         """The worker as operators see it now. Counters go on where a dead process's ended."""
-        before, now = self._before, self._now
-        alive = self._process is not None
-        node, http = before.queries_node + now.queries_node, before.queries_http + now.queries_http
+        current = self._current
+        now = current.counters if current is not None else Counters()
+        node = self._before.queries_node + now.queries_node
+        http = self._before.queries_http + now.queries_http
         return WorkerRow(
             name=self.spec.name,
             agent=self.spec.agent.name,
             node=str(self.spec.node),
-            state=self.state,
-            detail=self._detail,
-            pid=self._process.pid if self._process is not None else None,
-            incarnation=self._incarnation,
-            uptime_s=round(time.monotonic() - self._started_s, 3) if alive else 0.0,
+            state=self._state if current is None else current.state,
+            detail=self._detail if current is None else current.detail,
+            pid=current.process.pid if current is not None else None,
+            incarnation=self._numbers if current is None else current.launch.incarnation,
+            uptime_s=round(time.monotonic() - current.started_s, 3) if current is not None else 0.0,
             restarts=self._restarts,
             queries=node + http,
             queries_node=node,
             queries_http=http,
-            errors=before.errors + now.errors,
-            reconnects=before.reconnects + now.reconnects,
-            ignored=_sum(before.ignored, now.ignored),
-            last_error=self._last_error,
+            errors=self._before.errors + now.errors,
+            reconnects=self._before.reconnects + now.reconnects,
+            ignored=_sum(self._before.ignored, now.ignored),
+            last_error=now.last_error or self._last_error,
         )
+
+    @property
+    def _detail(self) -> str:
+        return self._last_error if self._state in ("restarting", "failed") else ""
 
     async def run(self) -> None:
         """Keep the worker running until it is told to stop."""
-        while not self._stopping.is_set():
-            began_s = time.monotonic()
-            how = await self._live()
-            self._add_up()
-            if self._stopping.is_set():
-                break
-            decision = self._history.died(time.monotonic(), time.monotonic() - began_s)
-            self._restarts += 1
-            self._last_error = self._failure or f"the process ended: {how}"
-            self._set("failed" if decision.failed else "restarting", self._last_error)
-            say = self._log.error if decision.failed else self._log.warning
-            say("worker_" + self.state, why=self._last_error, again_in_s=decision.delay_s)
-            with anyio.move_on_after(decision.delay_s):
-                await self._stopping.wait()
-        self._set("stopped", "")
-
-    async def _live(self) -> str:
-        """Run one process from its start to its end; return how it ended."""
-        self._incarnation += 1
-        self._failure = ""
-        launch = Launch(
-            spec=self.spec,
-            incarnation=self._incarnation,
-            endpoint=self._router.endpoint,
-            key=secrets.token_bytes(KEY_BYTES),
-        )
-        self._set("starting", "")
-        self._router.expect(launch, self)
         try:
-            self._process = process = await self._fork_server.spawn(launch)
-        except SpawnError as exc:
-            self._router.drop(launch, str(exc))
-            self._failure = str(exc)
-            return str(exc)
-        self._launch = launch
-        self._started_s = time.monotonic()
-        self._log.info("worker_started", pid=process.pid, node=str(self.spec.node), incarnation=self._incarnation)
-        try:
-            if self._stopping.is_set():  # told to while it was being forked
-                process.kill()
-            await process.ended()
+            async with anyio.create_task_group() as tasks:
+                while not self._stopping.is_set():
+                    began_s = time.monotonic()
+                    how = await self._live(tasks)
+                    if self._stopping.is_set():
+                        break
+                    await self._pause(how, time.monotonic() - began_s)
+                tasks.cancel_scope.cancel()
         finally:
-            self._process = self._launch = None
-            self._set("crashed", "")
-            self._router.drop(launch, "the worker died")
-        how = await process.how()
-        process.release()
+            self._state = "stopped"
+            self._ended.set()
+
+    async def _live(self, tasks: TaskGroup) -> str:
+        """Run a process, and whoever succeeds it in good order, to an end that nobody planned; return how it ended."""
+        try:
+            current: Incarnation | None = await self._fork(self.spec, standby=False)
+        except SpawnError as exc:
+            return str(exc)
+        how = ""
+        while current is not None:
+            self._current = current
+            async with anyio.create_task_group() as looking:
+                looking.start_soon(self._recycle_on_request, current, tasks)
+                await current.ended(START_TIMEOUT_S, self.spec.liveness_timeout_ms / 1000)
+                looking.cancel_scope.cancel()
+            how = await self._bury(current)
+            current = current.successor
         return how
 
-    def _add_up(self) -> None:
+    async def _fork(self, spec: WorkerSpec, *, standby: bool) -> Incarnation:
+        self._numbers += 1
+        launch = Launch(
+            spec=spec,
+            incarnation=self._numbers,
+            endpoint=self._router.endpoint,
+            key=secrets.token_bytes(KEY_BYTES),
+            standby=standby,
+        )
+        self._router.expect(launch, self)
+        if not standby:
+            self._state = "starting"
+        try:
+            process = await self._fork_server.spawn(launch)
+        except SpawnError as exc:
+            self._router.drop(launch, str(exc))
+            raise
+        incarnation = Incarnation(launch, process, self._router)
+        self._incarnations[launch.incarnation] = incarnation
+        self._log.info("worker_started", pid=process.pid, node=str(spec.node), incarnation=launch.incarnation)
+        if self._stopping.is_set():  # told to while it was being forked
+            process.kill()
+        return incarnation
+
+    async def _bury(self, incarnation: Incarnation) -> str:
+        """Let go of an ended process, and answer for what it still had; return how it ended."""
+        self._incarnations.pop(incarnation.launch.incarnation, None)
+        if self._current is incarnation:
+            self._current = None
+            self._state = "crashed"
+        self._router.drop(incarnation.launch, "the worker died")
+        how = incarnation.failure or f"the process ended: {await incarnation.process.how()}"
+        incarnation.process.release()
+        self._add_up(incarnation.counters)
+        return how
+
+    async def _pause(self, how: str, up_s: float) -> None:
+        """Decide about a death, and wait as long as that says."""
+        decision = self._history.died(time.monotonic(), up_s)
+        self._restarts += 1
+        self._last_error = how
+        self._state = "failed" if decision.failed else "restarting"
+        say = self._log.error if decision.failed else self._log.warning
+        say("worker_" + self._state, why=how, again_in_s=decision.delay_s)
+        with anyio.move_on_after(decision.delay_s):
+            await self._stopping.wait()
+
+    def _add_up(self, counters: Counters) -> None:
+        before = self._before
         for name in ("queries_node", "queries_http", "errors", "late", "reconnects"):
-            setattr(self._before, name, getattr(self._before, name) + getattr(self._now, name))
-        self._before.ignored = _sum(self._before.ignored, self._now.ignored)
-        self._now = Counters()
+            setattr(before, name, getattr(before, name) + getattr(counters, name))
+        before.ignored = _sum(before.ignored, counters.ignored)
+        self._last_error = counters.last_error or self._last_error
+
+    # --- one process takes another's place ---
+
+    async def replace(self, spec: WorkerSpec, why: str) -> bool:
+        """Have a new process take over from the running one, without a query lost and with its memory.
+
+        The new one has loaded its handler and waits before the old one lets go. Without a running one,
+        `spec` holds from the next start on. Returns whether there is a worker by the new spec, or will be;
+        False when the new process did not come up and the old one stays.
+        """
+        async with self._handover:
+            old = self._current
+            if old is None or self._stopping.is_set():
+                self.spec = spec
+                return True
+            try:
+                new = await self._fork(spec, standby=True)
+            except SpawnError as exc:
+                self._log.error("replacement_failed", why=str(exc))
+                return False
+            with anyio.move_on_after(START_TIMEOUT_S):
+                if await new.reached("standby"):
+                    return await self._hand_over(old, new, why)
+            new.kill("it was not up in time")
+            await new.process.ended()
+            self._log.error("replacement_failed", why=await self._bury(new))
+            return False
+
+    async def _hand_over(self, old: Incarnation, new: Incarnation, why: str) -> bool:
+        if self._current is not old or self._stopping.is_set():  # it died meanwhile, and is being started again
+            new.kill()
+            await new.process.ended()
+            await self._bury(new)
+            self.spec = new.launch.spec
+            return True
+        self._log.info("worker_replaced", why=why, pid=old.process.pid, by=new.process.pid)
+        old.successor = new
+        self.spec = new.launch.spec
+        await old.drain(self.spec.shutdown_timeout_ms / 1000 + KILL_GRACE_S, hand_over=True)
+        self._router.promote(new.launch, old.legacy)
+        return True
+
+    async def _recycle_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
+        while not incarnation.wants_successor:
+            await incarnation.changed.wait()
+        # In the child's own group: this task ends with the incarnation that is being replaced.
+        tasks.start_soon(self._recycle, incarnation.wants_successor)
+
+    async def _recycle(self, why: str) -> None:
+        try:
+            await self.replace(self.spec, why)
+        except Exception as exc:  # noqa: BLE001 - a fault of ours here must not end the worker that still runs
+            self._log.error("replacement_failed", exc_info=exc)
 
     # --- what the worker says (router.Listener) ---
 
     def on_status(self, incarnation: int, status: ipc.Status) -> None:
         """Take a state change or a heartbeat."""
-        if incarnation != self._incarnation or self._process is None:
-            return
-        self._now = status.counters
-        self._last_error = status.counters.last_error or self._last_error
-        self._set(status.state, status.detail)
+        if (heard := self._incarnations.get(incarnation)) is not None:
+            heard.hear(status)
 
     def on_failed(self, incarnation: int, reason: str) -> None:
-        """Take the reason why the worker cannot start; its process ends by itself."""
-        if incarnation == self._incarnation:
-            self._failure = reason
+        """Take the reason why a worker cannot go on; its process ends by itself."""
+        if (heard := self._incarnations.get(incarnation)) is not None:
+            heard.failure = reason
 
-    def _set(self, state: ChildState, detail: str) -> None:
-        self.state, self._detail = state, detail
+    def on_recycle(self, incarnation: int, reason: str) -> None:
+        """Take a worker's wish for a successor."""
+        if (heard := self._incarnations.get(incarnation)) is not None:
+            heard.ask_for_successor(reason)
+
+    def on_legacy(self, incarnation: int, memory: bytes) -> None:
+        """Take what a draining worker leaves to its successor."""
+        if (heard := self._incarnations.get(incarnation)) is not None:
+            heard.legacy = memory
 
     # --- the end ---
 
@@ -189,21 +284,22 @@ class Child:
     async def drain(self, timeout_s: float) -> None:
         """Have the worker finish what is in flight and leave; kill it when it takes longer than `timeout_s`."""
         self.retire()
-        process, launch = self._process, self._launch
-        if process is None or launch is None:
-            return
-        if self._router.drain(launch):
-            with anyio.move_on_after(timeout_s):
-                await process.ended()
-                return
-            self._log.warning("drain_timed_out", pid=process.pid)
-        process.kill()
+        current = self._current
+        for incarnation in list(self._incarnations.values()):
+            if incarnation is not current and (current is None or current.successor is not incarnation):
+                incarnation.kill()
+        if current is not None:
+            current.successor = None
+            await current.drain(timeout_s)
+        for incarnation in list(self._incarnations.values()):
+            incarnation.kill()
+        await self._ended.wait()
 
     def kill(self) -> None:
         """End the worker at once."""
         self.retire()
-        if self._process is not None:
-            self._process.kill()
+        for incarnation in list(self._incarnations.values()):
+            incarnation.kill()
 
 
 class Supervisor:

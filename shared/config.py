@@ -77,6 +77,9 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int = 1
     connection: Connection = Connection()
     token: TokenSource = TokenSource()
+    handler_timeout_ms: int = 30_000
+    max_queries: int | None = None
+    max_rss_mb: int | None = None
 
 
 class HttpAddress(msgspec.Struct, frozen=True):
@@ -100,11 +103,12 @@ class HttpAddress(msgspec.Struct, frozen=True):
 
 
 class Supervision(msgspec.Struct, frozen=True, kw_only=True):
-    """Restart intensity (`max_restarts` in `restart_window_s`) and the time that a drain may take."""
+    """Restart intensity (`max_restarts` in `restart_window_s`), and how long a drain and a silence may take."""
 
     max_restarts: int = 10
     restart_window_s: int = 60
     shutdown_timeout_ms: int = 5000
+    liveness_timeout_ms: int = 10_000
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +120,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: Path = Path(DEFAULT_STATE_DIR)
     query_timeout_ms: int = 30_000
     max_in_flight: int = 1024
+    max_in_flight_total: int = 16_384
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     supervision: Supervision = Supervision()
@@ -128,7 +133,9 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     agent: Agent
     node: NodeAddress
     index: int
+    state_dir: Path = Path(DEFAULT_STATE_DIR)
     shutdown_timeout_ms: int = 5000
+    liveness_timeout_ms: int = 10_000
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
 
@@ -146,7 +153,9 @@ def worker_specs(config: Config) -> tuple[WorkerSpec, ...]:
             agent=agent,
             node=node,
             index=index,
+            state_dir=config.state_dir,
             shutdown_timeout_ms=config.supervision.shutdown_timeout_ms,
+            liveness_timeout_ms=config.supervision.liveness_timeout_ms,
             log_level=config.log_level,
             log_format=config.log_format,
         )
@@ -187,7 +196,7 @@ def parse(
     supervision = read_section(table.get("supervision", {}), SupervisionSection, "supervision")
     set_keys = frozenset(table.get("connection", {}))
     agents = tuple(
-        _agent(section, key, connection, set_keys, folder, environ, emergence_conf)
+        _agent(section, key, connection, set_keys, supervision, folder, environ, emergence_conf)
         for key, section in _agent_sections(table)
     )
     _check_names(agents)
@@ -205,12 +214,14 @@ def parse(
         state_dir=_path(runner.state_dir, folder, "runner.state_dir"),
         query_timeout_ms=runner.query_timeout_ms,
         max_in_flight=runner.max_in_flight,
+        max_in_flight_total=runner.max_in_flight_total,
         log_level=runner.log_level,
         log_format=runner.log_format,
         supervision=Supervision(
             max_restarts=supervision.max_restarts,
             restart_window_s=supervision.restart_window_s,
             shutdown_timeout_ms=supervision.shutdown_timeout_ms,
+            liveness_timeout_ms=supervision.liveness_timeout_ms,
         ),
     )
 
@@ -247,6 +258,7 @@ def _agent(
     key: str,
     defaults: ConnectionSection,
     default_keys: frozenset[str],
+    supervision: SupervisionSection,
     folder: Path,
     environ: Mapping[str, str],
     emergence_conf: Path | None,
@@ -277,6 +289,11 @@ def _agent(
         concurrency=section.concurrency,
         connection=_connection(section, key, defaults, default_keys, folder, environ),
         token=_token_source(section, key, defaults, folder, environ),
+        handler_timeout_ms=(
+            supervision.handler_timeout_ms if section.handler_timeout_ms is UNSET else section.handler_timeout_ms
+        ),
+        max_queries=None if section.max_queries is UNSET else section.max_queries,
+        max_rss_mb=None if section.max_rss_mb is UNSET else section.max_rss_mb,
     )
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from shared.config import WorkerSpec
 
-WorkerState = Literal["starting", "connecting", "registering", "ready", "backoff", "draining", "stopped"]
+WorkerState = Literal["starting", "standby", "connecting", "registering", "ready", "backoff", "draining", "stopped"]
 """The states that a worker reports of itself; the supervisor adds `crashed`, `restarting`, `failed`."""
 
 HEARTBEAT_INTERVAL_S: Final = 1.0
@@ -22,11 +22,16 @@ KEY_BYTES: Final = 32
 
 
 class Outcome(IntEnum):
-    """How a query ended in its worker. `payload` is JSON for OK, and words in UTF-8 otherwise."""
+    """How a query ended in its worker. `payload` is JSON for OK, and words in UTF-8 otherwise.
+
+    `RETURNED`: the handler never saw it, and another worker may have it.
+    """
 
     OK = 0
     HANDLER_FAILED = 1
     CANCELLED = 2
+    TIMED_OUT = 3
+    RETURNED = 4
 
 
 # --- runner -> worker ------------------------------------------------------------------------
@@ -45,10 +50,21 @@ class Cancel(msgspec.Struct, array_like=True, tag=2):
 
 
 class Drain(msgspec.Struct, array_like=True, tag=3):
-    """Finish what came before this message, then leave. No query comes after it."""
+    """Finish what came before this message, then leave. No query comes after it.
+
+    With `hand_over`, send the memory in a `Legacy` before leaving: a successor waits for it.
+    """
+
+    hand_over: bool = False
 
 
-RunnerMessage = Queries | Cancel | Drain
+class Go(msgspec.Struct, array_like=True, tag=4):
+    """The predecessor has left: take its place, with what it remembered (None: nothing came)."""
+
+    legacy: bytes | None = None
+
+
+RunnerMessage = Queries | Cancel | Drain | Go
 
 # --- worker -> runner ------------------------------------------------------------------------
 
@@ -93,13 +109,25 @@ class DrainRequest(msgspec.Struct, array_like=True, tag=4):
     """The worker was told to leave by a signal: send it nothing more, and `Drain` as the mark."""
 
 
+class RecycleRequest(msgspec.Struct, array_like=True, tag=6):
+    """The worker has reached one of its own limits and wants a successor; `reason` says which."""
+
+    reason: str
+
+
+class Legacy(msgspec.Struct, array_like=True, tag=7):
+    """What a draining worker remembers, for its successor alone to read."""
+
+    memory: bytes
+
+
 class Failed(msgspec.Struct, array_like=True, tag=5):
     """The worker cannot start, and leaves; `reason` says what to do."""
 
     reason: str
 
 
-WorkerMessage = Hello | Replies | Status | DrainRequest | Failed
+WorkerMessage = Hello | Replies | Status | DrainRequest | Failed | RecycleRequest | Legacy
 
 encode = msgspec.msgpack.Encoder().encode
 decode_runner_message = msgspec.msgpack.Decoder(RunnerMessage).decode
@@ -107,12 +135,13 @@ decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What the runner hands a worker process at its fork."""
+    """What the runner hands a worker process at its fork. On `standby` it waits for `Go` before it serves."""
 
     spec: WorkerSpec
     incarnation: int
     endpoint: str
     key: bytes
+    standby: bool = False
 
     @property
     def routing_id(self) -> bytes:

@@ -21,7 +21,7 @@ from shared.tokens import Secret
 
 Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
 FrameBytes = Annotated[int, Meta(ge=1024, le=1 << 30)]
-MemoryKind = Literal["none", "ram"]
+MemoryKind = Literal["none", "ram", "disk"]
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -41,6 +41,7 @@ class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
     state_dir: Path = Path(DEFAULT_STATE_DIR)
     query_timeout_ms: Milliseconds = 30_000
     max_in_flight: Annotated[int, Meta(ge=1, le=65_536)] = 1024
+    max_in_flight_total: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
 
@@ -65,6 +66,8 @@ class SupervisionSection(msgspec.Struct, frozen=True, kw_only=True):
     max_restarts: Annotated[int, Meta(ge=0, le=1000)] = 10
     restart_window_s: Annotated[int, Meta(ge=1, le=86_400)] = 60
     shutdown_timeout_ms: Milliseconds = 5000
+    liveness_timeout_ms: Annotated[int, Meta(ge=100, le=86_400_000)] = 10_000
+    handler_timeout_ms: Milliseconds = 30_000
 
 
 class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +78,9 @@ class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: list[str] | UnsetType = UNSET
     memory: MemoryKind = "ram"
     concurrency: Annotated[int, Meta(ge=1, le=1024)] = 1
+    handler_timeout_ms: Milliseconds | UnsetType = UNSET
+    max_queries: Annotated[int, Meta(ge=1, le=1 << 53)] | UnsetType = UNSET
+    max_rss_mb: Annotated[int, Meta(ge=16, le=1 << 20)] | UnsetType = UNSET
     nodes: list[str] | UnsetType = UNSET
     reconnect_interval_ms: Milliseconds | UnsetType = UNSET
     connect_timeout_ms: Milliseconds | UnsetType = UNSET

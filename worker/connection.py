@@ -22,7 +22,8 @@ from shared.config import WorkerSpec
 from shared.ipc import Counters, Outcome, WorkerState
 from shared.logs import Folded
 from shared.tokens import TokenError, redact
-from worker.dispatch import Answer, Dispatcher, Job, encode_result
+from worker.dispatch import Answer, Dispatcher, Job
+from worker.results import encode_result
 from worker.session import Session
 
 READ_BYTES: Final = 65_536

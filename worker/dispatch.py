@@ -1,41 +1,42 @@
 """One query after another through the handler, with memory, whatever transport it came by.
 
-A transport submits `Job`s and gets each answered exactly once, on the event loop. `async def`
-handlers run on the loop; plain functions run on a thread of their own and are fed in batches, so
-that two thread switches serve many queries. With `concurrency` above one (no memory), as many
-queries run at once.
+A transport submits `Job`s and gets each answered exactly once, on the event loop. Where the handler
+runs is a subclass's: `loop_dispatcher` for `async def`, `thread_dispatcher` for plain functions.
+What holds for both is here: what a return value must be, what a failure leaves behind, when an
+answer may leave (not before a durable memory is), and what becomes of a query that takes too long.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, Final, Protocol
 
 import anyio
 import anyio.abc
-import msgspec
+import anyio.to_thread
 import structlog
 
 from shared.ipc import Counters, Outcome
 from shared.logs import Folded
 from worker.handler import Handler
-from worker.memory import Memory
-
-BATCH: Final = 64
-"""How many queries a handler's thread gets at once."""
+from worker.memory import Memory, MemoryFault
+from worker.results import HandlerFault
 
 SLICE_S: Final = 0.001
 """How long finished answers may wait for slower ones behind them, and the loop for the handler."""
 
+STOP_GRACE_S: Final = 1.0
+"""How long an `async def` handler that is cancelled for its time-out may take to stop."""
+
+SUSPENDED_S: Final = 1.0
+"""A clock that is later than this was stopped, with the handler: the time is not counted against it."""
+
 CANCELLED: Final = (Outcome.CANCELLED, b"")
+RETURNED: Final = (Outcome.RETURNED, b"")
 Answer = tuple[Outcome, bytes]
 
 
@@ -50,35 +51,69 @@ class Source(Protocol):
 
 
 class Job:
-    """One query. `ticket` is whatever its source needs to know it again."""
+    """One query. `ticket` is whatever its source needs to know it again, `size` its text's length.
 
-    __slots__ = ("body", "cancelled", "size", "source", "ticket")
+    `cancelled` is set by a source that wants it no more; `settled` is set when it is answered.
+    """
+
+    __slots__ = ("body", "cancelled", "generation", "settled", "size", "source", "ticket")
 
     def __init__(self, source: Source, ticket: Any, body: str, size: int = 0) -> None:
         self.source = source
         self.ticket = ticket
         self.body = body
         self.size = size
+        self.generation = 0
         self.cancelled = False
+        self.settled = False
 
 
-class HandlerFault(Exception):
-    """A handler returned what it must not."""
+class Lane:
+    """A place where the handler runs one query at a time: what it runs, since when (`perf_counter`)."""
+
+    __slots__ = ("job", "since_s", "timed_out")
+
+    def __init__(self) -> None:
+        self.job: Job | None = None
+        self.since_s = 0.0
+        self.timed_out = False
 
 
 class Dispatcher(ABC):
-    """Runs jobs through one handler. Use as: `async with dispatcher.running(): await dispatcher.set_up()`."""
+    """Runs jobs through one handler. Use as: `async with dispatcher.running(): await dispatcher.set_up()`.
 
-    def __init__(self, handler: Handler, memory: Memory, counters: Counters, concurrency: int = 1) -> None:
+    Args:
+        handler: what answers.
+        memory: what one query leaves for the next.
+        counters: where errors are counted.
+        concurrency: how many queries run at once; more than one only without memory.
+        timeout_s: how long one query may take; None sets no limit.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        memory: Memory,
+        counters: Counters,
+        concurrency: int = 1,
+        timeout_s: float | None = None,
+    ) -> None:
         self.pending = 0
+        self.on_hung: Callable[[str], None] = lambda reason: None
         self._counters = counters
         self._handler = handler
         self._memory = memory
         self._concurrency = concurrency
+        self._timeout_s = timeout_s
         self._queue: deque[Job] = deque()
+        self._lanes: list[Lane] = []
+        self._unflushed: list[tuple[Job, Answer]] = []
+        self._flushing = False
         self._idle: anyio.Event | None = None
         self._folded = Folded()
         self._log = structlog.get_logger("worker.dispatch")
+
+    # --- what a subclass decides ---
 
     @abstractmethod
     def submit(self, jobs: Iterable[Job]) -> None:
@@ -96,11 +131,24 @@ class Dispatcher(ABC):
     def _stop(self) -> None:
         """End what runs the handler; a call that hangs is left behind."""
 
+    @abstractmethod
+    def _interrupt(self, lane: Lane) -> bool:
+        """Try to stop what runs in a lane; return False when that cannot be done in this process."""
+
+    def _waiting(self) -> Iterable[Job]:
+        """Return the jobs whose handling has not begun."""
+        return list(self._queue)
+
+    # --- its life ---
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Keep ready what runs the handler."""
         async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
             self._start(tasks)
+            if self._timeout_s is not None:
+                tasks.start_soon(self._watch, self._timeout_s)
             try:
                 yield
             finally:
@@ -137,9 +185,47 @@ class Dispatcher(ABC):
             self._idle = self._idle or anyio.Event()
             await self._idle.wait()
 
+    def give_back(self) -> None:
+        """Answer every job that has not begun with `RETURNED`: somebody else may run it."""
+        for job in self._waiting():
+            job.cancelled = True
+            self._settle(job, RETURNED)
+
+    # --- the end of a query ---
+
+    def _finish(self, job: Job, answer: Answer) -> None:
+        """Take what became of a job. It is answered now, or once its memory is durable. On the loop."""
+        if self._memory.durable and answer[0] is Outcome.OK:
+            self._unflushed.append((job, answer))
+            if not self._flushing:
+                self._flushing = True
+                self._tasks.start_soon(self._flush)
+        else:
+            self._settle(job, answer)
+
+    async def _flush(self) -> None:
+        """Make durable what has been committed, then answer: one commit serves all that came meanwhile."""
+        while self._unflushed:
+            batch, self._unflushed = self._unflushed, []
+            fault: Answer | None = None
+            try:
+                await anyio.to_thread.run_sync(self._memory.flush)
+            except MemoryFault as exc:
+                fault = (Outcome.HANDLER_FAILED, str(exc).encode())
+                if (held := self._folded.admit("flush")) is not None:
+                    self._log.error("memory_not_written", error=str(exc), like_it_before=held)
+            for job, answer in batch:
+                # A commit of an earlier generation was taken back by a flush that failed.
+                lost = job.generation != self._memory.generation
+                self._settle(job, fault or (_MEMORY_TAKEN_BACK if lost else answer))
+        self._flushing = False
+
     def _settle(self, job: Job, answer: Answer) -> None:
-        """Hand an answer to its source and count it. On the loop."""
-        if answer[0] is Outcome.HANDLER_FAILED:
+        """Hand an answer to its source and count it, unless the job has had one. On the loop."""
+        if job.settled:
+            return
+        job.settled = True
+        if answer[0] is Outcome.HANDLER_FAILED or answer[0] is Outcome.TIMED_OUT:
             self._counters.errors += 1
             self._counters.last_error = answer[1].decode("utf-8", "replace")
         job.source.answer(job, answer)
@@ -156,12 +242,17 @@ class Dispatcher(ABC):
         if not isinstance(memory, dict):
             raise HandlerFault(f"handle() must return a dict as memory, it returned {_kind(memory)}")
         encoded = job.source.encode(result)
-        self._memory.commit(memory)
+        if job.settled:  # it came too late, and was answered without it
+            self._memory.rollback()
+            return CANCELLED
+        job.generation = self._memory.commit(memory)
         return Outcome.OK, encoded
 
-    def _fail(self, exc: BaseException) -> Answer:
+    def _fail(self, job: Job, exc: BaseException) -> Answer:
         """Undo what a failed call did to the memory, and put its traceback in the log. Where `handle` ran."""
         self._memory.rollback()
+        if job.settled:
+            return CANCELLED
         what = f"{type(exc).__name__}: {_words(exc)}"[:500]
         last = exc.__traceback__
         while last is not None and last.tb_next is not None:
@@ -172,211 +263,38 @@ class Dispatcher(ABC):
             self._log.error("handler_failed", error=what, exc_info=exc, **more)
         return Outcome.HANDLER_FAILED, what.encode("utf-8", "replace")
 
+    # --- the time-out ---
 
-class LoopDispatcher(Dispatcher):
-    """Runs an `async def` handler on the event loop."""
-
-    def __init__(self, handler: Handler, memory: Memory, counters: Counters, concurrency: int = 1) -> None:
-        super().__init__(handler, memory, counters, concurrency)
-        self._sleepers: list[asyncio.Future[None]] = []
-        self._stopping = False
-
-    def submit(self, jobs: Iterable[Job]) -> None:
-        """Queue jobs, in order. Call it on the event loop."""
-        before = len(self._queue)
-        self._queue.extend(jobs)
-        added = len(self._queue) - before
-        self.pending += added
-        for _ in range(min(added, len(self._sleepers))):
-            self._sleepers.pop().set_result(None)
-
-    def _start(self, tasks: anyio.abc.TaskGroup) -> None:
-        for _ in range(self._concurrency):
-            tasks.start_soon(self._consume)
-
-    def _stop(self) -> None:
-        self._stopping = True
-
-    async def _call(self, function: Callable[[], Any]) -> None:
-        returned = function()
-        if inspect.isawaitable(returned):
-            await returned
-
-    async def _consume(self) -> None:
-        queue = self._queue
-        slice_ends = 0.0
+    async def _watch(self, timeout_s: float) -> None:
+        """Hold every lane to the time-out. Costs one timer, however many queries there are."""
         while True:
-            if not queue:
-                await self._sleep()
-                slice_ends = perf_counter() + SLICE_S
+            now = perf_counter()
+            since = min((lane.since_s for lane in self._lanes if lane.job is not None), default=now)
+            due = max(since + timeout_s, now + 0.001)
+            await anyio.sleep(due - now)
+            now = perf_counter()
+            if (late_s := now - due) > SUSPENDED_S:
+                for lane in self._lanes:
+                    lane.since_s += late_s
                 continue
-            job = queue.popleft()
-            self._settle(job, CANCELLED if job.cancelled else await self._run(job))
-            # A handler that never waits would keep the loop from reading, writing and ponging.
-            if perf_counter() > slice_ends:
-                await asyncio.sleep(0)
-                slice_ends = perf_counter() + SLICE_S
+            for lane in self._lanes:
+                if lane.job is not None and now - lane.since_s >= timeout_s:
+                    self._time_out(lane, lane.job, now)
 
-    async def _run(self, job: Job) -> Answer:
-        try:
-            return self._conclude(job, await self._handler.handle(job.body, self._memory.checkout()))
-        except BaseException as exc:  # a handler's SystemExit or stray CancelledError is its failure, not ours
-            if self._stopping:
-                raise
-            return self._fail(exc)
-
-    async def _sleep(self) -> None:
-        sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._sleepers.append(sleeper)
-        await sleeper
-
-
-class ThreadDispatcher(Dispatcher):
-    """Runs a plain function on its own thread (`concurrency` threads where there is no memory)."""
-
-    def __init__(self, handler: Handler, memory: Memory, counters: Counters, concurrency: int = 1) -> None:
-        super().__init__(handler, memory, counters, concurrency)
-        self._inbox: SimpleQueue[list[Job] | Callable[[], None] | None] = SimpleQueue()
-        self._batches_out = 0
-        self._answered: deque[tuple[Job, Answer]] = deque()
-        self._collecting = False
-
-    def submit(self, jobs: Iterable[Job]) -> None:
-        """Queue jobs, in order. Call it on the event loop."""
-        before = len(self._queue)
-        self._queue.extend(jobs)
-        self.pending += len(self._queue) - before
-        self._feed()
-
-    def _start(self, tasks: anyio.abc.TaskGroup) -> None:
-        self._loop = asyncio.get_running_loop()
-        for number in range(self._concurrency):
-            # A daemon, so that a call that hangs cannot keep the process from leaving.
-            threading.Thread(target=self._serve, name=f"handler-{number + 1}", daemon=True).start()
-
-    def _stop(self) -> None:
-        for _ in range(self._concurrency):
-            self._inbox.put(None)
-
-    async def _call(self, function: Callable[[], Any]) -> None:
-        if inspect.iscoroutinefunction(function):
-            await function()
-            return
-        done: asyncio.Future[None] = self._loop.create_future()
-
-        def finish(exc: BaseException | None) -> None:
-            if done.cancelled():
+    def _time_out(self, lane: Lane, job: Job, now: float) -> None:
+        assert self._timeout_s is not None
+        words = f"a query took longer than {round(self._timeout_s * 1000)} ms"
+        if not lane.timed_out:
+            lane.timed_out = True
+            self._log.error("handler_timed_out", error=words)
+            self._settle(job, (Outcome.TIMED_OUT, words.encode()))
+            if self._interrupt(lane):
+                lane.since_s = now - self._timeout_s + STOP_GRACE_S
                 return
-            if exc is None:
-                done.set_result(None)
-            else:
-                done.set_exception(exc if isinstance(exc, Exception) else RuntimeError(repr(exc)))
-
-        def call() -> None:
-            error: BaseException | None = None
-            try:
-                function()
-            except BaseException as exc:  # noqa: BLE001 - carried to the caller
-                error = exc
-            self._to_loop(finish, error)
-
-        self._inbox.put(call)
-        await done
-
-    def _feed(self) -> None:
-        # One batch more than there are threads, so that a thread finds work while the loop delivers.
-        queue = self._queue
-        # Several threads get one query each: none may wait behind a slow one while a thread is free.
-        most = BATCH if self._concurrency == 1 else 1
-        while queue and self._batches_out <= self._concurrency:
-            self._batches_out += 1
-            self._inbox.put([queue.popleft() for _ in range(min(len(queue), most))])
-
-    def _serve(self) -> None:
-        """Run batches. On the handler's thread."""
-        while (item := self._inbox.get()) is not None:
-            if callable(item):
-                item()
-                continue
-            slice_ends = perf_counter() + SLICE_S
-            for job in item:
-                if self._answered and not self._collecting:
-                    # The next query may take long: have the loop fetch what is finished meanwhile.
-                    self._collecting = True
-                    self._to_loop(self._collect_soon)
-                self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
-                if perf_counter() > slice_ends:
-                    self._to_loop(self._deliver)
-                    slice_ends = perf_counter() + SLICE_S
-            self._to_loop(self._batch_done)
-
-    def _run(self, job: Job) -> Answer:
-        try:
-            returned = self._handler.handle(job.body, self._memory.checkout())
-            if inspect.iscoroutine(returned):
-                returned.close()
-                raise HandlerFault("handle() returned a coroutine; write it as 'async def'")
-            return self._conclude(job, returned)
-        except BaseException as exc:  # noqa: BLE001 - SystemExit too: a handler's failure is a failed query
-            return self._fail(exc)
-
-    def _batch_done(self) -> None:
-        self._batches_out -= 1
-        self._feed()
-        self._deliver()
-
-    def _collect_soon(self) -> None:
-        self._loop.call_later(SLICE_S, self._collect)
-
-    def _collect(self) -> None:
-        self._collecting = False  # first, so that an answer which comes after the next line asks again
-        self._deliver()
-
-    def _deliver(self) -> None:
-        while self._answered:
-            self._settle(*self._answered.popleft())
-
-    def _to_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback, *arguments)
-        except RuntimeError:  # the loop is closed: the process is leaving
-            return
+        self.on_hung(f"{words} and cannot be stopped")
 
 
-def dispatcher_for(handler: Handler, memory: Memory, counters: Counters, concurrency: int = 1) -> Dispatcher:
-    """Return the dispatcher that a handler's kind asks for."""
-    kind = LoopDispatcher if handler.is_async else ThreadDispatcher
-    return kind(handler, memory, counters, concurrency)
-
-
-def encode_result(result: Any) -> bytes:
-    """Return a handler's result as the JSON that goes to a node.
-
-    `bytes` are JSON already encoded: checked, then kept as they are. A `str` is a JSON string.
-
-    Raises:
-        HandlerFault: when bytes are not JSON.
-        Exception: whatever `msgspec` raises for what JSON cannot hold.
-    """
-    if isinstance(result, bytes | bytearray | memoryview):
-        encoded = bytes(result)
-        if not is_json(encoded):
-            raise HandlerFault("handle() returned bytes that are not JSON; return text as str")
-        return encoded
-    return msgspec.json.encode(result)
-
-
-def is_json(data: bytes) -> bool:
-    """Return whether `data` is one JSON value in UTF-8."""
-    try:
-        data.decode("utf-8")
-        _skim(data)
-    except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
-        return False
-    return True
-
-
-_skim = msgspec.json.Decoder(msgspec.Raw).decode
+_MEMORY_TAKEN_BACK: Final = (Outcome.HANDLER_FAILED, b"the memory of this query could not be written")
 
 
 def _words(exc: BaseException) -> str:

@@ -16,7 +16,8 @@ import zmq
 
 from shared import ipc
 from shared.ipc import Counters, Launch, Outcome, WorkerState
-from worker.dispatch import Answer, Dispatcher, Job, encode_result, is_json
+from worker.dispatch import Answer, Dispatcher, Job
+from worker.results import encode_result, is_json
 
 
 class Link:
@@ -25,13 +26,21 @@ class Link:
     Args:
         launch: where the runner listens, and who this worker is.
         counters: sent with every status.
-        on_drain: called when the runner says that nothing more will come.
+        on_drain: called when the runner says that nothing more will come, and whether a successor waits.
+        on_go: called when the runner says that the predecessor has left, with what that remembered.
     """
 
-    def __init__(self, launch: Launch, counters: Counters, on_drain: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        counters: Counters,
+        on_drain: Callable[[bool], None],
+        on_go: Callable[[bytes | None], None],
+    ) -> None:
         self._launch = launch
         self._counters = counters
         self._on_drain = on_drain
+        self._on_go = on_go
         self._dispatcher: Dispatcher | None = None
         self._jobs: dict[int, Job] = {}
         self._replies: list[tuple[int, int, bytes]] = []
@@ -76,12 +85,20 @@ class Link:
         self._send_status()
 
     def tell_failed(self, reason: str) -> None:
-        """Report that this worker cannot start."""
+        """Report that this worker cannot go on."""
         self._send(ipc.Failed(reason))
 
     def ask_for_drain(self) -> None:
         """Ask the runner to send nothing more, and the mark that says so."""
         self._send(ipc.DrainRequest())
+
+    def ask_for_successor(self, reason: str) -> None:
+        """Ask for another process to take this one's place."""
+        self._send(ipc.RecycleRequest(reason))
+
+    def leave_behind(self, memory: bytes) -> None:
+        """Hand over what this worker remembers."""
+        self._send(ipc.Legacy(memory))
 
     def beat(self) -> None:
         """Send the heartbeat."""
@@ -114,8 +131,10 @@ class Link:
             for sequence in message.sequences:
                 if (cancelled := self._jobs.get(sequence)) is not None:
                     cancelled.cancelled = True
+        elif isinstance(message, ipc.Drain):
+            self._on_drain(message.hand_over)
         else:
-            self._on_drain()
+            self._on_go(message.legacy)
 
     # --- to the runner ---
 
@@ -131,7 +150,8 @@ class Link:
         outcome, payload = answer
         if outcome is Outcome.CANCELLED:
             return
-        self._counters.queries_http += 1
+        if outcome is not Outcome.RETURNED:
+            self._counters.queries_http += 1
         self._replies.append((job.ticket, int(outcome), payload))
         if not self._flush_due:
             self._flush_due = True

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from multiprocessing.connection import Connection as Pipe
+from typing import Final
 
 import anyio
 import setproctitle
@@ -22,11 +23,18 @@ from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from shared.ipc import HEARTBEAT_INTERVAL_S, Counters, Launch, WorkerState
 from shared.logs import Folded
 from worker.connection import Connection
-from worker.dispatch import Dispatcher, HandlerFault, dispatcher_for
+from worker.dispatch import Dispatcher
+from worker.dispatchers import dispatcher_for
 from worker.handler import Handler, load
+from worker.limits import Limits
 from worker.link import Link
-from worker.memory import open_memory
+from worker.memories import memory_for
+from worker.memory import Memory, MemoryFault
 from worker.orphan import leave_with_parent
+from worker.results import HandlerFault
+
+ABANDON_S: Final = 0.5
+"""How long the node may take to read the last answers of a worker whose handler hangs."""
 
 
 def run(launch: Launch) -> None:
@@ -72,10 +80,16 @@ class Worker:
     """One agent at one node: its handler, its link to the runner and its connection to the node."""
 
     def __init__(self, launch: Launch) -> None:
+        self._launch = launch
         self._spec = launch.spec
         self._counters = Counters()
-        self._link = Link(launch, self._counters, self._drain_begins)
+        self._link = Link(launch, self._counters, self._drain_begins, self._go)
+        self._limits = Limits(self._spec.agent)
         self._leaving = anyio.Event()
+        self._hand_over = False
+        self._hung = ""
+        self._called = anyio.Event()
+        self._inherited: bytes | None = None
         self._repeats = Folded()
         self._log = structlog.get_logger("worker")
 
@@ -97,23 +111,63 @@ class Worker:
     async def _serve(self, handler: Handler) -> int:
         agent = self._spec.agent
         capabilities = handler.capabilities if agent.capabilities is None else agent.capabilities
-        dispatcher = dispatcher_for(handler, open_memory(agent.memory), self._counters, agent.concurrency)
+        memory = memory_for(agent.memory, self._spec.name, self._spec.state_dir)
+        timeout_s = agent.handler_timeout_ms / 1000
+        dispatcher = dispatcher_for(handler, memory, self._counters, agent.concurrency, timeout_s)
+        dispatcher.on_hung = self._hang
         connection = Connection(self._spec, capabilities, dispatcher, self._counters, self._tell)
         async with anyio.create_task_group() as tasks, dispatcher.running():
             tasks.start_soon(self._heartbeat, connection)
             tasks.start_soon(self._obey_sigterm)
             try:
-                await dispatcher.set_up()
-            except HandlerFault as exc:
+                await self._get_ready(dispatcher, memory)
+            except (HandlerFault, MemoryFault) as exc:
                 tasks.cancel_scope.cancel()
                 return self._give_up(str(exc), EXIT_FAILED)
-            self._link.serve(dispatcher)
             tasks.start_soon(connection.run)
             await self._leaving.wait()
-            await self._drain(dispatcher, connection)
+            status = await self._leave(dispatcher, connection, memory)
             tasks.cancel_scope.cancel()
         self._tell("stopped", "")
+        return status
+
+    async def _get_ready(self, dispatcher: Dispatcher, memory: Memory) -> None:
+        """Set the handler up, wait for the predecessor to leave if there is one, and open the memory."""
+        await dispatcher.set_up()
+        self._link.serve(dispatcher)
+        if self._launch.standby:
+            self._tell("standby", "")
+            await self._called.wait()
+        try:
+            memory.open(self._inherited)
+        except MemoryFault as exc:
+            if self._inherited is None:
+                raise
+            self._log.error("memory_not_inherited", error=str(exc), do="the agent starts with an empty memory")
+        self._inherited = None
+
+    async def _leave(self, dispatcher: Dispatcher, connection: Connection, memory: Memory) -> int:
+        if self._hung:
+            return await self._abandon(dispatcher, connection)
+        await self._drain(dispatcher, connection)
+        if self._hung:  # it came to light while the rest was being finished
+            return await self._abandon(dispatcher, connection)
+        if self._hand_over:
+            try:
+                if (legacy := memory.legacy()) is not None:
+                    self._link.leave_behind(legacy)
+            except MemoryFault as exc:
+                self._log.error("memory_not_handed_over", error=str(exc))
+        memory.close()
         return EXIT_DONE
+
+    async def _abandon(self, dispatcher: Dispatcher, connection: Connection) -> int:
+        """Leave although the handler still runs: a call that hangs can be ended only with its process."""
+        status = self._give_up(self._hung, EXIT_FAILED)
+        dispatcher.give_back()
+        with anyio.move_on_after(ABANDON_S):
+            await connection.drain()
+        return status
 
     async def _drain(self, dispatcher: Dispatcher, connection: Connection) -> None:
         """Finish what is in flight, within the time that the runner gives before it kills."""
@@ -128,7 +182,16 @@ class Worker:
         if scope.cancelled_caught:
             self._log.warning("drain_timed_out", unanswered=dispatcher.pending)
 
-    def _drain_begins(self) -> None:
+    def _drain_begins(self, hand_over: bool) -> None:
+        self._hand_over = hand_over
+        self._leaving.set()
+
+    def _go(self, legacy: bytes | None) -> None:
+        self._inherited = legacy
+        self._called.set()
+
+    def _hang(self, reason: str) -> None:
+        self._hung = reason
         self._leaving.set()
 
     async def _obey_sigterm(self) -> None:
@@ -142,6 +205,8 @@ class Worker:
             await anyio.sleep(HEARTBEAT_INTERVAL_S)
             self._link.beat()
             connection.tell_overdue()
+            if reason := self._limits.reached(self._counters):
+                self._link.ask_for_successor(reason)
 
     def _tell(self, state: WorkerState, detail: str) -> None:
         """Report a state to the runner, and log it unless the same was just said."""

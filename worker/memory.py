@@ -11,53 +11,134 @@ import copy
 import pickle
 from typing import Any, Final, Protocol
 
-from shared.schema import MemoryKind
-
 _ATOMIC: Final = frozenset({str, bytes, int, float, bool, type(None)})
 
 
+class MemoryFault(Exception):
+    """A memory cannot be opened, kept or written; the text says which file and why."""
+
+
 class Memory(Protocol):
-    """One worker's memory. Every `checkout` is followed by one `commit` or one `rollback`."""
+    """One worker's memory. Every `checkout` is followed by one `commit` or one `rollback`.
+
+    A `durable` memory must be flushed before the answers of its commits may leave. `generation`
+    changes when a failed flush takes back commits that were not flushed yet.
+    """
+
+    durable: bool
+    generation: int
+
+    def open(self, legacy: bytes | None = None) -> None:
+        """Get ready for the first query; `legacy` is what the predecessor's `legacy` returned.
+
+        Raises:
+            MemoryFault: when the memory cannot be had.
+        """
+
+    def legacy(self) -> bytes | None:
+        """Return what a successor in another process needs to go on, or None when it needs nothing.
+
+        Raises:
+            MemoryFault: when that cannot be made.
+        """
 
     def checkout(self) -> dict[Any, Any]:
         """Return the dict to hand to the handler."""
 
-    def commit(self, new: dict[Any, Any]) -> None:
-        """Keep `new` for the next query."""
+    def commit(self, new: dict[Any, Any]) -> int:
+        """Keep `new` for the next query; return the generation that it belongs to.
+
+        Raises:
+            MemoryFault: when it cannot be kept; the memory is as `checkout` found it then.
+        """
 
     def rollback(self) -> None:
         """Bring back what `checkout` found."""
+
+    def flush(self) -> None:
+        """Make the last commit durable.
+
+        Raises:
+            MemoryFault: when it cannot be written; the memory is what was last flushed then.
+        """
+
+    def close(self) -> None:
+        """Let go of what the memory holds open."""
 
 
 class NoMemory:
     """`memory = "none"`: every query gets `{}`, what it returns is dropped."""
 
+    durable = False
+    generation = 0
+
+    def open(self, legacy: bytes | None = None) -> None:
+        """Nothing is needed."""
+
+    def legacy(self) -> None:
+        """Nothing is left."""
+
     def checkout(self) -> dict[Any, Any]:
         """Return a new empty dict."""
         return {}
 
-    def commit(self, new: dict[Any, Any]) -> None:
+    def commit(self, new: dict[Any, Any]) -> int:
         """Drop it."""
+        return 0
 
     def rollback(self) -> None:
         """Nothing was kept."""
+
+    def flush(self) -> None:
+        """Nothing is durable."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class RamMemory:
     """`memory = "ram"`: a dict in this process."""
 
+    durable = False
+    generation = 0
+
     def __init__(self) -> None:
         self._current: dict[Any, Any] = {}
         self._before: dict[Any, Any] | bytes = {}
+
+    def open(self, legacy: bytes | None = None) -> None:
+        """Begin with what the predecessor left, or with nothing.
+
+        Raises:
+            MemoryFault: when what it left cannot be read.
+        """
+        if legacy is None:
+            return
+        try:
+            self._current = pickle.loads(legacy)
+        except Exception as exc:  # objects of any class may refuse in any way
+            raise MemoryFault(f"what the predecessor remembered cannot be read: {exc}") from exc
+
+    def legacy(self) -> bytes | None:
+        """Return the dict, pickled: it goes to a process of the same user that runs the same handler.
+
+        Raises:
+            MemoryFault: when it holds what cannot be pickled.
+        """
+        try:
+            return pickle.dumps(self._current, pickle.HIGHEST_PROTOCOL)
+        except Exception as exc:
+            raise MemoryFault(f"the memory cannot be handed over: {exc}") from exc
 
     def checkout(self) -> dict[Any, Any]:
         """Return the current dict, after taking a snapshot of it."""
         self._before = _snapshot(self._current)
         return self._current
 
-    def commit(self, new: dict[Any, Any]) -> None:
+    def commit(self, new: dict[Any, Any]) -> int:
         """Keep `new`, which may be the dict that `checkout` returned."""
         self._current = new
+        return 0
 
     def rollback(self) -> None:
         """Bring back the snapshot; a dict whose pickled contents cannot be read back stays as it is."""
@@ -67,10 +148,11 @@ class RamMemory:
         with contextlib.suppress(Exception):  # objects of any class may refuse in any way
             self._current = pickle.loads(self._before)
 
+    def flush(self) -> None:
+        """Nothing is durable."""
 
-def open_memory(kind: MemoryKind) -> Memory:
-    """Return the memory that an agent asked for."""
-    return NoMemory() if kind == "none" else RamMemory()
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _snapshot(memory: dict[Any, Any]) -> dict[Any, Any] | bytes:

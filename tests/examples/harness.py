@@ -11,9 +11,11 @@ import msgspec
 from shared.config import parse_handler
 from shared.ipc import Counters, Outcome
 from shared.schema import MemoryKind
-from worker.dispatch import Answer, Job, dispatcher_for, encode_result
+from worker.dispatch import Answer, Job
+from worker.dispatchers import dispatcher_for
 from worker.handler import load
-from worker.memory import open_memory
+from worker.memories import memory_for
+from worker.results import encode_result
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +52,7 @@ class Collector:
 async def ask_example(reference: str, *queries: str, memory: MemoryKind = "ram") -> list[Any]:
     """Run one worker's worth of an example: load, set up, ask, close. Return the decoded results."""
     handler = load(parse_handler(reference, ROOT))
-    dispatcher = dispatcher_for(handler, open_memory(memory), Counters())
+    dispatcher = dispatcher_for(handler, memory_for(memory, "w", Path("/nowhere")), Counters())
     loop = asyncio.get_running_loop()
     async with dispatcher.running():
         await dispatcher.set_up()

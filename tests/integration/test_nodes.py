@@ -26,7 +26,7 @@ from shared.tokens import Secret
 from tests.cluster import agent, cluster, until
 from tests.integration.wire import AGENT_REGISTERED, REGISTERED
 from worker.connection import Connection
-from worker.dispatch import dispatcher_for
+from worker.dispatchers import dispatcher_for
 from worker.handler import load
 from worker.memory import NoMemory
 

@@ -7,7 +7,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 # Two busy cores make a single example slow now and then; that is no failure.
-settings.register_profile("unit", deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("unit", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unit")
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
@@ -18,20 +19,13 @@ from structlog.testing import capture_logs
 
 from shared.ipc import Counters, Outcome
 from shared.schema import MemoryKind
-from worker.dispatch import (
-    BATCH,
-    Answer,
-    Dispatcher,
-    HandlerFault,
-    Job,
-    LoopDispatcher,
-    ThreadDispatcher,
-    dispatcher_for,
-    encode_result,
-    is_json,
-)
+from worker.dispatch import Answer, Dispatcher, Job
+from worker.dispatchers import dispatcher_for
 from worker.handler import Handler
-from worker.memory import open_memory
+from worker.loop_dispatcher import LoopDispatcher
+from worker.memories import memory_for
+from worker.results import HandlerFault, encode_result, is_json
+from worker.thread_dispatcher import BATCH, ThreadDispatcher
 
 pytestmark = pytest.mark.anyio
 
@@ -102,7 +96,7 @@ def handler_of(kind: str, function: Plain, **parts: Any) -> Handler:
 @asynccontextmanager
 async def bench(handler: Handler, memory: MemoryKind = "ram", concurrency: int = 1) -> AsyncIterator[Bench]:
     counters = Counters()
-    dispatcher = dispatcher_for(handler, open_memory(memory), counters, concurrency)
+    dispatcher = dispatcher_for(handler, memory_for(memory, "w", Path("/nowhere")), counters, concurrency)
     async with dispatcher.running():
         yield Bench(dispatcher, Asker(), counters)
 
@@ -120,7 +114,7 @@ def names(count: int) -> list[str]:
 
 
 def test_kind_of_the_handler_chooses_where_it_runs() -> None:
-    memory, counters = open_memory("none"), Counters()
+    memory, counters = memory_for("none", "w", Path("/nowhere")), Counters()
     assert isinstance(dispatcher_for(handler_of("async", echo), memory, counters), LoopDispatcher)
     assert isinstance(dispatcher_for(handler_of("plain", echo), memory, counters), ThreadDispatcher)
 

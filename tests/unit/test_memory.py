@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict, defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.memory import Memory, open_memory
+from worker.memories import memory_for
+from worker.memory import Memory
 
 
 def keep(memory: Memory, value: dict[Any, Any]) -> None:
@@ -20,18 +22,18 @@ def keep(memory: Memory, value: dict[Any, Any]) -> None:
 
 
 def test_memory_is_empty_at_first() -> None:
-    assert open_memory("ram").checkout() == {}
-    assert open_memory("none").checkout() == {}
+    assert memory_for("ram", "w", Path("/nowhere")).checkout() == {}
+    assert memory_for("none", "w", Path("/nowhere")).checkout() == {}
 
 
 def test_committed_dict_is_the_next_one() -> None:
-    memory = open_memory("ram")
+    memory = memory_for("ram", "w", Path("/nowhere"))
     keep(memory, {"a": 1})
     assert memory.checkout() == {"a": 1}
 
 
 def test_dict_changed_in_place_and_committed_is_the_next_one() -> None:
-    memory = open_memory("ram")
+    memory = memory_for("ram", "w", Path("/nowhere"))
     current = memory.checkout()
     current["a"] = [1]
     memory.commit(current)
@@ -39,7 +41,7 @@ def test_dict_changed_in_place_and_committed_is_the_next_one() -> None:
 
 
 def test_no_memory_keeps_nothing_and_shares_nothing() -> None:
-    memory = open_memory("none")
+    memory = memory_for("none", "w", Path("/nowhere"))
     first = memory.checkout()
     first["a"] = 1
     memory.commit(first)
@@ -71,7 +73,7 @@ class Point:
     ],
 )
 def test_rollback_brings_back_what_was_changed_at_any_depth(before: dict[Any, Any]) -> None:
-    memory = open_memory("ram")
+    memory = memory_for("ram", "w", Path("/nowhere"))
     keep(memory, copy.deepcopy(before))
     for _ in range(2):
         spoil(memory.checkout())
@@ -100,7 +102,7 @@ def spoil(value: Any) -> None:
 
 
 def test_rollback_keeps_the_kind_of_dict() -> None:
-    memory = open_memory("ram")
+    memory = memory_for("ram", "w", Path("/nowhere"))
     keep(memory, OrderedDict(a=1))
     memory.checkout()["b"] = 2
     memory.rollback()
@@ -109,7 +111,7 @@ def test_rollback_keeps_the_kind_of_dict() -> None:
 
 
 def test_what_cannot_be_copied_is_shared_and_the_rest_is_brought_back() -> None:
-    memory = open_memory("ram")
+    memory = memory_for("ram", "w", Path("/nowhere"))
     lock = threading.Lock()
     keep(memory, {"lock": lock, "list": [1], "function": lambda: 1})
     spoil(memory.checkout())
@@ -128,7 +130,7 @@ class Unreadable(Exception):
 
 
 def test_memory_whose_pickle_cannot_be_read_back_stays_and_raises_nothing() -> None:
-    memory = open_memory("ram")
+    memory = memory_for("ram", "w", Path("/nowhere"))
     keep(memory, {"error": Unreadable("a", "b"), "n": 1})
     memory.checkout()
     memory.rollback()
@@ -144,7 +146,7 @@ json_values = st.recursive(
 
 @given(st.lists(st.tuples(st.booleans(), st.dictionaries(st.text(max_size=3), json_values, max_size=3))))
 def test_memory_is_always_the_last_committed_one(steps: list[tuple[bool, dict[Any, Any]]]) -> None:
-    memory = open_memory("ram")
+    memory = memory_for("ram", "w", Path("/nowhere"))
     expected: dict[Any, Any] = {}
     for committed, value in steps:
         found = memory.checkout()

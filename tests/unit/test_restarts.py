@@ -42,6 +42,11 @@ def test_failed_worker_is_tried_again_with_the_whole_intensity_before_it() -> No
     assert decisions[11].delay_s == 0
 
 
+def test_failure_forgets_the_restarts_before_it_however_long_the_window() -> None:
+    life = Life(RestartPolicy(max_restarts=1, window_s=86_400))
+    assert [life.dies_after(1).failed for _ in range(6)] == [False, True] * 3
+
+
 def test_restart_leaves_the_window_after_its_length() -> None:
     history = RestartHistory(RestartPolicy(max_restarts=2, window_s=60))
     assert not history.died(0, 1).failed

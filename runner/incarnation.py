@@ -1,0 +1,117 @@
+"""One process of a worker, from its fork to its end, as the runner follows it."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import anyio
+import structlog
+
+from runner.process import WorkerProcess
+from runner.router import Router
+from shared import ipc
+from shared.ipc import HEARTBEAT_INTERVAL_S, Counters, Launch, WorkerState
+
+LATE_S: Final = 1.0
+"""A look at the heartbeats that comes later than this was held up: the runner's own delay, not the worker's."""
+
+
+class Incarnation:
+    """A running process: what it says of itself, and how it can be ended.
+
+    Attributes:
+        failure: why it cannot go on, in its own words or in ours; empty while it can.
+        wants_successor: why it wants one, empty while it does not.
+        legacy: what it remembered, once it has handed that over.
+        successor: what takes its place when it ends; until then an end is a death.
+    """
+
+    def __init__(self, launch: Launch, process: WorkerProcess, router: Router) -> None:
+        self.launch = launch
+        self.process = process
+        self.counters = Counters()
+        self.state: WorkerState = "starting"
+        self.detail = ""
+        self.failure = ""
+        self.wants_successor = ""
+        self.legacy: bytes | None = None
+        self.successor: Incarnation | None = None
+        self.started_s = time.monotonic()
+        self.changed = anyio.Event()
+        self._router = router
+        self._log = structlog.get_logger("supervisor").bind(worker=launch.spec.name)
+
+    def hear(self, status: ipc.Status) -> None:
+        """Take a state change or a heartbeat."""
+        self.counters = status.counters
+        self.state, self.detail = status.state, status.detail
+        self._wake()
+
+    def ask_for_successor(self, reason: str) -> None:
+        """Note that it wants to be replaced."""
+        self.wants_successor = reason
+        self._wake()
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+    async def ended(self, start_timeout_s: float, liveness_timeout_s: float) -> None:
+        """Wait until the process has ended; end it when it does not start, or is silent for too long."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._hold_to_account, start_timeout_s, liveness_timeout_s)
+            await self.process.ended()
+            tasks.cancel_scope.cancel()
+
+    async def _hold_to_account(self, start_timeout_s: float, liveness_timeout_s: float) -> None:
+        with anyio.move_on_after(start_timeout_s) as scope:
+            while self.state == "starting":  # its loop is busy with the handler's import: no heartbeats yet
+                await self.changed.wait()
+        if scope.cancelled_caught:
+            self.kill(f"it was not up within {start_timeout_s:.0f} s of its start")
+            return
+        self._router.pardon(self.launch)
+        while True:
+            due_s = time.monotonic() + min(HEARTBEAT_INTERVAL_S, liveness_timeout_s / 4)
+            await anyio.sleep(due_s - time.monotonic())
+            silent_s = self._router.silent_for_s(self.launch)
+            if time.monotonic() - due_s > LATE_S:
+                self._router.pardon(self.launch)
+            elif silent_s > liveness_timeout_s:
+                self.kill(f"nothing was heard of it for {round(liveness_timeout_s * 1000)} ms")
+                return
+
+    async def reached(self, state: WorkerState) -> bool:
+        """Wait for a state; return False when the process ends before it."""
+        found = False
+
+        async def wait() -> None:
+            nonlocal found
+            while self.state != state:
+                await self.changed.wait()
+            found = True
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait)
+            await self.process.ended()
+            tasks.cancel_scope.cancel()
+        return found
+
+    async def drain(self, timeout_s: float, *, hand_over: bool = False) -> None:
+        """Have the process finish what is in flight and leave; kill it when it takes longer."""
+        if self._router.drain(self.launch, hand_over=hand_over):
+            with anyio.move_on_after(timeout_s):
+                await self.process.ended()
+                return
+            self._log.warning("drain_timed_out", pid=self.process.pid)
+        self.process.kill()
+        await self.process.ended()
+
+    def kill(self, why: str = "") -> None:
+        """End the process at once."""
+        if why:
+            self._log.error("worker_killed", pid=self.process.pid, why=why)
+        self.failure = self.failure or why
+        self.process.kill()

@@ -1,0 +1,195 @@
+"""`memory = "disk"`: an agent's memory in SQLite, one file a worker, one row, msgpack.
+
+Survives the end of the worker, of the runner and of the machine: WAL with `synchronous = FULL`
+syncs at each commit (https://www.sqlite.org/pragma.html#pragma_synchronous). A file that cannot be
+this memory is moved aside, never written to and never deleted.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from worker.memory import MemoryFault
+
+APPLICATION_ID: Final = 0x454D5231  # "EMR1", in SQLite's header at byte 68: whose file this is
+_EMPTY: Final = msgspec.msgpack.encode({})
+_SIDE_FILES: Final = ("-wal", "-shm")
+_BUSY_TIMEOUT_S: Final = 5.0
+
+
+class DiskMemory:
+    """One worker's memory in one file.
+
+    `commit` keeps a query's memory in this process, `flush` makes the last one durable. An answer
+    must not leave between the two. A flush that fails takes back every commit since the one before
+    it.
+
+    Args:
+        path: the file; it and its folder are made when missing.
+    """
+
+    durable = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.generation = 0
+        self._checked_out = 0
+        self._database: sqlite3.Connection | None = None
+        self._flushed = self._blob = _EMPTY
+        self._current: dict[Any, Any] = {}
+        # A flush runs on a thread of its own, beside the handler: what both touch changes together.
+        self._lock = threading.Lock()
+
+    def open(self, legacy: bytes | None = None) -> None:
+        """Open or make the file. Not before a predecessor has closed it.
+
+        Raises:
+            MemoryFault: when it cannot be opened or made.
+        """
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._database, self._flushed = _open(self.path)
+        except (OSError, sqlite3.Error) as exc:
+            raise MemoryFault(f"the memory {self.path} cannot be opened: {exc}") from None
+        self._blob = self._flushed
+        self._current = _decode(self._blob)
+
+    def legacy(self) -> None:
+        """Nothing: the successor opens the file."""
+
+    def checkout(self) -> dict[Any, Any]:
+        """Return the current dict."""
+        with self._lock:
+            self._checked_out = self.generation
+            return self._current
+
+    def commit(self, new: dict[Any, Any]) -> int:
+        """Keep `new` for the next query; return the generation that it belongs to.
+
+        Raises:
+            MemoryFault: when it holds what msgpack cannot, or what it was made from was taken back meanwhile.
+        """
+        try:
+            blob = msgspec.msgpack.encode(new)
+        except Exception as exc:
+            raise MemoryFault(f"the memory holds what msgpack cannot: {exc}") from exc
+        with self._lock:
+            if self._checked_out != self.generation:
+                raise MemoryFault("the memory that this query began with could not be written")
+            self._blob, self._current = blob, new
+            return self.generation
+
+    def rollback(self) -> None:
+        """Bring back the last commit."""
+        with self._lock:
+            self._current = _decode(self._blob)
+
+    def flush(self) -> None:
+        """Make the last commit durable. May be called on any thread, one at a time.
+
+        Raises:
+            MemoryFault: when it cannot be written; the memory is what was last flushed then.
+        """
+        blob = self._blob
+        if blob is self._flushed:
+            return
+        assert self._database is not None
+        try:
+            with self._database:
+                self._database.execute("UPDATE memory SET data = ?", (blob,))
+        except sqlite3.Error as exc:
+            with self._lock:
+                self.generation += 1
+                self._blob = self._flushed
+                self._current = _decode(self._blob)
+            raise MemoryFault(f"the memory {self.path} cannot be written: {exc}") from None
+        self._flushed = blob
+
+    def close(self) -> None:
+        """Let the file go; the log is folded into it."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+def _open(path: Path) -> tuple[sqlite3.Connection, bytes]:
+    """Open or make the file; move aside one that is corrupt or not ours."""
+    try:
+        return _open_own(path)
+    except _NotOurs as exc:
+        why = str(exc)
+    aside = _move_aside(path)
+    structlog.get_logger("worker.memory").error(
+        "memory_moved_aside",
+        file=str(path),
+        to=str(aside),
+        why=why,
+        do="the agent starts with an empty memory; mend the file and move it back while the runner is stopped",
+    )
+    return _open_own(path)
+
+
+class _NotOurs(Exception):
+    """The file is corrupt, or another program's."""
+
+
+def _open_own(path: Path) -> tuple[sqlite3.Connection, bytes]:
+    new = not path.exists() or path.stat().st_size == 0
+    database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
+    try:
+        if not new:
+            _check(database)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        if new:
+            _make(database)
+        (data,) = database.execute("SELECT data FROM memory").fetchone()
+        _decode(data)
+    except _NotOurs:
+        database.close()
+        raise
+    except sqlite3.OperationalError:
+        database.close()
+        raise
+    except (sqlite3.DatabaseError, msgspec.DecodeError, TypeError, ValueError) as exc:
+        database.close()
+        raise _NotOurs(f"it is corrupt: {exc}") from None
+    return database, data
+
+
+def _check(database: sqlite3.Connection) -> None:
+    (application_id,) = database.execute("PRAGMA application_id").fetchone()
+    if application_id != APPLICATION_ID:
+        raise _NotOurs("it is another program's database")
+    (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise _NotOurs(f"it is corrupt: {verdict}")
+
+
+def _make(database: sqlite3.Connection) -> None:
+    with database:
+        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        database.execute("CREATE TABLE IF NOT EXISTS memory (data BLOB NOT NULL)")
+        if database.execute("SELECT count(*) FROM memory").fetchone() == (0,):
+            database.execute("INSERT INTO memory VALUES (?)", (_EMPTY,))
+
+
+def _move_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.aside-{time.strftime('%Y%m%dT%H%M%S')}-{time.monotonic_ns() % 1_000_000}")
+    for suffix in ("", *_SIDE_FILES):
+        source = path.with_name(path.name + suffix)
+        if source.exists():
+            source.rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _decode(data: bytes) -> dict[Any, Any]:
+    # `strict_map_key` does not exist here: any hashable msgpack value may be a key.
+    return msgspec.msgpack.decode(data, type=dict)

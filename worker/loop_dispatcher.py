@@ -1,0 +1,100 @@
+"""Runs an `async def` handler on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterable
+from time import perf_counter
+from typing import Any
+
+import anyio.abc
+
+from worker.dispatch import CANCELLED, SLICE_S, Answer, Dispatcher, Job, Lane
+
+
+class TaskLane(Lane):
+    """A lane that is a task."""
+
+    __slots__ = ("task",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task: asyncio.Task[Any] | None = None
+
+
+class LoopDispatcher(Dispatcher):
+    """Each lane takes one job after the other; one that has none sleeps."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._sleepers: list[asyncio.Future[None]] = []
+        self._stopping = False
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs, in order. Call it on the event loop."""
+        before = len(self._queue)
+        self._queue.extend(jobs)
+        added = len(self._queue) - before
+        self.pending += added
+        for _ in range(min(added, len(self._sleepers))):
+            self._sleepers.pop().set_result(None)
+
+    def _start(self, tasks: anyio.abc.TaskGroup) -> None:
+        for _ in range(self._concurrency):
+            lane = TaskLane()
+            self._lanes.append(lane)
+            tasks.start_soon(self._consume, lane)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _interrupt(self, lane: Lane) -> bool:
+        assert isinstance(lane, TaskLane)
+        return lane.task is not None and lane.task.cancel()
+
+    async def _call(self, function: Callable[[], Any]) -> None:
+        returned = function()
+        if inspect.isawaitable(returned):
+            await returned
+
+    async def _consume(self, lane: TaskLane) -> None:
+        lane.task = asyncio.current_task()
+        queue = self._queue
+        slice_ends = 0.0
+        while True:
+            if not queue:
+                await self._sleep()
+                lane.since_s = perf_counter()
+                slice_ends = lane.since_s + SLICE_S
+                continue
+            job = queue.popleft()
+            if job.cancelled:
+                self._settle(job, CANCELLED)
+                continue
+            lane.job = job
+            self._finish(job, await self._run(job, lane))
+            lane.job = None
+            lane.since_s = perf_counter()
+            # A handler that never waits would keep the loop from reading, writing and ponging.
+            if lane.since_s > slice_ends:
+                await asyncio.sleep(0)
+                lane.since_s = perf_counter()
+                slice_ends = lane.since_s + SLICE_S
+
+    async def _run(self, job: Job, lane: TaskLane) -> Answer:
+        try:
+            return self._conclude(job, await self._handler.handle(job.body, self._memory.checkout()))
+        except BaseException as exc:  # a handler's SystemExit or stray CancelledError is its failure, not ours
+            if self._stopping:
+                raise
+            return self._fail(job, exc)
+        finally:
+            if lane.timed_out and lane.task is not None:
+                lane.timed_out = False
+                lane.task.uncancel()
+
+    async def _sleep(self) -> None:
+        sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers.append(sleeper)
+        await sleeper

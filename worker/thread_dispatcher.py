@@ -1,0 +1,151 @@
+"""Runs a plain function on a thread of its own, fed in batches, so that two thread switches serve many queries."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+from time import perf_counter
+from typing import Any, Final
+
+import anyio.abc
+
+from worker.dispatch import CANCELLED, SLICE_S, Answer, Dispatcher, Job, Lane
+from worker.results import HandlerFault
+
+BATCH: Final = 64
+"""How many queries a handler's thread gets at once."""
+
+
+class ThreadDispatcher(Dispatcher):
+    """One thread, or `concurrency` of them where there is no memory."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._inbox: SimpleQueue[list[Job] | Callable[[], None] | None] = SimpleQueue()
+        self._batches: deque[list[Job]] = deque()
+        self._answered: deque[tuple[Job, Answer]] = deque()
+        self._collecting = False
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs, in order. Call it on the event loop."""
+        before = len(self._queue)
+        self._queue.extend(jobs)
+        self.pending += len(self._queue) - before
+        self._feed()
+
+    def _start(self, tasks: anyio.abc.TaskGroup) -> None:
+        self._loop = asyncio.get_running_loop()
+        for number in range(self._concurrency):
+            lane = Lane()
+            self._lanes.append(lane)
+            # With this context, because every line of the log takes its worker's name from it. A daemon,
+            # so that a call that hangs cannot keep the process from leaving.
+            run = contextvars.copy_context().run
+            name = f"handler-{number + 1}"
+            threading.Thread(target=run, args=(self._serve, lane), name=name, daemon=True).start()
+
+    def _stop(self) -> None:
+        for _ in range(self._concurrency):
+            self._inbox.put(None)
+
+    def _interrupt(self, lane: Lane) -> bool:
+        return False  # nothing ends a thread but the end of its process
+
+    def _waiting(self) -> Iterable[Job]:
+        running = {lane.job for lane in self._lanes}
+        handed = [job for batch in self._batches for job in batch if job not in running and not job.settled]
+        return [*handed, *self._queue]
+
+    async def _call(self, function: Callable[[], Any]) -> None:
+        if inspect.iscoroutinefunction(function):
+            await function()
+            return
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def finish(exc: BaseException | None) -> None:
+            if done.cancelled():
+                return
+            if exc is None:
+                done.set_result(None)
+            else:
+                done.set_exception(exc if isinstance(exc, Exception) else RuntimeError(repr(exc)))
+
+        def call() -> None:
+            error: BaseException | None = None
+            try:
+                function()
+            except BaseException as exc:  # noqa: BLE001 - carried to the caller
+                error = exc
+            self._to_loop(finish, error)
+
+        self._inbox.put(call)
+        await done
+
+    def _feed(self) -> None:
+        # One batch more than there are threads, so that a thread finds work while the loop delivers.
+        queue = self._queue
+        # Several threads get one query each: none may wait behind a slow one while a thread is free.
+        most = BATCH if self._concurrency == 1 else 1
+        while queue and len(self._batches) <= self._concurrency:
+            batch = [queue.popleft() for _ in range(min(len(queue), most))]
+            self._batches.append(batch)
+            self._inbox.put(batch)
+
+    def _serve(self, lane: Lane) -> None:
+        """Run batches. On the handler's thread."""
+        while (item := self._inbox.get()) is not None:
+            if callable(item):
+                item()
+                continue
+            lane.since_s = perf_counter()
+            slice_ends = lane.since_s + SLICE_S
+            for job in item:
+                if self._answered and not self._collecting:
+                    # The next query may take long: have the loop fetch what is finished meanwhile.
+                    self._collecting = True
+                    self._to_loop(self._collect_soon)
+                lane.job = job
+                self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
+                lane.job = None
+                lane.since_s = perf_counter()
+                if lane.since_s > slice_ends:
+                    self._to_loop(self._deliver)
+                    slice_ends = lane.since_s + SLICE_S
+            self._to_loop(self._batch_done, item)
+
+    def _run(self, job: Job) -> Answer:
+        try:
+            returned = self._handler.handle(job.body, self._memory.checkout())
+            if inspect.iscoroutine(returned):
+                returned.close()
+                raise HandlerFault("handle() returned a coroutine; write it as 'async def'")
+            return self._conclude(job, returned)
+        except BaseException as exc:  # noqa: BLE001 - SystemExit too: a handler's failure is a failed query
+            return self._fail(job, exc)
+
+    def _batch_done(self, batch: list[Job]) -> None:
+        self._batches.remove(batch)
+        self._feed()
+        self._deliver()
+
+    def _collect_soon(self) -> None:
+        self._loop.call_later(SLICE_S, self._collect)
+
+    def _collect(self) -> None:
+        self._collecting = False  # first, so that an answer which comes after the next line asks again
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while self._answered:
+            self._finish(*self._answered.popleft())
+
+    def _to_loop(self, callback: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the loop is closed: the process is leaving
+            return
