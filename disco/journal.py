@@ -27,11 +27,11 @@ class Journal:
 
     def registered(self, agent: Agent) -> None:
         """Say that `agent` is listed."""
-        self._write(self._changes, "info", "agent registered", agent=agent.name, capabilities=list(agent.capabilities))
+        self._write(self._changes, "info", "agent_registered", agent=agent.name, capabilities=list(agent.capabilities))
 
     def gone(self, agent: Agent, why: str) -> None:
         """Say that `agent` is no longer listed, and why."""
-        self._write(self._changes, "info", "agent gone", agent=agent.name, why=why)
+        self._write(self._changes, "info", "agent_gone", agent=agent.name, why=why)
 
     def refused(self, why: str, *, agent: str | None = None, address: str | None = None) -> None:
         """Say that a connection or a name was refused. `why` never holds a token."""
@@ -39,7 +39,7 @@ class Journal:
         self._write(
             self._refusals,
             "warning",
-            "agent refused",
+            "agent_refused",
             why=why,
             **{key: value for key, value in fields.items() if value is not None},
         )

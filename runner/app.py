@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Final
@@ -15,12 +16,12 @@ import zmq
 
 from runner.http import Api
 from runner.process import ForkServer
-from runner.restarts import RestartPolicy
+from runner.reload import ReadConfig, Reloader, check_handlers, policy_of, workers_by_agent
 from runner.router import Router
 from runner.state_dir import StateDir, hold
 from runner.supervisor import Supervisor
-from shared.config import Config, HttpAddress, WorkerSpec, worker_specs
-from shared.errors import ConfigError, StartError
+from shared.config import Config, HttpAddress, worker_specs
+from shared.errors import StartError
 from shared.http_server import HttpServer, listen, resolve
 
 REPLY_GRACE_S: Final = 0.5
@@ -29,17 +30,27 @@ REPLY_GRACE_S: Final = 0.5
 SETTLE_S: Final = 0.02
 """How long requests that have arrived may take to be read before the door is closed."""
 
+SAME_SIGNAL_S: Final = 0.3
+"""Signals that follow each other faster than a person's are one."""
+
 _PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
 
 OnStarted = Callable[[HttpAddress], None]
 Surroundings = Callable[[], AbstractAsyncContextManager[None]]
 
 
-def run(config: Config, *, on_started: OnStarted = lambda _: None, around: Surroundings | None = None) -> None:
+def run(
+    config: Config,
+    *,
+    read_again: ReadConfig | None = None,
+    on_started: OnStarted = lambda _: None,
+    around: Surroundings | None = None,
+) -> None:
     """Run until SIGTERM or SIGINT.
 
     Args:
         config: what to run.
+        read_again: reads the configuration again at SIGHUP.
         on_started: called with the address that HTTP listens on, once it does.
         around: entered before the workers start and left after they have ended: the demo's nodes.
 
@@ -51,31 +62,22 @@ def run(config: Config, *, on_started: OnStarted = lambda _: None, around: Surro
     fork_server.start()
     place = resolve(config.http.host, config.http.port, hint=_PORT_HINT)
     with hold(config.state_dir) as state, listen(place, hint=_PORT_HINT) as listener:
-        check_handlers(config, fork_server)
-        runner = Runner(config, fork_server, state, listener)
+        check_handlers(config.agents, fork_server)
+        runner = Runner(config, read_again, fork_server, state, listener)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
-
-
-def check_handlers(config: Config, fork_server: ForkServer) -> dict[str, tuple[str, ...]]:
-    """Load every agent's handler in a process of its own; return the capabilities each agent will tell.
-
-    Raises:
-        ConfigError: naming the first agent whose handler cannot be loaded, and why.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    for agent in config.agents:
-        try:
-            own = fork_server.probe(agent.handler)
-        except ConfigError as exc:
-            raise ConfigError(f"agent {agent.name!r}: {exc}") from None
-        found[agent.name] = own if agent.capabilities is None else agent.capabilities
-    return found
 
 
 class Runner:
     """One running runner."""
 
-    def __init__(self, config: Config, fork_server: ForkServer, state: StateDir, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        config: Config,
+        read_again: ReadConfig | None,
+        fork_server: ForkServer,
+        state: StateDir,
+        listener: socket.socket,
+    ) -> None:
         self._config = config
         self._state = state
         self._listener = listener
@@ -86,17 +88,13 @@ class Runner:
             max_in_flight_total=config.max_in_flight_total,
         )
         specs = worker_specs(config)
-        supervision = config.supervision
         self._supervisor = Supervisor(
-            specs,
-            RestartPolicy(max_restarts=supervision.max_restarts, window_s=supervision.restart_window_s),
-            fork_server,
-            self._router,
-            supervision.shutdown_timeout_ms / 1000,
+            specs, policy_of(config), fork_server, self._router, config.supervision.shutdown_timeout_ms / 1000
         )
-        self._api = Api(self._router, _by_agent(specs), lambda: self._supervisor.rows, config.http_token)
+        self._api = Api(self._router, workers_by_agent(specs), lambda: self._supervisor.rows, config.http_token)
+        self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
         self._server = HttpServer(self._api.app, listener)
-        self._leaving = False
+        self._leaving_since_s: float | None = None
         self._log = structlog.get_logger("runner")
 
     async def run(self, on_started: OnStarted, around: Surroundings | None) -> None:
@@ -108,6 +106,7 @@ class Runner:
         try:
             async with (around or _nothing_around)(), anyio.create_task_group() as tasks:
                 await tasks.start(self._obey_signals)
+                tasks.start_soon(self._reloader.run)
                 await self._server.start()
                 self._announce(on_started)
                 await self._supervisor.run()
@@ -121,19 +120,24 @@ class Runner:
     def _announce(self, on_started: OnStarted) -> None:
         address = HttpAddress(self._config.http.host, self._listener.getsockname()[1])
         self._state.announce(f"http://{address}")
-        self._log.info("started", http=f"http://{address}", workers=len(self._supervisor.children))
+        self._log.info("started", http=f"http://{address}", workers=len(self._supervisor))
         on_started(address)
 
     async def _obey_signals(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             task_status.started()
             async with anyio.create_task_group() as tasks:
                 async for number in signals:
-                    if self._leaving:
-                        self._log.warning("killing", why="a second signal")
-                        self._supervisor.kill()
+                    if number == signal.SIGHUP:
+                        self._reloader.ask()
                         continue
-                    self._leaving = True
+                    if self._leaving_since_s is not None:
+                        # Some senders signal the process and its group: the same request, twice at once.
+                        if time.monotonic() - self._leaving_since_s > SAME_SIGNAL_S:
+                            self._log.warning("killing", why="a second signal")
+                            self._supervisor.kill()
+                        continue
+                    self._leaving_since_s = time.monotonic()
                     self._supervisor.retire()
                     self._log.info("draining", why=signal.Signals(number).name)
                     tasks.start_soon(self._drain)
@@ -144,13 +148,6 @@ class Runner:
         self._api.closing = True
         self._server.close()
         await self._supervisor.drain()
-
-
-def _by_agent(specs: tuple[WorkerSpec, ...]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
-    for spec in specs:
-        found[spec.agent.name] = (*found.get(spec.agent.name, ()), spec.name)
-    return found
 
 
 @asynccontextmanager

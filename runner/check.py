@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from runner.app import check_handlers
 from runner.process import ForkServer
+from runner.reload import check_handlers
 from shared import tokens
 from shared.config import Agent, Config, worker_specs
 from shared.tokens import TokenError, TokenSource
@@ -27,7 +27,7 @@ def check(config: Config) -> Report:
     """
     fork_server = ForkServer()
     fork_server.start()
-    capabilities = check_handlers(config, fork_server)
+    capabilities = check_handlers(config.agents, fork_server)
     rows = [
         (
             spec.name,

@@ -65,13 +65,31 @@ def run(
     http: HttpOption = None,
     state_dir: Annotated[Path | None, typer.Option(help="Use this state folder instead of the file's.")] = None,
 ) -> None:
-    """Run the agents of a configuration until SIGTERM or Ctrl-C.
+    """Run the agents of a configuration until SIGTERM or Ctrl-C; SIGHUP reads the configuration again.
 
     Example: em-runner run -c em-runner.toml
     """
-    loaded = _overridden(load(config), http, state_dir)
+
+    def read() -> Config:
+        return _overridden(load(config), http, state_dir)
+
+    loaded = read()
     logs.configure(loaded.log_level, loaded.log_format)
-    runner_app.run(loaded)
+    runner_app.run(loaded, read_again=read)
+
+
+@cli.command()
+def reload(state_dir: StateDir = Path(DEFAULT_STATE_DIR)) -> None:
+    """Have a running runner read its configuration again, and say what it changed.
+
+    Exit status: 0 when it is done, 1 when there is no runner or it does not answer, 78 when it was refused.
+
+    Example: em-runner reload --state-dir ~/.local/state/em-runner
+    """
+    outcome = client.reload(state_dir.expanduser())
+    if not outcome.done:
+        _leave(outcome.message, EXIT_CONFIG)
+    print(outcome.message)
 
 
 @cli.command()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import os
+import signal
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from runner.state_dir import read_address
+from runner.state_dir import Reloaded, read_address, read_reload
 from shared.errors import StartError
+
+_POLL_S: Final = 0.02
 
 
 class Answer(NamedTuple):
@@ -64,6 +69,29 @@ def call(
 
 def _answer(response: http.client.HTTPResponse | urllib.error.HTTPError) -> Answer:
     return Answer(int(response.status or 0), msgspec.json.decode(response.read()), response.headers.get("x-worker"))
+
+
+def reload(state_dir: Path, timeout_s: float = 120.0) -> Reloaded:
+    """Have the runner of a state folder reload, and return how that went.
+
+    Raises:
+        StartError: when there is no runner, or it does not say how it went in time.
+    """
+    address = read_address(state_dir)
+    if address is None:
+        raise StartError(f"no runner is known in {state_dir}; name its state folder with --state-dir")
+    before = read_reload(state_dir)
+    try:
+        os.kill(address.pid, signal.SIGHUP)
+    except OSError as exc:
+        raise StartError(f"the runner (pid {address.pid}) cannot be told: {exc.strerror}") from None
+    ends_s = time.monotonic() + timeout_s
+    while time.monotonic() < ends_s:
+        outcome = read_reload(state_dir)
+        if outcome is not None and (before is None or outcome.number > before.number):
+            return outcome
+        time.sleep(_POLL_S)
+    raise StartError(f"the runner (pid {address.pid}) has not said within {timeout_s:.0f} s how the reload went")
 
 
 def exit_status(http_status: int) -> int:

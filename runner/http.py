@@ -91,6 +91,10 @@ class Directory:
             return error(404, f"there is no agent {agent!r}; there are: {', '.join(self._agents)}")
         return next((name for name in workers if self._router.accepts(name)), workers[0])
 
+    def others(self, worker: str) -> tuple[str, ...]:
+        """Return the other workers of a worker's agent: they may answer what was not meant for this one alone."""
+        return tuple(name for name in self._agents[self._workers[worker]] if name != worker)
+
 
 class Api:
     """The routes.
@@ -122,6 +126,11 @@ class Api:
         if token is not None:
             self.app = BearerToken(self.app, token)
 
+    def rename(self, agents: dict[str, tuple[str, ...]]) -> None:
+        """Route by these agents and workers from now on."""
+        self._agents = agents
+        self._directory = Directory(self._router, agents)
+
     async def _query(self, request: Request) -> Response:
         body = await _read(request)
         if body is None:
@@ -141,10 +150,11 @@ class Api:
         worker = self._directory.choose(asked.agent, asked.worker)
         if isinstance(worker, Response):
             return worker
-        reply = await self._ask(worker, asked.query, request)
+        elsewhere = () if asked.worker is not None else self._directory.others(worker)
+        reply = await self._ask(worker, asked.query, elsewhere, request)
         return _answer(reply)
 
-    async def _ask(self, worker: str, query: str, request: Request) -> Reply:
+    async def _ask(self, worker: str, query: str, elsewhere: tuple[str, ...], request: Request) -> Reply:
         """Return the reply; when the client goes away first, free the query's place."""
         replied: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
 
@@ -152,7 +162,7 @@ class Api:
             if not replied.done():
                 replied.set_result(reply)
 
-        sequence = self._router.submit(worker, query, on_reply)
+        sequence = self._router.submit(worker, query, on_reply, elsewhere)
         try:
             while not replied.done():
                 # Most answers come long before this; for the rest, a look now and then is cheap.
@@ -168,11 +178,11 @@ class Api:
         return JSON({"status": "ok"})
 
     async def _ready(self, request: Request) -> Response:
-        states = {row.name: row for row in self._table()}
+        rows = {row.name: row for row in self._table()}
         agents = {
             agent: {
-                "ready": any(states[name].state == "ready" for name in workers),
-                "workers": {name: _state_in_words(states[name]) for name in workers},
+                "ready": any(rows[name].state == "ready" for name in workers if name in rows),
+                "workers": {name: _state_in_words(rows[name]) for name in workers if name in rows},
             }
             for agent, workers in self._agents.items()
         }

@@ -13,6 +13,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import ModuleType
@@ -43,6 +44,7 @@ class ForkServer:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([PRELOAD])
         self._one_at_a_time = anyio.CapacityLimiter(1)
+        self._starting = threading.Lock()  # a reload probes handlers on one thread while another starts a worker
 
     def start(self) -> None:
         """Start the fork server, unless it runs. Call it before there are threads or sockets."""
@@ -90,7 +92,7 @@ class ForkServer:
     def _start_process(self, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> ForkServerProcess:
         # Not a daemon in multiprocessing's sense: those may have no children, and handlers may want some.
         process = self._context.Process(target=target, args=arguments, name=name)
-        with _nameless_main():
+        with self._starting, _nameless_main():
             process.start()
         return process
 

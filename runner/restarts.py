@@ -42,13 +42,13 @@ class RestartHistory:
     """One worker's recent restarts, and the decisions that follow from them."""
 
     def __init__(self, policy: RestartPolicy) -> None:
-        self._policy = policy
+        self.policy = policy
         self._restarts: deque[float] = deque()
         self._in_a_row = 0
 
     def died(self, now_s: float, up_s: float) -> Decision:
         """Decide about a death at `now_s` (any steady clock) after `up_s` of life."""
-        policy = self._policy
+        policy = self.policy
         if up_s >= policy.stable_s:
             self._in_a_row = 0
         while self._restarts and now_s - self._restarts[0] >= policy.window_s:

@@ -66,6 +66,12 @@ class Router:
         self._folded = Folded()
         self._log = structlog.get_logger("router")
 
+    def bound(self, *, query_timeout_s: float, max_in_flight: int, max_in_flight_total: int) -> None:
+        """Change the bounds; queries in flight keep their deadlines."""
+        self._query_timeout_s = query_timeout_s
+        self._max_in_flight = max_in_flight
+        self._max_in_flight_total = max_in_flight_total
+
     def open(self) -> None:
         """Listen. Call it on the running event loop.
 
@@ -260,6 +266,7 @@ class Router:
         self._deadline_timer = None
         now = self._loop.time()
         while self._pending:
+            # The oldest is the next to expire, but for a while after a reload that shortens the time.
             oldest = next(iter(self._pending.values()))
             if oldest.deadline > now:
                 self._deadline_timer = self._loop.call_at(oldest.deadline, self._expire)

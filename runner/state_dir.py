@@ -25,6 +25,14 @@ class Address(msgspec.Struct, frozen=True):
     http: str
 
 
+class Reloaded(msgspec.Struct, frozen=True):
+    """What `reload.json` holds: how the last reload went, and which one it was."""
+
+    number: int
+    done: bool
+    message: str
+
+
 class StateDir:
     """A state folder that this process holds alone."""
 
@@ -32,18 +40,21 @@ class StateDir:
         self.path = path
         self.socket_path = path / "ipc" / "router.sock"
         self._address_path = path / "runner.json"
+        self._reload_path = path / "reload.json"
 
     def announce(self, http: str) -> None:
         """Write where the runner listens, whole or not at all."""
-        data = msgspec.json.format(msgspec.json.encode(Address(os.getpid(), http)))
-        partial = self._address_path.with_suffix(".tmp")
-        partial.write_bytes(data + b"\n")
-        partial.replace(self._address_path)
+        _write_whole(self._address_path, Address(os.getpid(), http))
+
+    def tell_reload(self, outcome: Reloaded) -> None:
+        """Write how a reload went, for the command that waits for it."""
+        _write_whole(self._reload_path, outcome)
 
     def clear(self) -> None:
         """Remove what only a running runner has."""
         with contextlib.suppress(OSError):
             self._address_path.unlink(missing_ok=True)
+            self._reload_path.unlink(missing_ok=True)
         shutil.rmtree(self.socket_path.parent, ignore_errors=True)
 
 
@@ -62,7 +73,10 @@ def hold(path: Path) -> Iterator[StateDir]:
         state.clear()
         state.socket_path.parent.mkdir(mode=0o700)
     except OSError as exc:
-        raise StartError(f"the state folder {path} cannot be used: {exc.strerror or exc}") from None
+        raise StartError(
+            f"the state folder {path} cannot be used: {exc.strerror or exc}; "
+            "choose another one with --state-dir or runner.state_dir"
+        ) from None
     try:
         yield state
     finally:
@@ -90,6 +104,20 @@ def read_address(path: Path) -> Address | None:
         return msgspec.json.decode((path / "runner.json").read_bytes(), type=Address)
     except (OSError, UnicodeDecodeError, msgspec.DecodeError):
         return None
+
+
+def read_reload(path: Path) -> Reloaded | None:
+    """Return how the last reload of a state folder's runner went, or None."""
+    try:
+        return msgspec.json.decode((path / "reload.json").read_bytes(), type=Reloaded)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _write_whole(path: Path, value: msgspec.Struct) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+    partial.replace(path)
 
 
 def _held_by_another(lock: int, path: Path) -> str:

@@ -39,6 +39,9 @@ ChildState = Literal[
 START_TIMEOUT_S: Final = 60.0
 """How long a worker may take to load its handler and set it up."""
 
+REPLACED_AT_ONCE: Final = 4
+"""How many workers a reload replaces at a time: each is there twice for a while."""
+
 KILL_GRACE_S: Final = 0.5
 """How much longer than its own time for draining a worker gets before it is killed."""
 
@@ -275,6 +278,10 @@ class Child:
         if (heard := self._incarnations.get(incarnation)) is not None:
             heard.legacy = memory
 
+    def adopt(self, policy: RestartPolicy) -> None:
+        """Decide about deaths by another policy from now on."""
+        self._history.policy = policy
+
     # --- the end ---
 
     def retire(self) -> None:
@@ -302,6 +309,16 @@ class Child:
             incarnation.kill()
 
 
+class Changes(msgspec.Struct, frozen=True):
+    """What a reload did, by the names of the workers; `failed` are those whose old process stays."""
+
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    unchanged: int = 0
+
+
 class Supervisor:
     """All the children.
 
@@ -319,34 +336,82 @@ class Supervisor:
         router: Router,
         shutdown_timeout_s: float,
     ) -> None:
-        self.children = [Child(spec, policy, fork_server, router) for spec in specs]
+        self._policy = policy
+        self._fork_server = fork_server
+        self._router = router
         self._shutdown_timeout_s = shutdown_timeout_s
+        self._stopping = anyio.Event()
+        self._children = {spec.name: self._child(spec) for spec in specs}
 
     @property
     def rows(self) -> list[WorkerRow]:
         """The table of workers."""
-        return [child.row for child in self.children]
+        return [child.row for child in self._children.values()]
+
+    def __len__(self) -> int:
+        return len(self._children)
 
     async def run(self) -> None:
         """Keep every worker running until `drain` or `kill`; returns when all have ended."""
+        async with anyio.create_task_group() as self._tasks:
+            for child in self._children.values():
+                self._tasks.start_soon(child.run)
+            await self._stopping.wait()
+
+    async def change(self, specs: Sequence[WorkerSpec], policy: RestartPolicy, shutdown_timeout_s: float) -> Changes:
+        """Come to run exactly `specs`: leave alone what is the same, start, stop or replace the rest."""
+        self._policy, self._shutdown_timeout_s = policy, shutdown_timeout_s
+        wanted = {spec.name: spec for spec in specs}
+        removed = [name for name in self._children if name not in wanted]
+        added = [name for name in wanted if name not in self._children]
+        changed = [name for name, child in self._children.items() if name in wanted and child.spec != wanted[name]]
+        failed: list[str] = []
+        for child in self._children.values():
+            child.adopt(policy)
         async with anyio.create_task_group() as tasks:
-            for child in self.children:
-                tasks.start_soon(child.run)
+            some_at_a_time = anyio.CapacityLimiter(REPLACED_AT_ONCE)
+            for name in changed:
+                tasks.start_soon(self._replace, wanted[name], some_at_a_time, failed)
+            for name in added:
+                self._children[name] = self._child(wanted[name])
+                if not self._stopping.is_set():
+                    self._tasks.start_soon(self._children[name].run)
+            for name in removed:
+                tasks.start_soon(self._children.pop(name).drain, shutdown_timeout_s + KILL_GRACE_S)
+        self._children = {name: self._children[name] for name in wanted}
+        return Changes(
+            tuple(added),
+            tuple(removed),
+            tuple(name for name in changed if name not in failed),
+            tuple(failed),
+            len(wanted) - len(added) - len(changed),
+        )
+
+    async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
+        async with limiter:
+            if not await self._children[spec.name].replace(spec, "its configuration has changed"):
+                failed.append(spec.name)
+
+    def _child(self, spec: WorkerSpec) -> Child:
+        return Child(spec, self._policy, self._fork_server, self._router)
 
     def retire(self) -> None:
         """Start no worker again: a signal to the whole process group reaches them before their drain does."""
-        for child in self.children:
+        self._stopping.set()
+        for child in self._children.values():
             child.retire()
 
     async def drain(self) -> None:
         """Drain all workers at once."""
+        self.retire()
         async with anyio.create_task_group() as tasks:
-            for child in self.children:
+            for child in self._children.values():
                 tasks.start_soon(child.drain, self._shutdown_timeout_s + KILL_GRACE_S)
 
     def kill(self) -> None:
         """End all workers at once."""
-        for child in self.children:
+        self.retire()
+        for child in self._children.values():
             child.kill()
 
 

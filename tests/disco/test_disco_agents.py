@@ -269,9 +269,9 @@ async def test_each_agent_is_logged_once_when_it_comes_and_goes(node: Node) -> N
                 await rival.hello()
         await node.wait_gone("a")
     assert [(line["event"], line["agent"]) for line in lines] == [
-        ("agent registered", "a"),
-        ("agent refused", "a"),
-        ("agent gone", "a"),
+        ("agent_registered", "a"),
+        ("agent_refused", "a"),
+        ("agent_gone", "a"),
     ]
     assert lines[0]["capabilities"] == ["x"]
     assert lines[2]["why"] == "the agent closed"

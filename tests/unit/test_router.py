@@ -359,7 +359,7 @@ async def test_query_past_the_limit_is_refused_at_once_until_one_before_it_ends(
 
 
 async def test_query_without_a_reply_ends_at_its_deadline_and_frees_its_place() -> None:
-    async with routing(query_timeout_s=0.05, max_in_flight=1) as place:
+    async with routing(query_timeout_s=0.2, max_in_flight=1) as place:
         _, peer = await place.worker()
         sequence = place.asked.ask("q")
         assert sequence is not None
@@ -390,11 +390,11 @@ async def test_each_query_has_a_deadline_of_its_own() -> None:
 
 @pytest.mark.parametrize("first", ["the socket", "the deadline"])
 async def test_late_runner_does_not_take_replies_that_came_in_time_for_missing(first: str) -> None:
-    async with routing(query_timeout_s=0.1) as place:
+    async with routing(query_timeout_s=0.3) as place:
         _, peer = await place.worker()
         sequence = place.asked.ask("q")
         assert sequence is not None
-        well_past = asyncio.get_running_loop().time() + 0.15
+        well_past = asyncio.get_running_loop().time() + 0.35
         await peer.hear()
         # From here the loop does not turn: the reply arrives in the socket, then the deadline passes.
         peer.reply(sequence)

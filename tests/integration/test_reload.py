@@ -1,0 +1,140 @@
+"""SIGHUP and `em-runner reload`: only what changed is changed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from disco import Node
+from tests.cluster import COUNTER, ROOT, Cluster, agent, alive, cluster, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def reload(running: Cluster) -> Any:
+    return await anyio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [sys.executable, "-m", "runner", "reload", "--state-dir", str(running.state_dir)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+    )
+
+
+def configure(folder: Path, *agents: str, runner: str = "") -> None:
+    (folder / "em-runner.toml").write_text(
+        f"[runner]\n{runner}\n[connection]\nreconnect_interval_ms = 100\n" + "\n".join(agents)
+    )
+
+
+async def test_reload_adds_stops_and_replaces_only_what_changed(tmp_path: Path, node: Node) -> None:
+    kept, changed, gone = (agent(name, [node.url]) for name in ("kept", "changed", "gone"))
+    async with cluster(tmp_path, kept, changed, gone) as running:
+        await running.wait_ready()
+        assert (await running.results("x", agent="changed"))["properties"]["count"] == 1
+        before = await running.rows()
+        sockets = {each.name: each.connected_at for each in node.registry.agents()}
+
+        configure(tmp_path, kept, agent("changed", [node.url], capabilities=["new"]), agent("added", [node.url]))
+        done = await reload(running)
+        assert done.returncode == 0, done.stderr
+        assert "added: added_server" in done.stdout
+        assert "removed: gone_server" in done.stdout
+        assert "replaced: changed_server" in done.stdout
+        assert "unchanged: 1" in done.stdout
+
+        await running.wait_ready()
+        await running.wait_state("changed_server", "ready")
+        after = await running.rows()
+        assert list(after) == ["kept_server", "changed_server", "added_server"]
+        assert after["kept_server"]["pid"] == before["kept_server"]["pid"]
+        assert after["kept_server"]["reconnects"] == 0
+        assert after["changed_server"]["pid"] != before["changed_server"]["pid"]
+        assert after["changed_server"]["restarts"] == 0, "a replacement is no restart"
+        await until(lambda: not alive(before["gone_server"]["pid"]), "what was removed is gone")
+        listed = {each.name: each for each in node.registry.agents()}
+        assert set(listed) == {"kept", "changed", "added"}
+        assert listed["changed"].capabilities == ("new",)
+        assert listed["kept"].connected_at == sockets["kept"]
+        assert (await running.results("x", agent="changed"))["properties"]["count"] == 2, "ram memory is handed over"
+        assert (await running.ask("x", agent="gone")).status_code == 404
+        assert not running.events("worker_restarting")
+
+
+async def test_bad_file_changes_nothing_and_says_why(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("count_server")
+        for text, words in (
+            ("[[agent]]\nname = 1\n", "agent[0].name"),
+            (agent("count", [node.url], handler="handlers.py:nothing"), "nothing"),
+            ("nonsense", "is not TOML"),
+        ):
+            (tmp_path / "em-runner.toml").write_text(text)
+            refused = await reload(running)
+            assert refused.returncode == 78
+            assert words in refused.stderr
+            assert len(refused.stderr.splitlines()) == 1
+        assert await running.worker_pid("count_server") == pid
+        assert await running.ready()
+
+
+async def test_replacement_whose_setup_fails_leaves_the_old_worker_at_work(tmp_path: Path, node: Node) -> None:
+    handlers = (
+        COUNTER
+        + """
+class Broken:
+    def setup(self):
+        raise OSError("the database is closed")
+    def handle(self, body, memory):
+        return body, memory
+"""
+    )
+    async with cluster(tmp_path, agent("count", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("count_server")
+        configure(tmp_path, agent("count", [node.url], handler="handlers.py:Broken"))
+        refused = await reload(running)
+        assert refused.returncode == 78
+        assert "NOT replaced" in refused.stderr
+        assert await running.worker_pid("count_server") == pid
+        assert (await running.results("x"))["properties"]["count"] == 1
+        assert "the database is closed" in running.log
+
+
+async def test_what_only_a_restart_changes_is_said(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        (tmp_path / "token").write_text("secret")
+        (tmp_path / "token").chmod(0o600)
+        configure(tmp_path, agent("count", [node.url]), runner='http_token_file = "token"\nmax_in_flight = 7')
+        done = await reload(running)
+        assert done.returncode == 0
+        assert "only a restart changes: runner.http_token" in done.stdout
+        assert await running.ready()
+
+
+@pytest.mark.parametrize("memory", ["ram", "disk"])
+async def test_worker_that_reaches_its_limit_is_recycled_without_losing_a_query(
+    memory: str, tmp_path: Path, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("count", [node.url], memory=memory, max_queries=200)) as running:
+        await running.wait_ready()
+        first = await running.worker_pid("count_server")
+        counts = []
+
+        async def replaced() -> bool:
+            counts.append((await running.results("x"))["properties"]["count"])
+            return len(counts) % 50 == 0 and await running.worker_pid("count_server") != first
+
+        await until(replaced, "it is replaced")
+        assert counts == list(range(1, len(counts) + 1)), "every query was answered, and remembered"
+        assert "max_queries" in running.events("worker_replaced")[0]["why"]
+        assert (await running.row("count_server"))["restarts"] == 0
