@@ -33,6 +33,7 @@ SETTLE_S: Final = 0.02
 SAME_SIGNAL_S: Final = 0.3
 """Signals that follow each other faster than a person's are one."""
 
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
 
 OnStarted = Callable[[HttpAddress], None]
@@ -91,7 +92,9 @@ class Runner:
         self._supervisor = Supervisor(
             specs, policy_of(config), fork_server, self._router, config.supervision.shutdown_timeout_ms / 1000
         )
-        self._api = Api(self._router, workers_by_agent(specs), lambda: self._supervisor.rows, config.http_token)
+        self._api = Api(
+            self._router, workers_by_agent(specs), lambda: self._supervisor.rows, config.http, config.http_token
+        )
         self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
         self._server = HttpServer(self._api.app, listener)
         self._leaving_since_s: float | None = None
@@ -124,23 +127,29 @@ class Runner:
         on_started(address)
 
     async def _obey_signals(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            task_status.started()
-            async with anyio.create_task_group() as tasks:
-                async for number in signals:
-                    if number == signal.SIGHUP:
-                        self._reloader.ask()
-                        continue
-                    if self._leaving_since_s is not None:
-                        # Some senders signal the process and its group: the same request, twice at once.
-                        if time.monotonic() - self._leaving_since_s > SAME_SIGNAL_S:
-                            self._log.warning("killing", why="a second signal")
-                            self._supervisor.kill()
-                        continue
-                    self._leaving_since_s = time.monotonic()
-                    self._supervisor.retire()
-                    self._log.info("draining", why=signal.Signals(number).name)
-                    tasks.start_soon(self._drain)
+        try:
+            with anyio.open_signal_receiver(*_SIGNALS) as signals:
+                task_status.started()
+                async with anyio.create_task_group() as tasks:
+                    async for number in signals:
+                        self._obey(number, tasks)
+        finally:
+            # The end is under way: an impatient Ctrl-C must not turn it into a traceback.
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+
+    def _obey(self, number: signal.Signals, tasks: anyio.abc.TaskGroup) -> None:
+        if number == signal.SIGHUP:
+            self._reloader.ask()
+        elif self._leaving_since_s is None:
+            self._leaving_since_s = time.monotonic()
+            self._supervisor.retire()
+            self._log.info("draining", why=number.name)
+            tasks.start_soon(self._drain)
+        elif time.monotonic() - self._leaving_since_s > SAME_SIGNAL_S:
+            # Sooner, it is the same request twice: some senders signal the process and its group.
+            self._log.warning("killing", why="a second signal")
+            self._supervisor.kill()
 
     async def _drain(self) -> None:
         # Requests that were sent before the signal may still lie unread in their sockets.

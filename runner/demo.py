@@ -12,8 +12,9 @@ from typing import Final
 
 import disco
 from runner import app
-from shared.config import Agent, Config, HandlerRef, HttpAddress
+from shared.config import Agent, Config, HttpAddress
 from shared.errors import ConfigError, StartError
+from shared.handlers import HandlerRef
 from shared.nodes import NodeAddress
 from shared.tokens import Secret, TokenSource, read_secret_file
 

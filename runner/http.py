@@ -7,9 +7,8 @@ log, never to the client.
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,11 +16,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
+from runner.answers import JSON, error
+from runner.guard import BearerToken, LocalOnly
 from runner.lines import Ending, Reply
 from runner.router import Router
 from runner.supervisor import WorkerRow
+from shared.config import HttpAddress
 from shared.tokens import Secret
 
 MAX_BODY_BYTES: Final = 64 * 1024
@@ -48,21 +50,6 @@ class QueryBody(msgspec.Struct):
 
 
 _decode_body = msgspec.json.Decoder(QueryBody).decode
-
-
-class JSON(Response):
-    """Any value as a JSON answer."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """Return `content` as JSON; `bytes` are JSON already."""
-        return content if isinstance(content, bytes) else msgspec.json.encode(content)
-
-
-def error(status: int, message: str, **headers: str) -> JSON:
-    """Return the answer to something that went wrong."""
-    return JSON({"error": message}, status, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 class Directory:
@@ -103,11 +90,17 @@ class Api:
         router: what carries queries to workers.
         agents: each agent's workers, its primary first.
         table: returns the table of workers.
-        token: what every route but /health asks for, or None.
+        address: where the runner listens.
+        token: what every route but /health asks for, or None: then only programs of this machine may ask.
     """
 
     def __init__(
-        self, router: Router, agents: dict[str, tuple[str, ...]], table: Table, token: Secret | None = None
+        self,
+        router: Router,
+        agents: dict[str, tuple[str, ...]],
+        table: Table,
+        address: HttpAddress,
+        token: Secret | None = None,
     ) -> None:
         self._router = router
         self._agents = agents
@@ -123,8 +116,7 @@ class Api:
             Route("/workers", self._workers),
         ]
         self.app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
-        if token is not None:
-            self.app = BearerToken(self.app, token)
+        self.app = LocalOnly(self.app, address) if token is None else BearerToken(self.app, token)
 
     def rename(self, agents: dict[str, tuple[str, ...]]) -> None:
         """Route by these agents and workers from now on."""
@@ -191,24 +183,6 @@ class Api:
 
     async def _workers(self, request: Request) -> Response:
         return JSON({"workers": list(self._table())})
-
-
-class BearerToken:
-    """Asks every request but those to /health for `Authorization: Bearer`, compared in constant time."""
-
-    def __init__(self, app: ASGIApp, token: Secret) -> None:
-        self._app = app
-        self._expected = b"Bearer " + token.reveal().encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        if scope["type"] == "http" and scope["path"] != "/health":
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
-                refusal = error(401, "a bearer token is needed: Authorization: Bearer TOKEN", www_authenticate="Bearer")
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 async def _read(request: Request) -> bytes | None:

@@ -22,8 +22,8 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
-from shared.config import HandlerRef
 from shared.errors import ConfigError
+from shared.handlers import HandlerRef
 from shared.ipc import Launch
 from worker.main import probe, run  # the worker's entry points: the only line of the runner that knows them
 

@@ -12,13 +12,15 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
 
 from shared.errors import ConfigError
+from shared.handlers import HandlerRef, parse_handler
 from shared.nodes import LOOPBACK_HOSTS, NodeAddress, resolve_nodes
+from shared.paths import absolute, existing
 from shared.schema import (
     DEFAULT_STATE_DIR,
     AgentSection,
@@ -32,26 +34,10 @@ from shared.schema import (
     read_section,
     show,
 )
-from shared.tokens import Secret, TokenError, TokenSource, read_secret_file
+from shared.tokens import Secret, TokenError, TokenSource, read_secret_file, require_private
 
-OUR_PACKAGES: Final = ("runner", "worker", "shared", "disco")
 _AGENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _TOKEN_KEYS = ("jwt_token", "jwt_token_file", "jwt_secret_file")
-
-
-class HandlerRef(msgspec.Struct, frozen=True):
-    """Where an agent's handler is: `module` (a dotted name) or `file` (absolute), and `attribute` in it.
-
-    `search_dir` is looked in before the Python path: the folder of the configuration or of `file`.
-    """
-
-    module: str | None
-    file: Path | None
-    attribute: str
-    search_dir: Path
-
-    def __str__(self) -> str:
-        return f"{self.file or self.module}:{self.attribute}"
 
 
 class Connection(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,6 +162,7 @@ def load(path: Path, *, environ: Mapping[str, str] = os.environ, emergence_conf:
         ConfigError: one line that names the file, the key, what was found and what is expected.
     """
     table = _read_toml(path)
+    _check_private(path, table)
     try:
         return parse(table, path.absolute().parent, environ=environ, emergence_conf=emergence_conf)
     except ConfigError as exc:
@@ -211,7 +198,7 @@ def parse(
         agents=agents,
         http=http,
         http_token=http_token,
-        state_dir=_path(runner.state_dir, folder, "runner.state_dir"),
+        state_dir=absolute(runner.state_dir, folder, "runner.state_dir"),
         query_timeout_ms=runner.query_timeout_ms,
         max_in_flight=runner.max_in_flight,
         max_in_flight_total=runner.max_in_flight_total,
@@ -239,6 +226,18 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not TOML: {exc}") from None
     except RecursionError:
         raise ConfigError(f"{path}: is nested too deeply") from None
+
+
+def _check_private(path: Path, table: Mapping[str, Any]) -> None:
+    """Refuse a file that holds a token itself when others can read it."""
+    sections = [table.get("runner"), table.get("connection")]
+    sections += agents if isinstance(agents := table.get("agent"), list) else []
+    holds = [key for key in ("http_token", "jwt_token") for part in sections if isinstance(part, dict) and key in part]
+    if holds:
+        try:
+            require_private(path, path.stat().st_mode)
+        except (TokenError, OSError) as exc:
+            raise ConfigError(f"{path}: it holds {holds[0]}, and {exc}; or name a file with {holds[0]}_file") from None
 
 
 def _agent_sections(table: Mapping[str, Any]) -> Iterator[tuple[str, AgentSection]]:
@@ -313,7 +312,7 @@ def _connection(
         values["reconnect_interval_ms"] = _reconnect_from(environ, values["reconnect_interval_ms"])
     if values["tls_ca_file"] is not None:
         where = key if section.tls_ca_file is not UNSET else "connection"
-        values["tls_ca_file"] = _existing(values["tls_ca_file"], folder, f"{where}.tls_ca_file")
+        values["tls_ca_file"] = existing(values["tls_ca_file"], folder, f"{where}.tls_ca_file")
     return Connection(**values)
 
 
@@ -340,55 +339,12 @@ def _token_source(
                 raise ConfigError(f"{where}.jwt_token: found an empty text, expected a token")
             return TokenSource(token=Secret(given["jwt_token"].reveal().strip()))
         if "jwt_token_file" in given:
-            return TokenSource(token_file=_path(given["jwt_token_file"], folder, f"{where}.jwt_token_file"))
+            return TokenSource(token_file=absolute(given["jwt_token_file"], folder, f"{where}.jwt_token_file"))
         if "jwt_secret_file" in given:
-            return TokenSource(secret_file=_existing(given["jwt_secret_file"], folder, f"{where}.jwt_secret_file"))
+            return TokenSource(secret_file=existing(given["jwt_secret_file"], folder, f"{where}.jwt_secret_file"))
     if environ.get("EM_FILTER_JWT_TOKEN", "").strip():
         return TokenSource(variable="EM_FILTER_JWT_TOKEN")
     return TokenSource()
-
-
-def parse_handler(text: str, folder: Path, key: str = "handler") -> HandlerRef:
-    """Return the handler that `module:attribute` or `path/to/file.py:attribute` names.
-
-    Whether it can be imported is found out later, in a process of its own.
-
-    Args:
-        text: the reference.
-        folder: where the configuration is; files are relative to it, modules are looked up in it first.
-        key: how to name the setting in an error.
-
-    Raises:
-        ConfigError: when it has another form, the file does not exist, or a module beside it hides one of ours.
-    """
-    target, colon, attribute = text.rpartition(":")
-    if not colon or not target or not all(part.isidentifier() for part in attribute.split(".")):
-        raise ConfigError(
-            f"{key}: found {text!r}, expected module:attribute or path/to/file.py:attribute, "
-            'such as "examples.echo:handle"'
-        )
-    if target.endswith(".py") or "/" in target:
-        file = _existing(Path(target), folder, key)
-        _check_not_hiding(file.parent, key)
-        return HandlerRef(None, file, attribute, file.parent)
-    if not all(part.isidentifier() for part in target.split(".")):
-        raise ConfigError(f"{key}: {target!r} is not a module's name; a file is written path/to/file.py:{attribute}")
-    _check_not_hiding(folder, key)
-    return HandlerRef(target, None, attribute, folder)
-
-
-def _check_not_hiding(folder: Path, key: str) -> None:
-    """Refuse a folder whose modules bear our packages' names: an import would get ours, or break ours."""
-    ours = Path(__file__).resolve().parent.parent
-    if folder.resolve() == ours:
-        return
-    for name in OUR_PACKAGES:
-        for hiding in (folder / f"{name}.py", folder / name):
-            if hiding.is_file() or (hiding.is_dir() and any(hiding.glob("*.py"))):
-                raise ConfigError(
-                    f"{key}: {hiding} has the name of one of em-runner's own packages ({', '.join(OUR_PACKAGES)}) "
-                    "and cannot be imported beside it; rename it"
-                )
 
 
 def _check_names(agents: tuple[Agent, ...]) -> None:
@@ -416,29 +372,9 @@ def _http_token(runner: RunnerSection, folder: Path) -> Secret | None:
         raise ConfigError("runner: found http_token and http_token_file, expected only one of them")
     if runner.http_token_file is not None:
         try:
-            return Secret(read_secret_file(_path(runner.http_token_file, folder, "runner.http_token_file")))
+            return Secret(read_secret_file(absolute(runner.http_token_file, folder, "runner.http_token_file")))
         except TokenError as exc:
             raise ConfigError(f"runner.http_token_file: {exc}") from None
     if runner.http_token is not None and not runner.http_token.reveal().strip():
         raise ConfigError("runner.http_token: found an empty text, expected a token")
     return runner.http_token
-
-
-def _path(path: Path, folder: Path, key: str) -> Path:
-    try:
-        return folder / path.expanduser()
-    except RuntimeError:
-        raise ConfigError(
-            f"{key}: found {str(path)!r}, but the home folder of that user is not known; write the whole path"
-        ) from None
-
-
-def _existing(path: Path, folder: Path, key: str) -> Path:
-    full = _path(path, folder, key)
-    try:
-        found = full.is_file()
-    except OSError as exc:  # a name that is too long, a folder that may not be entered
-        raise ConfigError(f"{key}: cannot look for {show(str(full))}: {exc.strerror}") from None
-    if not found:
-        raise ConfigError(f"{key}: there is no file {full}")
-    return full

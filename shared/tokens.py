@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -136,17 +137,30 @@ def read_secret_file(path: Path) -> str:
     """Return the text of a file that holds one token or secret, without the white space around it.
 
     Raises:
-        TokenError: when it cannot be read, is empty, or is not text.
+        TokenError: when it cannot be read, is empty, is not text, or others can read it too.
     """
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            text = file.read().decode("utf-8").strip()
     except UnicodeDecodeError:
         raise TokenError(f"{path} is not a text file") from None
     except OSError as exc:
         raise TokenError(f"cannot read {path}: {exc.strerror}") from None
+    require_private(path, mode)
     if not text:
         raise TokenError(f"{path} is empty")
     return text
+
+
+def require_private(path: Path, mode: int) -> None:
+    """Check that nobody but its owner can read a file that holds a secret; `mode` is its `st_mode`.
+
+    Raises:
+        TokenError: when its group or others can.
+    """
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise TokenError(f"others can read {path} (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}")
 
 
 def mint(secret: str, subject: str, *, ttl_s: float, now: float | None = None) -> str:

@@ -212,6 +212,7 @@ async def cluster(
     (folder / "em-runner.toml").write_text(
         f"[runner]\n{runner}\n[connection]\n{connection}\n[supervision]\n{supervision}\n" + "\n".join(agents)
     )
+    (folder / "em-runner.toml").chmod(0o600)
     async with launched(folder, "run", "-c", str(folder / "em-runner.toml"), environ=environ) as running:
         yield running
 

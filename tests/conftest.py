@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,3 +12,11 @@ import pytest
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     return ("asyncio", {"use_uvloop": True})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_files() -> Iterator[None]:
+    """What tests write is theirs alone, as files with secrets must be."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)

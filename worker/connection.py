@@ -39,6 +39,17 @@ JITTER: Final = 0.2
 
 CLOSE_TIMEOUT_S: Final = 1.0
 
+# OpenSSL's verify codes (x509_vfy.h).
+_OWN_CA: Final = "; if it should be trusted, name its CA's file as tls_ca_file"
+_CERTIFICATE_ADVICE: Final = {
+    10: "; the node must renew it",
+    18: _OWN_CA,
+    19: _OWN_CA,
+    20: f" (unknown CA){_OWN_CA}",
+    21: f" (unknown CA){_OWN_CA}",
+    62: "; it is for another host: check the node's address",
+}
+
 OnState = Callable[[WorkerState, str], None]
 
 
@@ -359,7 +370,8 @@ def _describe(exc: Exception, authority: str, timeout_ms: int) -> str:
     if isinstance(exc, TimeoutError):
         return f"no connection to {authority} within {timeout_ms} ms"
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"the certificate of {authority} is refused: {exc.verify_message}"
+        advice = _CERTIFICATE_ADVICE.get(exc.verify_code, "")
+        return f"the certificate of {authority} is refused: {exc.verify_message}{advice}"
     if isinstance(exc, ssl.SSLError):
         return f"no TLS with {authority}: {exc.reason or exc}"
     return f"cannot connect to {authority}: {_root(exc)}"

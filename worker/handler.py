@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from shared.config import HandlerRef
 from shared.errors import ConfigError
+from shared.handlers import HandlerRef
 
 
 class Handler(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,8 +18,8 @@ import setproctitle
 import structlog
 
 from shared import logs
-from shared.config import HandlerRef
 from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
+from shared.handlers import HandlerRef
 from shared.ipc import HEARTBEAT_INTERVAL_S, Counters, Launch, WorkerState
 from shared.logs import Folded
 from worker.connection import Connection

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from shared.config import parse_handler
+from shared.handlers import parse_handler
 from shared.ipc import Counters, Outcome
 from shared.schema import MemoryKind
 from worker.dispatch import Answer, Job

@@ -18,8 +18,9 @@ from websockets.asyncio.server import serve as serve_websocket
 
 from disco import Node, NodeSettings, serve
 from shared import tokens
-from shared.config import Agent, HandlerRef, WorkerSpec
+from shared.config import Agent, WorkerSpec
 from shared.config import Connection as Options
+from shared.handlers import HandlerRef
 from shared.ipc import Counters
 from shared.nodes import NodeAddress
 from shared.tokens import Secret

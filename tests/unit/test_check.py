@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from runner.check import token_problems
-from shared.config import Agent, HandlerRef
+from shared.config import Agent
+from shared.handlers import HandlerRef
 from shared.nodes import parse_node
 from shared.tokens import Secret, TokenSource, mint
 

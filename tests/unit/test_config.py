@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.config import load, parse_handler, parse_http_address, worker_name, worker_specs
+from shared.config import load, parse_http_address, worker_name, worker_specs
 from shared.errors import ConfigError
+from shared.handlers import parse_handler
 from shared.nodes import NodeAddress
 from shared.tokens import Secret, TokenError
 

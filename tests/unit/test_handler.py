@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from shared.config import parse_handler
 from shared.errors import ConfigError
+from shared.handlers import parse_handler
 from worker.handler import Handler, load
 
 _numbers = count()

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shared import ipc
-from shared.config import Agent, HandlerRef, WorkerSpec
+from shared.config import Agent, WorkerSpec
+from shared.handlers import HandlerRef
 from shared.ipc import Cancel, Counters, Drain, DrainRequest, Failed, Hello, Launch, Queries, Replies, Status
 from shared.nodes import parse_node
 from shared.tokens import Secret, TokenSource

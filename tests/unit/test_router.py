@@ -20,7 +20,8 @@ from structlog.testing import capture_logs
 from runner.lines import Ending, Reply
 from runner.router import Router
 from shared import ipc
-from shared.config import Agent, HandlerRef, WorkerSpec
+from shared.config import Agent, WorkerSpec
+from shared.handlers import HandlerRef
 from shared.ipc import Cancel, Counters, Drain, DrainRequest, Failed, Hello, Launch, Outcome, Queries, Replies, Status
 from shared.nodes import parse_node
 
