@@ -113,7 +113,8 @@ class Runner:
                 await self._server.start()
                 self._announce(on_started)
                 await self._supervisor.run()
-                # Every query that was in flight is answered by now, by its worker or in its stead.
+                # What was in flight is answered by now, by its worker or in its stead; what was held is not.
+                self._router.refuse_all()
                 await self._server.stop(REPLY_GRACE_S)
                 tasks.cancel_scope.cancel()
         finally:

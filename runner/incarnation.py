@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Final
 
 import anyio
 import structlog
@@ -12,9 +11,6 @@ from runner.process import WorkerProcess
 from runner.router import Router
 from shared import ipc
 from shared.ipc import HEARTBEAT_INTERVAL_S, Counters, Launch, WorkerState
-
-LATE_S: Final = 1.0
-"""A look at the heartbeats that comes later than this was held up: the runner's own delay, not the worker's."""
 
 
 class Incarnation:
@@ -72,11 +68,13 @@ class Incarnation:
             self.kill(f"it was not up within {start_timeout_s:.0f} s of its start")
             return
         self._router.pardon(self.launch)
+        interval_s = min(HEARTBEAT_INTERVAL_S, liveness_timeout_s / 4)
         while True:
-            due_s = time.monotonic() + min(HEARTBEAT_INTERVAL_S, liveness_timeout_s / 4)
-            await anyio.sleep(due_s - time.monotonic())
+            due_s = time.monotonic() + interval_s
+            await anyio.sleep(interval_s)
             silent_s = self._router.silent_for_s(self.launch)
-            if time.monotonic() - due_s > LATE_S:
+            # A look that comes so late was held up: it is the runner that was silent, not the worker.
+            if time.monotonic() - due_s > interval_s:
                 self._router.pardon(self.launch)
             elif silent_s > liveness_timeout_s:
                 self.kill(f"nothing was heard of it for {round(liveness_timeout_s * 1000)} ms")

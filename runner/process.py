@@ -108,7 +108,7 @@ class WorkerProcess:
         # a pidfd belongs to the kernel. Where there is none, the sentinel has to do.
         self._pidfd: int | None = None
         if hasattr(os, "pidfd_open"):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # it has ended already, or no descriptor is left
                 self._pidfd = os.pidfd_open(self.pid)
         self._ended = asyncio.Event()
         self._watched = self._process.sentinel if self._pidfd is None else self._pidfd

@@ -20,14 +20,15 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
     More than `max_restarts` in `window_s` is too many: the worker is `failed` and tried again after
     `retry_s`. Within that, the first restart is immediate and the next ones wait `first_delay_s`,
-    doubling up to `max_delay_s`. A worker that stayed up for `stable_s` starts from nothing again.
+    doubling up to `max_delay_s`: they keep a worker that dies as soon as it starts from spinning. One
+    that stayed up for `stable_s` starts from nothing again; the intensity still counts its deaths.
     """
 
     max_restarts: int = 10
     window_s: float = 60.0
     first_delay_s: float = 0.1
     max_delay_s: float = 5.0
-    stable_s: float = 60.0
+    stable_s: float = 1.0
     retry_s: float = 60.0
 
     def delay_s(self, restarts_in_a_row: int) -> float:

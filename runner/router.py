@@ -92,13 +92,17 @@ class Router:
 
     def close(self) -> None:
         """Refuse what is still waiting and let the socket go."""
-        for pending in list(self._pending.values()):
-            self._finish(pending, Ending.WORKER_GONE, b"the runner is shutting down")
+        self.refuse_all()
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
         self._loop.remove_reader(self._fd)
         self._socket.close()
         self._context.term()
+
+    def refuse_all(self) -> None:
+        """Answer whatever still waits: nobody is left to handle it."""
+        for pending in list(self._pending.values()):
+            self._finish(pending, Ending.WORKER_GONE, b"the runner is shutting down")
 
     # --- workers come and go ---
 
@@ -147,6 +151,12 @@ class Router:
         if line is not None:  # else it died while it waited, and is started again as after any death
             self._by_name[line.name] = line
             self._send(line, ipc.Go(legacy))
+
+    def retire(self, name: str) -> None:
+        """Answer the queries that are held for a worker that will not come back, or not soon."""
+        self._changing.discard(name)
+        for pending in list(self._held.pop(name, {}).values()):
+            self._finish(pending, Ending.WORKER_GONE, b"the worker is not up")
 
     def accepts(self, name: str) -> bool:
         """Return whether a worker of that name can be given a query now."""

@@ -130,6 +130,7 @@ class Child:
                 tasks.cancel_scope.cancel()
         finally:
             self._state = "stopped"
+            self._router.retire(self.spec.name)
             self._ended.set()
 
     async def _live(self, tasks: TaskGroup) -> str:
@@ -191,6 +192,8 @@ class Child:
         self._restarts += 1
         self._last_error = how
         self._state = "failed" if decision.failed else "restarting"
+        if decision.failed:
+            self._router.retire(self.spec.name)
         say = self._log.error if decision.failed else self._log.warning
         say("worker_" + self._state, why=how, again_in_s=decision.delay_s)
         with anyio.move_on_after(decision.delay_s):

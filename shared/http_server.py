@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import ipaddress
-import logging
 import os
+import resource
 import socket
 from email.utils import formatdate
 from typing import Any, Final, NamedTuple
@@ -18,68 +18,20 @@ from typing import Any, Final, NamedTuple
 import anyio
 from starlette.types import ASGIApp
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from shared.errors import StartError
+from shared.http_connection import HttpConnection, HttpLimits
 
 BACKLOG: Final = 2048
-LINGER_S: Final = 1.0
-"""How long the rest of a request that is already answered is read and dropped."""
-
 CUT_S: Final = 0.25
 """How long connections that were cut may take to be gone."""
 
-# Bad requests are the client's news, not ours; a failure of ours still reaches the log.
-_LOGGER = logging.getLogger("http_server")
-_LOGGER.setLevel(logging.ERROR)
+SWEEP_S: Final = 1.0
+"""How often the clients are held to their time-outs."""
 
-
-class HttpConnection(HttpToolsProtocol):
-    """uvicorn's HTTP connection, made fit for hostile clients."""
-
-    def __init__(self, config: Config, server_state: ServerState) -> None:
-        super().__init__(config, server_state, {})
-        self.logger = _LOGGER
-
-    def handle_websocket_upgrade(self) -> None:
-        """Hand the connection to the WebSocket protocol, unless an answer is still being written to it.
-
-        uvicorn would let both write, and would never tell the first that its client has gone.
-        """
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.abort()
-            return
-        super().handle_websocket_upgrade()
-
-    def on_message_complete(self) -> None:
-        """Note that the request is whole, also when it was answered before that."""
-        if self.cycle is not None:
-            self.cycle.more_body = False
-        super().on_message_complete()
-
-    def on_response_complete(self) -> None:
-        """Give a client that was refused in mid-request a moment to see why.
-
-        Closing at once would reset the connection under what it still sends, and the answer with it.
-        """
-        answered = self.cycle
-        super().on_response_complete()
-        if answered.more_body:
-            self.loop.call_later(LINGER_S, self._stop_lingering, answered)
-
-    def _stop_lingering(self, answered: RequestResponseCycle) -> None:
-        if self.cycle is answered and answered.more_body:
-            self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP as every other error is answered."""
-        body = b'{"error":"that is not an HTTP request"}'
-        self.transport.write(
-            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body)
-        )
-        self.transport.close()
+RESERVED_FILES: Final = 256
+"""How many file descriptors are left to everything else when connections take all they may."""
 
 
 class Connections(set[Any]):
@@ -109,14 +61,20 @@ class HttpServer:
         app: what answers requests.
         listener: a socket that listens, see `listen`; the server takes it over.
         ws: builds the protocol of each WebSocket upgrade; without it upgrades are refused.
+        limits: what clients may take.
     """
 
-    def __init__(self, app: ASGIApp, listener: socket.socket, ws: Any = "none") -> None:
+    def __init__(
+        self, app: ASGIApp, listener: socket.socket, ws: Any = "none", limits: HttpLimits | None = None
+    ) -> None:
         self._listener = listener
+        self._limits = limits or HttpLimits()
+        self._max_connections = min(self._limits.max_connections, _spare_files())
         self._state = ServerState()
         self._state.connections = self._connections = Connections()
         self._server: asyncio.Server | None = None
         self._clock: asyncio.TimerHandle | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
         self._config = Config(
             app,
             http="httptools",
@@ -133,9 +91,8 @@ class HttpServer:
         self._config.load()
         self._loop = asyncio.get_running_loop()
         self._set_date()
-        self._server = await self._loop.create_server(
-            lambda: HttpConnection(self._config, self._state), sock=self._listener, backlog=BACKLOG
-        )
+        self._sweep(self._loop.time())
+        self._server = await self._loop.create_server(self._connect, sock=self._listener, backlog=BACKLOG)
 
     def close(self) -> None:
         """Accept no more connections; those that wait for a request are closed, the others after their answer."""
@@ -157,13 +114,57 @@ class HttpServer:
         for task in list(self._state.tasks):
             task.cancel()
         await self._drained()
-        if self._clock is not None:
-            self._clock.cancel()
+        for timer in (self._clock, self._sweeper):
+            if timer is not None:
+                timer.cancel()
 
     async def _drained(self) -> None:
         await self._connections.wait_empty()
         if self._state.tasks:
             await asyncio.wait(self._state.tasks)
+
+    def _connect(self) -> HttpConnection:
+        return HttpConnection(self._config, self._state, self._limits, self._admit, self._relieve)
+
+    def _admit(self, newcomer: HttpConnection) -> bool:
+        """Return whether there is a place for a connection; one that waits for a request may have to make it."""
+        if len(self._connections) <= self._max_connections:
+            return True
+        waiting = [
+            connection
+            for connection in self._http_connections()
+            if connection is not newcomer and not connection.owes_an_answer
+        ]
+        if not waiting:
+            return False
+        min(waiting, key=lambda connection: connection.waits_since_s).cut()
+        return True
+
+    def _relieve(self) -> None:
+        """Cut clients that leave their answers unread, the longest stuck first, while those are too much in all."""
+        stuck = [connection for connection in self._http_connections() if connection.flow.write_paused]
+        stuck.sort(key=lambda connection: connection.stuck_since_s)
+        unsent_bytes = sum(connection.unsent_bytes for connection in stuck)
+        for connection in stuck[:-1]:  # the last one has only just been given its answer
+            if unsent_bytes <= self._limits.max_unsent_bytes:
+                return
+            unsent_bytes -= connection.unsent_bytes
+            connection.cut()
+
+    def _http_connections(self) -> list[HttpConnection]:
+        return [each for each in self._connections if isinstance(each, HttpConnection) and not each.cut_off]
+
+    def _sweep(self, due_s: float) -> None:
+        """Hold every client to its time-outs; after a stall of this process only begin to count again."""
+        now_s = self._loop.time()
+        stalled = now_s - due_s > SWEEP_S
+        for connection in self._http_connections():
+            if stalled:
+                connection.pardon(now_s)
+            else:
+                connection.judge(now_s)
+        due_s = now_s + min(SWEEP_S, self._limits.shortest_s / 4)
+        self._sweeper = self._loop.call_at(due_s, self._sweep, due_s)
 
     def _set_date(self) -> None:
         # RFC 9110, 6.6.1: a server with a clock sends Date. Made once a second, not once an answer.
@@ -195,6 +196,11 @@ def resolve(host: str, port: int, *, hint: str) -> Place:
     except (OSError, UnicodeError) as exc:
         raise StartError(f"no address for host {host!r} ({getattr(exc, 'strerror', None) or exc}); {hint}") from None
     return Place(family, address, f"{host}:{port}")
+
+
+def _spare_files() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(soft - RESERVED_FILES, soft // 2)
 
 
 def listen(place: Place, *, hint: str) -> socket.socket:

@@ -53,10 +53,11 @@ class Source(Protocol):
 class Job:
     """One query. `ticket` is whatever its source needs to know it again, `size` its text's length.
 
-    `cancelled` is set by a source that wants it no more; `settled` is set when it is answered.
+    `cancelled` is set by a source that wants it no more; `begun` when the handler gets it; `settled`
+    when it is answered.
     """
 
-    __slots__ = ("body", "cancelled", "generation", "settled", "size", "source", "ticket")
+    __slots__ = ("begun", "body", "cancelled", "generation", "settled", "size", "source", "ticket")
 
     def __init__(self, source: Source, ticket: Any, body: str, size: int = 0) -> None:
         self.source = source
@@ -64,6 +65,7 @@ class Job:
         self.body = body
         self.size = size
         self.generation = 0
+        self.begun = False
         self.cancelled = False
         self.settled = False
 
@@ -136,7 +138,7 @@ class Dispatcher(ABC):
         """Try to stop what runs in a lane; return False when that cannot be done in this process."""
 
     def _waiting(self) -> Iterable[Job]:
-        """Return the jobs whose handling has not begun."""
+        """Return the jobs that were submitted and may not have begun."""
         return list(self._queue)
 
     # --- its life ---
@@ -188,8 +190,10 @@ class Dispatcher(ABC):
     def give_back(self) -> None:
         """Answer every job that has not begun with `RETURNED`: somebody else may run it."""
         for job in self._waiting():
+            # In this order, and the other way round where it runs: one of the two sides sees the other.
             job.cancelled = True
-            self._settle(job, RETURNED)
+            if not job.begun:
+                self._settle(job, RETURNED)
 
     # --- the end of a query ---
 

@@ -201,8 +201,10 @@ class Worker:
                 self._link.ask_for_drain()
 
     async def _heartbeat(self, connection: Connection) -> None:
+        # Several in the time after which silence is taken for death, however short that is.
+        interval_s = min(HEARTBEAT_INTERVAL_S, self._spec.liveness_timeout_ms / 4000)
         while True:
-            await anyio.sleep(HEARTBEAT_INTERVAL_S)
+            await anyio.sleep(interval_s)
             self._link.beat()
             connection.tell_overdue()
             if reason := self._limits.reached(self._counters):

@@ -57,9 +57,7 @@ class ThreadDispatcher(Dispatcher):
         return False  # nothing ends a thread but the end of its process
 
     def _waiting(self) -> Iterable[Job]:
-        running = {lane.job for lane in self._lanes}
-        handed = [job for batch in self._batches for job in batch if job not in running and not job.settled]
-        return [*handed, *self._queue]
+        return [*(job for batch in self._batches for job in batch), *self._queue]
 
     async def _call(self, function: Callable[[], Any]) -> None:
         if inspect.iscoroutinefunction(function):
@@ -110,6 +108,7 @@ class ThreadDispatcher(Dispatcher):
                     self._collecting = True
                     self._to_loop(self._collect_soon)
                 lane.job = job
+                job.begun = True
                 self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
                 lane.job = None
                 lane.since_s = perf_counter()

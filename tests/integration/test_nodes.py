@@ -6,6 +6,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -194,20 +195,49 @@ async def test_tls_node_is_joined_when_its_certificate_verifies(tmp_path: Path, 
             await running.wait_ready()
 
 
+def _past(hours: int) -> datetime:
+    return datetime.now(UTC) - timedelta(hours=hours)
+
+
 @pytest.mark.parametrize(
-    ("names", "trusted", "words"),
-    [(["localhost"], False, "certificate"), (["elsewhere.example"], True, "Hostname mismatch")],
+    ("kind", "words"),
+    [
+        ("unknown CA", "unknown CA"),
+        ("wrong host", "it is for another host"),
+        ("expired", "certificate has expired; the node must renew it"),
+        ("self-signed", "self-signed certificate"),
+    ],
 )
-async def test_tls_node_is_refused_when_its_certificate_does_not_verify(
-    names: list[str], trusted: bool, words: str, tmp_path: Path, anyio_backend: object
+async def test_tls_node_is_refused_and_the_reason_is_said(
+    kind: str, words: str, tmp_path: Path, anyio_backend: object
 ) -> None:
     ca = trustme.CA()
-    (ca if trusted else trustme.CA()).cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    async with tls_node(ca.issue_cert(*names)) as port:
+    (trustme.CA() if kind == "unknown CA" else ca).cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    leaf = {
+        "unknown CA": lambda: ca.issue_cert("localhost"),
+        "wrong host": lambda: ca.issue_cert("elsewhere.example"),
+        "expired": lambda: ca.issue_cert("localhost", not_before=_past(2), not_after=_past(1)),
+        "self-signed": lambda: _self_signed(tmp_path),
+    }[kind]()
+    async with tls_node(leaf) as port:
         async with cluster(tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")) as running:
             row = await running.wait_state("count_server", "backoff")
-            assert "certificate of localhost" in row["detail"]
+            assert "the certificate of localhost" in row["detail"]
             assert words in row["detail"]
+            assert (await running.results("x"))["properties"]["count"] == 1, "direct queries are answered meanwhile"
+
+
+def _self_signed(folder: Path) -> Any:
+    """A certificate that is its own issuer, and that nobody was told to trust."""
+    lone = trustme.CA()
+    lone.private_key_pem.write_to_path(str(folder / "lone.key"))
+    lone.cert_pem.write_to_path(str(folder / "lone.pem"))
+
+    class Lone:
+        def configure_cert(self, context: ssl.SSLContext) -> None:
+            context.load_cert_chain(folder / "lone.pem", folder / "lone.key")
+
+    return Lone()
 
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": False})])

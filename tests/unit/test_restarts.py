@@ -55,15 +55,15 @@ def test_restart_leaves_the_window_after_its_length() -> None:
     assert history.died(89.9, 1).failed
 
 
-@pytest.mark.parametrize(("up_s", "delay_s"), [(59.9, 0.4), (60.0, 0.0), (3600.0, 0.0)])
-def test_delay_is_forgotten_after_a_minute_up(up_s: float, delay_s: float) -> None:
+@pytest.mark.parametrize(("up_s", "delay_s"), [(0.99, 0.4), (1.0, 0.0), (3600.0, 0.0)])
+def test_delay_is_forgotten_after_a_second_up(up_s: float, delay_s: float) -> None:
     life = Life()
     for _ in range(3):
         life.dies_after(0.01)
     assert life.dies_after(up_s) == (pytest.approx(delay_s), False)
 
 
-def test_long_window_still_counts_what_a_minute_up_makes_the_delay_forget() -> None:
+def test_window_still_counts_what_a_second_up_makes_the_delay_forget() -> None:
     life = Life(RestartPolicy(max_restarts=2, window_s=3600))
     assert life.dies_after(61) == Decision(0.0, failed=False)
     assert life.dies_after(61) == Decision(0.0, failed=False)
