@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import time
@@ -33,6 +34,12 @@ SETTLE_S: Final = 0.02
 SAME_SIGNAL_S: Final = 0.3
 """Signals that follow each other faster than a person's are one."""
 
+OWN_DESCRIPTORS: Final = 64
+"""What the runner needs without a worker or a client: sockets, ZeroMQ, the fork server, some to spare."""
+
+WORKER_DESCRIPTORS: Final = 4
+"""What it keeps open for one worker: its pidfd, the two pipes of its fork, its ZeroMQ connection."""
+
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
 
@@ -57,8 +64,10 @@ def run(
 
     Raises:
         ConfigError: when a handler cannot be loaded.
-        StartError: when the state folder or the address is in use.
+        StartError: when the state folder or the address is in use, or there are too few file descriptors.
     """
+    _require_descriptors(len(worker_specs(config)))
+    signal.signal(signal.SIGTERM, _leave_early)
     fork_server = ForkServer()
     fork_server.start()
     place = resolve(config.http.host, config.http.port, hint=_PORT_HINT)
@@ -66,6 +75,24 @@ def run(
         check_handlers(config.agents, fork_server)
         runner = Runner(config, read_again, fork_server, state, listener)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
+
+
+def _require_descriptors(workers: int) -> None:
+    """Raise the limit on open files to what these workers need, if it is lower; ZeroMQ would abort without."""
+    needed = OWN_DESCRIPTORS + WORKER_DESCRIPTORS * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise StartError(
+            f"only {hard} files may be open at once, and {workers} workers need {needed}; "
+            "raise the limit with ulimit -n, or LimitNOFILE in a systemd unit"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _leave_early(number: int, frame: object) -> None:
+    """End a start that a signal interrupts as any end: in order, with status 0."""
+    raise SystemExit(0)
 
 
 class Runner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -11,6 +12,7 @@ import anyio
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from runner import app as runner_app
 from runner import check as checking
@@ -29,7 +31,10 @@ cli = typer.Typer(
     rich_markup_mode=None,
 )
 # Into a pipe or a file nothing is cut to a terminal's width.
-_out: Final = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 10_000)
+_on_terminal: Final = sys.stdout is not None and sys.stdout.isatty()
+_out: Final = Console(
+    soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if _on_terminal else 10_000
+)
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration, a TOML file.")]
 StateDir = Annotated[Path, typer.Option(help="Where the runner keeps its socket and its address.")]
@@ -41,21 +46,33 @@ Style = Annotated[LogFormat, typer.Option("--log-format", help="How the log is w
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error, never a traceback."""
     try:
-        cli()
+        try:
+            cli()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except ConfigError as exc:
         _leave(str(exc), EXIT_CONFIG)
     except (StartError, TokenError) as exc:
         _leave(str(exc), EXIT_FAILED)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
-    except BrokenPipeError:  # `em-runner check | head`
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
-        sys.exit(EXIT_FAILED)
+    except OSError as exc:  # `em-runner check | head`, or a full disk behind a redirection
+        _give_up_output()
+        _leave(f"the output cannot be written: {exc.strerror or exc}", EXIT_FAILED)
+
+
+def _give_up_output() -> None:
+    """Keep the interpreter from writing at its end what could not be written."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
 
 
 def _leave(message: str, status: int) -> None:
-    print(f"em-runner: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"em-runner: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -103,7 +120,7 @@ def check(config: ConfigFile = Path("em-runner.toml")) -> None:
     report = checking.check(load(config))
     table = Table("worker", "agent", "node", "handler", "memory", "capabilities", "token", box=None, pad_edge=False)
     for row in report.rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     _out.print(table)
     for problem in report.problems:
         print(f"em-runner: {problem}", file=sys.stderr)
@@ -194,10 +211,12 @@ def query(
     secret = None if token_file is None else tokens.read_secret_file(token_file)
     asked = {"query": text} | {name: value for name, value in (("agent", agent), ("worker", worker)) if value}
     answer = client.call(base, "/agent/query", asked, token=secret)
-    if answer.status == 200:
+    if answer.status == 200 and isinstance(answer.body, dict) and "results" in answer.body:
         _print_json(answer.body["results"])
         return
     message = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
+    if answer.status == 200:
+        _leave(f"what answers at {base} is not em-runner", EXIT_FAILED)
     _leave(f"{answer.status}: {message}", client.exit_status(answer.status))
 
 
@@ -223,8 +242,7 @@ def _print_json(value: Any) -> None:
 
 def _welcome(http: HttpAddress, ports: list[int]) -> None:
     nodes = ", ".join(f"http://{demo.HOST}:{port}" for port in ports)
-    print(
-        f"""
+    text = f"""
 The demo is up. Ctrl-C ends it.
 
   HTTP      http://{http}    workers: /workers   readiness: /ready
@@ -237,6 +255,6 @@ Ask the agent directly:
 Ask all agents at the first node:
 
   curl -s http://{demo.HOST}:{ports[0]}/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
-""",
-        flush=True,
-    )
+"""
+    with contextlib.suppress(OSError):  # whoever started this has closed its output; the demo goes on
+        print(text, flush=True)

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -115,7 +115,9 @@ class Api:
             Route("/ready", self._ready),
             Route("/workers", self._workers),
         ]
-        self.app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
+        routed = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
+        routed.router.redirect_slashes = False
+        self.app: ASGIApp = routed
         self.app = LocalOnly(self.app, address) if token is None else BearerToken(self.app, token)
 
     def rename(self, agents: dict[str, tuple[str, ...]]) -> None:
@@ -124,7 +126,10 @@ class Api:
         self._directory = Directory(self._router, agents)
 
     async def _query(self, request: Request) -> Response:
-        body = await _read(request)
+        try:
+            body = await _read(request)
+        except ClientDisconnect:
+            return error(400, "the request ended early")  # nobody is left to read it
         if body is None:
             return error(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         try:

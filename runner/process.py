@@ -22,12 +22,13 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StartError
 from shared.handlers import HandlerRef
 from shared.ipc import Launch
 from worker.main import probe, run  # the worker's entry points: the only line of the runner that knows them
 
 PRELOAD: Final = "worker.preload"
+SAFE_PATH: Final = "PYTHONSAFEPATH"
 PROBE_TIMEOUT_S: Final = 60.0
 _STATUS_TIMEOUT_S: Final = 0.2
 _UNKNOWN_STATUS: Final = 255  # what multiprocessing says when the fork server took the status with it
@@ -47,9 +48,16 @@ class ForkServer:
         self._starting = threading.Lock()  # a reload probes handlers on one thread while another starts a worker
 
     def start(self) -> None:
-        """Start the fork server, unless it runs. Call it before there are threads or sockets."""
-        with _nameless_main():
-            multiprocessing.forkserver.ensure_running()
+        """Start the fork server, unless it runs. Call it before there are threads or sockets.
+
+        Raises:
+            StartError: when it cannot be started.
+        """
+        try:
+            with _nameless_main():
+                multiprocessing.forkserver.ensure_running()
+        except OSError as exc:  # its socket's path is too long, or there is no process to be had
+            raise StartError(f"the fork server cannot be started: {exc}; is TMPDIR too long a path?") from None
 
     async def spawn(self, launch: Launch) -> WorkerProcess:
         """Fork a worker.
@@ -75,10 +83,13 @@ class ForkServer:
         try:
             process = self._start_process(probe, (ref, sender), f"probe {ref}")
             sender.close()
-            if not receiver.poll(PROBE_TIMEOUT_S):
+            try:
+                if not receiver.poll(PROBE_TIMEOUT_S):
+                    raise ConfigError(f"the handler {ref} is not imported after {PROBE_TIMEOUT_S:.0f} s")
+                capabilities, error = receiver.recv()
+            except BaseException:  # Ctrl-C too: multiprocessing would wait for the import at the end
                 process.kill()
-                raise ConfigError(f"the handler {ref} is not imported after {PROBE_TIMEOUT_S:.0f} s")
-            capabilities, error = receiver.recv()
+                raise
         except EOFError:
             raise ConfigError(f"the handler {ref} ended the process that imported it") from None
         finally:
@@ -172,7 +183,14 @@ def _nameless_main() -> Iterator[None]:
     """Keep multiprocessing from importing the program's main module, and all the runner with it, in each child."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
+    # The fork server is `python -c`, which looks in the current folder first: a user's worker.py would be ours.
+    safe_path = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        if safe_path is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = safe_path

@@ -124,6 +124,8 @@ class Router:
             return
         if self._by_name.get(line.name) is line:
             del self._by_name[line.name]
+            if not line.draining:  # one that drains may have a successor, for whom queries are held
+                self._changing.discard(line.name)
         self._dirty.pop(line.routing_id, None)
         unsent, line.outbox = line.outbox, []
         for pending in unsent:
@@ -146,11 +148,12 @@ class Router:
 
     def promote(self, launch: Launch, legacy: bytes | None) -> None:
         """Have the incarnation on standby take the place of the one that left; `legacy` is what that remembered."""
-        self._changing.discard(launch.spec.name)
         line = self._lines.get(launch.routing_id)
-        if line is not None:  # else it died while it waited, and is started again as after any death
-            self._by_name[line.name] = line
-            self._send(line, ipc.Go(legacy))
+        if line is None:  # it died while it waited, and is started again as after any death
+            self._changing.discard(launch.spec.name)
+            return
+        self._by_name[line.name] = line  # and queries are held on, until it says that it takes them
+        self._send(line, ipc.Go(legacy))
 
     def retire(self, name: str) -> None:
         """Answer the queries that are held for a worker that will not come back, or not soon."""
@@ -247,7 +250,8 @@ class Router:
         self._held.setdefault(pending.name, {})[pending.sequence] = pending
 
     def _release(self, line: Line) -> None:
-        """Give a worker that has come up what was held for it."""
+        """Hold nothing more for a worker that has come up, and give it what was."""
+        self._changing.discard(line.name)
         for pending in self._held.pop(line.name, {}).values():
             self._place(pending, line)
 
@@ -358,7 +362,7 @@ class Router:
                     self._finish(pending, _ENDINGS.get(outcome, Ending.HANDLER_FAILED), payload)
         elif isinstance(message, ipc.Status):
             line.accepting = message.state in _SERVING and not line.draining
-            if line.accepting and line.name in self._held and self._by_name.get(line.name) is line:
+            if line.accepting and self._by_name.get(line.name) is line:
                 self._release(line)
             line.listener.on_status(line.incarnation, message)
         elif isinstance(message, ipc.Failed):

@@ -142,6 +142,8 @@ class Child:
         how = ""
         while current is not None:
             self._current = current
+            if current.launch.spec != self.spec:
+                tasks.start_soon(self._recycle, "its configuration changed while it was being started")
             async with anyio.create_task_group() as looking:
                 looking.start_soon(self._recycle_on_request, current, tasks)
                 await current.ended(START_TIMEOUT_S, self.spec.liveness_timeout_ms / 1000)

@@ -55,9 +55,11 @@ class NodeFrame(msgspec.Struct):
     capabilities: Any = None
 
 
-class NodeFrameRawBody(msgspec.Struct):
-    """The body of a query frame as the bytes it came in, for bodies that are not strings."""
+class RawQuery(msgspec.Struct):
+    """A query frame with its body as the JSON it came in, for bodies that are no strings or no values of Python's."""
 
+    action: str = ""
+    id: msgspec.Raw = _NOTHING
     body: msgspec.Raw = _NOTHING
 
 
@@ -72,7 +74,7 @@ class ClientFrame(msgspec.Struct):
 
 
 decode_node_frame = msgspec.json.Decoder(NodeFrame).decode
-decode_raw_body = msgspec.json.Decoder(NodeFrameRawBody).decode
+decode_raw_query = msgspec.json.Decoder(RawQuery).decode
 decode_client_frame = msgspec.json.Decoder(ClientFrame).decode
 encode = msgspec.json.encode
 

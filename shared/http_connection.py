@@ -13,9 +13,10 @@ from typing import Any, Final, Literal, cast
 
 import httptools
 import msgspec
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 LINGER_S: Final = 1.0
@@ -106,6 +107,7 @@ class HttpConnection(HttpToolsProtocol):
         self._unheard_bytes = 0
         self._unfed = b""
         self._refused = False
+        self._answering: RequestResponseCycle | None = None
         self.cut_off = False
 
     # --- what the server asks ---
@@ -180,6 +182,18 @@ class HttpConnection(HttpToolsProtocol):
         self.stuck_since_s = self.loop.time()
         super().pause_writing()
         self._relieve()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the application, and forget what waits for its turn.
+
+        uvicorn tells the request that was read last, which need not be the one that is being answered.
+        """
+        if self._answering is not None:
+            self._answering.disconnected = True
+            self._answering.message_event.set()
+        self.pipeline.clear()
+        self._unfed = b""
+        super().connection_lost(exc)
 
     def _feed(self, data: bytes) -> None:
         start = 0
@@ -266,8 +280,13 @@ class HttpConnection(HttpToolsProtocol):
 
     # --- answers ---
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_response_complete(self) -> None:
         """Turn to the next request, or wait for one. Replaces uvicorn's, which would set a timer each time."""
+        self._answering = None
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return

@@ -75,6 +75,8 @@ def parse_node(text: str) -> NodeAddress:
             raise ValueError(f"the scheme is {scheme!r}, expected ws or wss")
         tls = scheme.lower() == "wss"
         rest = after.removesuffix("/").removesuffix("/ws")
+    if "@" in rest:
+        raise ValueError("it holds a user or password, which em_disco does not take; use a token")
     host, port = _split_port(rest)
     if tls is not None:
         return NodeAddress(host, port or (_TLS_PORT if tls else 80), tls)

@@ -143,18 +143,23 @@ def _json(line: str) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def launched(folder: Path, *arguments: str, environ: dict[str, str] | None = None) -> AsyncIterator[Cluster]:
-    """Start `em-runner` with these arguments, plus a free port and a state folder below `folder`."""
+async def launched(
+    folder: Path, *arguments: str, environ: dict[str, str] | None = None, output: str | None = None
+) -> AsyncIterator[Cluster]:
+    """Start `em-runner` with these arguments, plus a free port and a state folder below `folder`.
+
+    Its output goes to the log, or to the file named by `output`.
+    """
     state_dir, log = folder / "state", folder / "runner.log"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("EM_DISCO", "EM_FILTER"))}
     env |= {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | (environ or {})
-    with log.open("ab") as sink:
+    with log.open("ab") as sink, Path(output or log).open("ab") as out:
         process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
             [sys.executable, "-m", "runner", *arguments, "--http", "127.0.0.1:0", "--state-dir", str(state_dir)],
             cwd=folder,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=sink,
+            stdout=out,
             stderr=sink,
             start_new_session=True,
         )
@@ -225,7 +230,8 @@ async def direct(running: Cluster) -> AsyncIterator[Callable[[str], Awaitable[An
 
     async def ask(query: str) -> Any:
         body = json.dumps({"query": query}).encode()
-        writer.write(b"POST /agent/query HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+        head = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+        writer.write(head + body)
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
         answer = await reader.readexactly(length)

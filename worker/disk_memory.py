@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -141,44 +142,61 @@ class _NotOurs(Exception):
 
 
 def _open_own(path: Path) -> tuple[sqlite3.Connection, bytes]:
-    new = not path.exists() or path.stat().st_size == 0
+    if path.exists() and path.stat().st_size > 0:
+        _check(path)
     database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
-        if not new:
-            _check(database)
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
-        if new:
+        if _is_blank(database):
             _make(database)
         (data,) = database.execute("SELECT data FROM memory").fetchone()
-        _decode(data)
-    except _NotOurs:
+    except BaseException:
         database.close()
         raise
-    except sqlite3.OperationalError:
-        database.close()
-        raise
-    except (sqlite3.DatabaseError, msgspec.DecodeError, TypeError, ValueError) as exc:
-        database.close()
-        raise _NotOurs(f"it is corrupt: {exc}") from None
     return database, data
 
 
-def _check(database: sqlite3.Connection) -> None:
-    (application_id,) = database.execute("PRAGMA application_id").fetchone()
-    if application_id != APPLICATION_ID:
-        raise _NotOurs("it is another program's database")
-    (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise _NotOurs(f"it is corrupt: {verdict}")
+def _check(path: Path) -> None:
+    """Look whether a file is this memory, by a connection that cannot write: not even a log is folded in.
+
+    Raises:
+        _NotOurs: when it is not.
+    """
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_S)) as database:
+        try:
+            if _is_blank(database):
+                return
+            if _application_id(database) != APPLICATION_ID:
+                raise _NotOurs("it is another program's database")
+            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise _NotOurs(f"it is corrupt: {verdict}")
+            (data,) = database.execute("SELECT data FROM memory").fetchone()
+            _decode(data)
+        except sqlite3.OperationalError:
+            raise
+        except (sqlite3.DatabaseError, msgspec.DecodeError, TypeError, ValueError) as exc:
+            raise _NotOurs(f"it is corrupt: {exc}") from None
+
+
+def _is_blank(database: sqlite3.Connection) -> bool:
+    """Return whether there is nothing in it: it is new, or whoever made it was killed while doing so."""
+    return _application_id(database) in (0, APPLICATION_ID) and (
+        database.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    )
+
+
+def _application_id(database: sqlite3.Connection) -> int:
+    return int(database.execute("PRAGMA application_id").fetchone()[0])
 
 
 def _make(database: sqlite3.Connection) -> None:
     with database:
+        database.execute("BEGIN IMMEDIATE")  # all or nothing: sqlite3 begins none before a PRAGMA or a CREATE
         database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        database.execute("CREATE TABLE IF NOT EXISTS memory (data BLOB NOT NULL)")
-        if database.execute("SELECT count(*) FROM memory").fetchone() == (0,):
-            database.execute("INSERT INTO memory VALUES (?)", (_EMPTY,))
+        database.execute("CREATE TABLE memory (data BLOB NOT NULL)")
+        database.execute("INSERT INTO memory VALUES (?)", (_EMPTY,))
 
 
 def _move_aside(path: Path) -> Path:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from math import inf
 from time import perf_counter
 from typing import Any, Final, Protocol
 
@@ -274,7 +275,7 @@ class Dispatcher(ABC):
         while True:
             now = perf_counter()
             since = min((lane.since_s for lane in self._lanes if lane.job is not None), default=now)
-            due = max(since + timeout_s, now + 0.001)
+            due = min(max(since + timeout_s, now + 0.001), now + timeout_s)
             await anyio.sleep(due - now)
             now = perf_counter()
             if (late_s := now - due) > SUSPENDED_S:
@@ -295,6 +296,7 @@ class Dispatcher(ABC):
             if self._interrupt(lane):
                 lane.since_s = now - self._timeout_s + STOP_GRACE_S
                 return
+        lane.since_s = inf  # said once
         self.on_hung(f"{words} and cannot be stopped")
 
 

@@ -51,6 +51,8 @@ def load(ref: HandlerRef) -> Handler:
         raise ConfigError(
             f"the handler {ref} is a {type(target).__name__}; expected a function, or a class with handle()"
         )
+    if inspect.isgeneratorfunction(handle) or inspect.isasyncgenfunction(handle):
+        raise ConfigError(f"the handler {ref} has a 'yield' in it; it must return (result, memory)")
     _check_arguments(handle, ref)
     return Handler(
         handle=handle,

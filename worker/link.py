@@ -131,6 +131,7 @@ class Link:
             for sequence in message.sequences:
                 if (cancelled := self._jobs.get(sequence)) is not None:
                     cancelled.cancelled = True
+                    cancelled.body = ""  # it may wait for long yet, but not with its text
         elif isinstance(message, ipc.Drain):
             self._on_drain(message.hand_over)
         else:

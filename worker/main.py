@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from multiprocessing.connection import Connection as Pipe
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import setproctitle
@@ -32,6 +33,9 @@ from worker.memories import memory_for
 from worker.memory import Memory, MemoryFault
 from worker.orphan import leave_with_parent
 from worker.results import HandlerFault
+
+_KIND: Final = re.compile("[:(]")
+"""What ends the part of a reason that is ours: what a node says comes after it."""
 
 ABANDON_S: Final = 0.5
 """How long the node may take to read the last answers of a worker whose handler hangs."""
@@ -213,12 +217,16 @@ class Worker:
     def _tell(self, state: WorkerState, detail: str) -> None:
         """Report a state to the runner, and log it unless the same was just said."""
         self._link.tell(state, detail)
-        if state == "backoff":
-            held = self._repeats.admit(detail)
+        if state in ("backoff", "ready"):
+            # By kind, not by the node's own words: it could say something new each time.
+            held = self._repeats.admit(f"{state} {_KIND.split(detail)[0]}")
             if held is not None:
-                self._log.warning("backoff", reason=detail, **({"like_it_before": held} if held else {}))
-        elif state in ("ready", "draining", "stopped"):
-            self._repeats = Folded()
+                told: dict[str, Any] = {"like_it_before": held} if held else {}
+                if state == "backoff":
+                    self._log.warning(state, reason=detail, **told)
+                else:
+                    self._log.info(state, **told)
+        elif state in ("draining", "stopped"):
             self._log.info(state)
         else:
             self._log.debug(state)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import gc
 import multiprocessing.spawn  # noqa: F401 - the child's own entry imports it otherwise
+import os
 import signal
 
 import anyio._backends._asyncio  # noqa: F401 - as above
 import uvloop  # noqa: F401 - as above
 
 import worker.main  # noqa: F401 - as above
+
+# Set for the fork server alone, so that it takes no module from the current folder; handlers may.
+os.environ.pop("PYTHONSAFEPATH", None)
 
 # Ctrl-C reaches every process of a terminal, but how a cluster ends is the runner's to say. Set
 # here, because a worker would be open to it between its fork and its own first line.

@@ -118,6 +118,8 @@ class Session:
 
     def _upgraded(self) -> None:
         # Both frames at once, without waiting for the answer to the first.
+        if self._protocol.state is not OPEN:
+            return  # the close came right behind the upgrade
         self.state = "registering"
         self._protocol.send_text(frames.encode(frames.Register(self._agent)))
         self._protocol.send_text(frames.encode(frames.AgentHello(self._capabilities)))
@@ -165,7 +167,7 @@ class Session:
         try:
             frame = frames.decode_node_frame(text)
         except (msgspec.DecodeError, RecursionError):
-            self.ignored["malformed"] += 1
+            self._undecodable(text, queries)
             return
         if frame.action == frames.QUERY:
             self._query(frame, text, queries)
@@ -188,7 +190,22 @@ class Session:
             self.answer(query_id, b"null")
         else:
             # A handler is promised text: the JSON of a body that is none.
-            queries.append((query_id, bytes(frames.decode_raw_body(text).body).decode()))
+            queries.append((query_id, bytes(frames.decode_raw_query(text).body).decode()))
+
+    def _undecodable(self, text: bytes, queries: list[Query]) -> None:
+        """Take a frame with a value that Python's types cannot hold, such as 1e999; a query in it is answered."""
+        try:
+            frame = frames.decode_raw_query(text)
+        except (msgspec.DecodeError, RecursionError):
+            self.ignored["malformed"] += 1
+            return
+        query_id, body = bytes(frame.id), bytes(frame.body)
+        if frame.action == frames.QUERY and query_id and body and not body.startswith(b'"'):
+            queries.append((query_id, body.decode()))
+            return
+        self.ignored["malformed"] += 1
+        if frame.action == frames.QUERY and query_id:
+            self.answer(query_id, b"null")
 
     def _error(self, frame: frames.NodeFrame) -> None:
         reason = str(frame.reason if frame.reason is not None else frame.error)

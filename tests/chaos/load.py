@@ -7,7 +7,6 @@ A query's text is unique, and whatever handler answers must return `{"type": ...
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import statistics
@@ -75,7 +74,7 @@ class Client:
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(*self._place)
         body = json.dumps({"query": query}).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: {self._place[0]}\r\ncontent-length: {len(body)}\r\n\r\n"
         sent_s = time.monotonic()
         self._writer.write(head.encode() + body)
         try:
@@ -175,6 +174,29 @@ class HttpLoad:
         self.watch(answer)
 
 
+async def ask_once(running: Cluster, query: str, path: str = "/agent/query") -> Answer:
+    """Ask one query on a connection of its own."""
+    url = running.http.base_url
+    client = Client(url.host, url.port or 80)
+    try:
+        return await client.ask(query, path)
+    finally:
+        client.close()
+
+
+async def ask_all(running: Cluster, queries: list[str], path: str) -> list[Answer]:
+    """Ask several at once; the answers are in the order in which they came."""
+    answers: list[Answer] = []
+
+    async def ask(query: str) -> None:
+        answers.append(await ask_once(running, query, path))
+
+    async with anyio.create_task_group() as tasks:
+        for query in queries:
+            tasks.start_soon(ask, query)
+    return answers
+
+
 _loads = itertools.count()
 
 
@@ -184,6 +206,7 @@ async def http_load(
 ) -> AsyncIterator[HttpLoad]:
     """Keep asking from `clients` connections, shared out over `paths`; all has been answered after it."""
     load, url = HttpLoad(), running.http.base_url
+    failure: BaseException | None = None
     names = (f"h{next(_loads)}-{number}" for number in itertools.count())
     async with anyio.create_task_group() as tasks:
         for number in range(clients):
@@ -191,10 +214,12 @@ async def http_load(
             tasks.start_soon(load.run, Client(url.host, url.port or 80), path, names, pause_s)
         try:
             yield load
-        except BaseException:
+        except BaseException as exc:  # noqa: BLE001 - raised again below
+            failure = exc
             tasks.cancel_scope.cancel()
-            raise
         load.stop()
+    if failure is not None:
+        raise failure  # as it is, not in a group
 
 
 class NodeLoad:
@@ -243,23 +268,22 @@ class NodeLoad:
 async def node_load(node: Node, *capabilities: str, askers: int = 4, pause_s: float = 0.005) -> AsyncIterator[NodeLoad]:
     """Keep asking agents by way of their node."""
     load = NodeLoad()
+    failure: BaseException | None = None
     names = (f"n{next(_loads)}-{number}" for number in itertools.count())
     async with anyio.create_task_group() as tasks:
         for number in range(askers):
             tasks.start_soon(load.run, node, capabilities[number % len(capabilities)], names, pause_s)
         try:
             yield load
-        except BaseException:
+        except BaseException as exc:  # noqa: BLE001 - raised again below
+            failure = exc
             tasks.cancel_scope.cancel()
-            raise
         load.stop()
+    if failure is not None:
+        raise failure  # as it is, not in a group
 
 
-@contextlib.contextmanager
-def report(title: str) -> Iterator[Callable[[str], None]]:
+def report(title: str, *lines: object) -> None:
     """Print what a test measured: pytest shows it with -s or -rP."""
-    lines: list[str] = []
-    try:
-        yield lines.append
-    finally:
-        print(f"\n[{title}] " + "\n    ".join(lines))
+    for line in lines:
+        print(f"[{title}] {line}")

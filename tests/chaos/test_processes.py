@@ -16,7 +16,14 @@ import psutil
 import pytest
 
 from disco import Node
-from tests.chaos.load import ECHO, Answer, Client, http_load, node_load, report
+from runner.process import ForkServer
+from runner.restarts import RestartPolicy
+from runner.router import Router
+from runner.supervisor import Supervisor
+from shared.config import Agent as AgentConfig
+from shared.config import WorkerSpec, parse_handler
+from shared.nodes import parse_node
+from tests.chaos.load import ECHO, Answer, ask_once, http_load, node_load, report
 from tests.cluster import Cluster, agent, alive, cluster, until
 
 pytestmark = pytest.mark.anyio
@@ -66,7 +73,6 @@ async def test_random_workers_killed_under_mixed_load_cost_no_answer_but_honest_
             for name in (*names, "calm"):
                 await each.wait_for(name)
         calm_pids = [(await running.row(w))["pid"] for w in ("calm_server", "calm_server_2")]
-        say = stack.enter_context(report(f"{KILLS} kills"))
         paths = [f"/agents/{name}/query" for name in names] + [f"/workers/{name}_server_2/query" for name in names]
         mixed = await stack.enter_async_context(http_load(running, *paths, clients=24))
         calm = await stack.enter_async_context(http_load(running, "/agents/calm/query", clients=8))
@@ -87,11 +93,9 @@ async def test_random_workers_killed_under_mixed_load_cost_no_answer_but_honest_
         for load in (mixed, calm, *by_node, *calm_by_node):
             load.stop()
     took_ms = sorted((kill.ready_s - kill.killed_s) * 1000 for kill in kills)
-    say(f"registered again: median {statistics.median(took_ms):.0f} ms, longest {took_ms[-1]:.0f} ms")
-    say(f"HTTP, victims: {mixed}")
-    say(f"HTTP, survivors: {calm}")
-    for load in (*by_node, *calm_by_node):
-        say(f"node: {load}")
+    registered = f"registered again: median {statistics.median(took_ms):.0f} ms, longest {took_ms[-1]:.0f} ms"
+    report(f"{KILLS} kills", registered, f"HTTP, victims: {mixed}", f"HTTP, survivors: {calm}")
+    report(f"{KILLS} kills", *(f"node: {load}" for load in (*by_node, *calm_by_node)))
     mixed.assert_nothing_lost()
     for answer in mixed.refused:
         assert any(concerns(kill, answer) for kill in kills), f"refused without a reason: {answer}"
@@ -117,24 +121,24 @@ async def test_stopped_worker_is_replaced_in_time_and_its_queries_are_refused(
         await running.wait_ready()
         await running.wait_state("e_server_2", "ready")
         pid, neighbour = await running.worker_pid("e_server"), await running.worker_pid("e_server_2")
-        url = running.http.base_url
         answers: list[Answer] = []
 
         async def ask(number: int) -> None:
-            answers.append(await Client(url.host, url.port or 80).ask(f"x{number}", "/workers/e_server/query"))
+            answers.append(await ask_once(running, f"x{number}", "/workers/e_server/query"))
 
-        with report("SIGSTOP a worker") as say:
-            os.kill(pid, signal.SIGSTOP)
-            stopped_s = time.monotonic()
-            async with http_load(running, "/workers/e_server_2/query", clients=4) as load:
-                async with anyio.create_task_group() as tasks:
-                    for number in range(5):
-                        tasks.start_soon(ask, number)
-                refused_s = time.monotonic() - stopped_s
-                await until(lambda: not alive(pid), "it is ended")
-                row = await running.wait_state("e_server", "ready")
-                replaced_s = time.monotonic() - stopped_s
-            say(f"refused after {refused_s * 1000:.0f} ms, replaced after {replaced_s * 1000:.0f} ms")
+        os.kill(pid, signal.SIGSTOP)
+        stopped_s = time.monotonic()
+        async with http_load(running, "/workers/e_server_2/query", clients=4) as load:
+            async with anyio.create_task_group() as tasks:
+                for number in range(5):
+                    tasks.start_soon(ask, number)
+            refused_s = time.monotonic() - stopped_s
+            await until(lambda: not alive(pid), "it is ended")
+            row = await running.wait_state("e_server", "ready")
+            replaced_s = time.monotonic() - stopped_s
+        report(
+            "SIGSTOP a worker", f"refused after {refused_s * 1000:.0f} ms, replaced after {replaced_s * 1000:.0f} ms"
+        )
         assert all(answer.honest_refusal for answer in answers)
         assert replaced_s < 2.5, "liveness_timeout_ms and a second"
         assert row["pid"] != pid
@@ -199,22 +203,24 @@ async def test_fork_server_and_a_worker_killed_at_once_under_load_are_started_ag
         await running.wait_ready()
         await running.wait_state("e_server_2", "ready")
         calm_pid = await running.worker_pid("calm_server")
-        with report("kill -9 the fork server and a worker") as say:
-            async with (
-                http_load(running, "/agents/e/query", clients=8) as load,
-                http_load(running, "/agents/calm/query", clients=8) as calm,
-            ):
-                for _ in range(3):
-                    pid, before = await running.worker_pid("e_server"), node.registry.peer("e")
-                    began_s = time.monotonic()
-                    os.kill(fork_server(running), signal.SIGKILL)
-                    os.kill(pid, signal.SIGKILL)
-                    await until(
-                        lambda before=before: node.registry.peer("e") not in (None, before), "it is registered again"
-                    )
-                    say(f"registered again after {(time.monotonic() - began_s) * 1000:.0f} ms")
-                    fork_server(running)
-            say(str(load))
+        async with (
+            http_load(running, "/agents/e/query", clients=8) as load,
+            http_load(running, "/agents/calm/query", clients=8) as calm,
+        ):
+            for _ in range(3):
+                pid, before = await running.worker_pid("e_server"), node.registry.peer("e")
+                began_s = time.monotonic()
+                os.kill(fork_server(running), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+                await until(
+                    lambda before=before: node.registry.peer("e") not in (None, before), "it is registered again"
+                )
+                report(
+                    "kill -9 the fork server and a worker",
+                    f"registered again after {(time.monotonic() - began_s) * 1000:.0f} ms",
+                )
+                fork_server(running)
+        report("kill -9 the fork server and a worker", str(load))
         load.assert_nothing_lost()
         calm.assert_nothing_lost()
         assert calm.right == calm.asked > 0
@@ -254,9 +260,8 @@ class Broken:
         lines, busy_s, since = len(running.log.splitlines()), cpu_s(running.process.pid), time.monotonic()
         assert lines < 40, running.log
         await until(lambda: time.monotonic() - since > 2.0, "it has been failed for a while")
-        with report("crash loop") as say:
-            share = (cpu_s(running.process.pid) - busy_s) / (time.monotonic() - since)
-            say(f"{lines} lines of log; the runner's CPU while failed: {share:.1%}")
+        share = (cpu_s(running.process.pid) - busy_s) / (time.monotonic() - since)
+        report("crash loop", f"{lines} lines of log; the runner's CPU while failed: {share:.1%}")
         assert len(running.log.splitlines()) == lines, "a failed worker says nothing more"
         assert share < 0.1
 
@@ -288,21 +293,18 @@ async def test_sigterm_under_load_answers_what_was_sent_before_it_and_leaves_not
     ) as running:
         await running.wait_ready()
         await other_node.wait_for("e")
-        with report("SIGTERM under load") as say:
-            async with (
-                http_load(
-                    running, "/agents/e/query", "/workers/e_server_2/query", "/agents/f/query", pause_s=0
-                ) as load,
-                node_load(node, "e", "f") as by_node,
-                node_load(other_node, "e") as by_other,
-            ):
-                await until(lambda: load.right > 200 and by_node.answered > 20, "there is load")
-                running.note_processes()
-                signalled_s = time.monotonic()
-                running.process.send_signal(signal.SIGTERM)
-                await until(lambda: running.process.poll() is not None, "the runner has ended", 6.0)
-                took_s = time.monotonic() - signalled_s
-            say(f"ended after {took_s * 1000:.0f} ms; {load}")
+        async with (
+            http_load(running, "/agents/e/query", "/workers/e_server_2/query", "/agents/f/query", pause_s=0) as load,
+            node_load(node, "e", "f") as by_node,
+            node_load(other_node, "e") as by_other,
+        ):
+            await until(lambda: load.right > 200 and by_node.answered > 20, "there is load")
+            running.note_processes()
+            signalled_s = time.monotonic()
+            running.process.send_signal(signal.SIGTERM)
+            await until(lambda: running.process.poll() is not None, "the runner has ended", 6.0)
+            took_s = time.monotonic() - signalled_s
+        report("SIGTERM under load", f"ended after {took_s * 1000:.0f} ms; {load}")
         assert running.process.returncode == 0
         assert took_s < 4.0, "shutdown_timeout_ms and a second"
         assert not load.hung
@@ -337,11 +339,10 @@ class Agent:
         supervision="shutdown_timeout_ms = 500",
     ) as running:
         await running.wait_ready()
-        url = running.http.base_url
         answers: dict[str, int] = {}
 
         async def ask(text: str) -> None:
-            answers[text] = (await Client(url.host, url.port or 80).ask(text)).status
+            answers[text] = (await ask_once(running, text)).status
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask, "first")
@@ -381,8 +382,10 @@ def handle(body, memory):
     async with cluster(tmp_path, agent("e", [node.url], **options), handlers=counting) as running:
         await running.wait_ready()
         again = (await running.results("again"))["properties"]["count"]
-        with report("kill -9 the runner") as say:
-            say(f"workers gone after {gone_s * 1000:.0f} ms; answered up to {max(counts)}, next {again}")
+        report(
+            "kill -9 the runner",
+            f"workers gone after {gone_s * 1000:.0f} ms; answered up to {max(counts)}, next {again}",
+        )
         # At most what was in flight was counted without an answer.
         assert max(counts) < again <= max(counts) + 8 + 1
         assert await running.stop() == 0
@@ -402,22 +405,26 @@ def handle(body, memory):
 async def test_disk_memory_of_killed_workers_never_goes_back_behind_an_answer_and_counts_no_query_twice(
     tmp_path: Path, node: Node
 ) -> None:
-    kills = max(KILLS // 4, 3)
+    kills = max(KILLS // 8, 3)
     right: list[Answer] = []
     async with cluster(
         tmp_path, agent("e", [node.url], capabilities=["e"], memory="disk"), handlers=UNIQUE, supervision=MANY_RESTARTS
     ) as running:
         await running.wait_ready()
-        with report(f"{kills} kills with disk memory") as say:
-            async with http_load(running, clients=8) as load, node_load(node, "e", askers=2) as by_node:
-                load.watch = lambda answer: right.append(answer) if answer.right else None
-                for _ in range(kills):
-                    before = load.right
-                    await until(lambda before=before: load.right > before + 30, "it answers")
-                    await kill_and_wait(running, node, "e", "e_server")
-            say(str(load))
-            last = (await running.results("dump"))["properties"]
-            say(f"last count {last['count']}, answered {load.right + by_node.answered}")
+        async with http_load(running, clients=8) as load, node_load(node, "e", askers=2) as by_node:
+            load.watch = lambda answer: right.append(answer) if answer.right else None
+            for _ in range(kills):
+                since, before = time.monotonic(), load.right
+                await until(
+                    lambda since=since, before=before: time.monotonic() > since + 1 and load.right > before + 30,
+                    "it has been up for a second, and answers",
+                )
+                await kill_and_wait(running, node, "e", "e_server")
+        report(f"{kills} kills with disk memory", str(load))
+        last = (await running.results("dump"))["properties"]
+        report(
+            f"{kills} kills with disk memory", f"last count {last['count']}, answered {load.right + by_node.answered}"
+        )
     load.assert_nothing_lost()
     by_node.assert_nothing_lost()
     assert all(answer.properties["times"] == 1 for answer in right), "counted twice"
@@ -430,3 +437,46 @@ async def test_disk_memory_of_killed_workers_never_goes_back_behind_an_answer_an
         while came and came[0].came_s < answer.sent_s:
             highest = max(highest, came.pop(0).properties["count"])
         assert answer.properties["count"] > highest, "lower than an answer before it"
+
+
+async def test_failed_worker_is_tried_again_after_a_pause(tmp_path: Path, node: Node) -> None:
+    (tmp_path / "handlers.py").write_text(
+        """
+import os, pathlib
+class Agent:
+    def setup(self):
+        if not (pathlib.Path(__file__).parent / "mended").exists():
+            os._exit(3)
+    def handle(self, body, memory):
+        return body, memory
+"""
+    )
+    handler = parse_handler("handlers.py:Agent", tmp_path)
+    spec = WorkerSpec(
+        name="e_server",
+        agent=AgentConfig(name="e", handler=handler, nodes=(parse_node(node.url),)),
+        node=parse_node(node.url),
+        index=1,
+        state_dir=tmp_path,
+        log_level="error",
+    )
+    router, fork_server = Router(tmp_path / "router.sock"), ForkServer()
+    fork_server.start()
+    supervisor = Supervisor([spec], RestartPolicy(max_restarts=2, retry_s=0.3), fork_server, router, 1.0)
+    router.open()
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(supervisor.run)
+            for restarts in (3, 6):  # the whole intensity, each time
+                await until(
+                    lambda restarts=restarts: (
+                        supervisor.rows[0].state == "failed" and supervisor.rows[0].restarts == restarts
+                    ),
+                    "it is failed, and tried again",
+                )
+            (tmp_path / "mended").touch()
+            await until(lambda: supervisor.rows[0].state == "ready", "it is tried again, and well")
+            await supervisor.drain()
+    finally:
+        router.close()
+    assert "e" not in node.registry

@@ -85,7 +85,7 @@ def test_json_that_is_no_known_action_is_told_so(text: str) -> None:
     assert said(session().receive(text)) == {"error": "unknown_action"}
 
 
-@pytest.mark.parametrize("text", ["", "hello", "{", '{"action":"result"', "[1, x", "[" * 5000 + "]" * 5000])
+@pytest.mark.parametrize("text", ["", "hello", "{", '{"action":"result"', "[1, x", "[" * 30_000 + "]" * 30_000])
 def test_text_that_is_not_json_closes_as_the_reference_does(text: str) -> None:
     decision = session().receive(text)
     assert isinstance(decision, Close)

@@ -60,6 +60,25 @@ async def query_without_body(wire: Wire) -> None:
     await _answered(wire)
 
 
+async def values_that_python_cannot_hold(wire: Wire) -> None:
+    await wire.register()
+    await wire.text(b'{"action":"query","id":1,"body":1e999}')
+    assert (await wire.json())["data"]["properties"]["body"] == "1e999"
+    await wire.text(b'{"action":"query","id":"\\ud800","body":"x","status":1e999}')
+    assert (await wire.frame(Opcode.TEXT)).data == b'{"action":"result","id":"\\ud800","data":null}'
+    await wire.text(b'{"action":"query","id":3,"body":"\\ud800"}')
+    assert await wire.json() == {"action": "result", "id": 3, "data": None}
+    await _answered(wire)
+
+
+async def closes_in_the_same_breath(wire: Wire) -> None:
+    wire.request = await wire._event()
+    wire.protocol.send_response(wire.protocol.accept(wire.request))
+    wire.protocol.send_close(1000, "go away")
+    wire.writer.write(b"".join(wire.protocol.data_to_send()))
+    await wire.until_gone()
+
+
 async def text_in_fragments(wire: Wire) -> None:
     await wire.register()
     text = json.dumps({"action": "query", "id": "f", "body": "in ünit parts"}, ensure_ascii=False).encode()
@@ -203,6 +222,7 @@ STAYS = {
     "a body that is null": (echoed("i", None), None),
     "a body that is a number": (echoed("i", 12.5), None),
     "a body of any text": (echoed("i", ' \n\t "quoted" \\ ☃ \u0000 '), None),
+    "values that Python cannot hold": (values_that_python_cannot_hold, "malformed"),
     "text in fragments": (text_in_fragments, None),
     "binary frames": (binary_frames, "binary"),
     "frames before the handshake is answered": (query_before_the_handshake_is_answered, "unknown_action"),
@@ -233,6 +253,7 @@ LOSES = {
     "no answer to a ping": (answers_no_ping, "no ping"),
     "a flood of pings whose pongs it does not read": (floods_pings_and_reads_nothing, "no ping"),
     "a close right after registered": (closes_right_after_registered, "1000"),
+    "a close in one breath with the upgrade": (closes_in_the_same_breath, "go away"),
     "a reset": (resets, "connection"),
     "name_mismatch": (refuses({"status": "error", "reason": "name_mismatch"}), "name_mismatch: the token was issued"),
     "an error in the running reference's form": (
@@ -394,3 +415,39 @@ def handle(body, memory):
         (tmp_path / "gate").touch()
         await until(lambda: answered == total, "everything is answered in the end", 40)
         assert (await running.row("slow_server"))["reconnects"] == 0
+
+
+async def test_drained_worker_closes_its_socket_as_going_away(tmp_path: Path) -> None:
+    closes: list[int] = []
+
+    async def script(wire: Wire) -> None:
+        await wire.register()
+        closes.append(int.from_bytes((await wire.frame(Opcode.CLOSE)).data[:2], "big"))
+        await wire.until_gone()
+
+    async with scripted(script) as (_, url), cluster(tmp_path, agent("count", [url])) as running:
+        await running.wait_ready()
+        assert await running.stop() == 0
+    assert closes == [1001]
+
+
+async def test_flapping_node_is_logged_once_in_a_while(tmp_path: Path) -> None:
+    flaps = 0
+
+    async def script(wire: Wire) -> None:
+        nonlocal flaps
+        await wire.register()
+        flaps += 1
+        wire.protocol.send_close(4000, f"word {flaps}")
+        await wire.flush()
+        await wire.until_gone()
+
+    options = "reconnect_interval_ms = 10"
+    async with (
+        scripted(script, script) as (_, url),
+        cluster(tmp_path, agent("a", [url]), connection=options) as running,
+    ):
+        await until(lambda: flaps >= 50, "the node flaps")
+        assert len(running.events("backoff")) <= 2
+        assert len(running.events("ready")) <= 2
+        assert (await running.row("a_server"))["reconnects"] >= 40

@@ -24,7 +24,7 @@ def test_good_tokens_and_none_are_no_problem(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(SECRET)
     assert problems(TokenSource()) == []
     assert problems(TokenSource(secret_file=tmp_path / "secret")) == []
-    assert problems(TokenSource(token=Secret(mint(SECRET, "echo", ttl_s=60)))) == []
+    assert problems(TokenSource(token=Secret(mint(SECRET, "echo", ttl_s=3600)))) == []
 
 
 @pytest.mark.parametrize(

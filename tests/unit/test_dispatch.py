@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 
 from shared.ipc import Counters, Outcome
 from shared.schema import MemoryKind
+from worker.disk_memory import DiskMemory
 from worker.dispatch import Answer, Dispatcher, Job
 from worker.dispatchers import dispatcher_for
 from worker.handler import Handler
@@ -700,3 +701,42 @@ def test_each_query_is_answered_exactly_once_and_memory_holds_the_kept_ones(kind
 
 def flat(turns: Iterable[list[str]]) -> list[str]:
     return [act for turn in turns for act in turn]
+
+
+async def test_query_that_waits_for_its_memory_to_be_written_is_never_given_back(tmp_path: Path) -> None:
+    gate, hanging, hung = threading.Event(), threading.Event(), anyio.Event()
+
+    class Slow(DiskMemory):
+        def flush(self) -> None:
+            gate.wait(LIMIT_S)
+            super().flush()
+
+    def handle(body: str, memory: dict[Any, Any]) -> Any:
+        if body == "hangs":
+            hanging.set()
+            gate.wait(LIMIT_S)
+        return body, memory | {body: True}
+
+    memory = Slow(tmp_path / "m.sqlite")
+    memory.open()
+    asker = Asker()
+    dispatcher = dispatcher_for(handler_of("plain", handle), memory, Counters(), 1, 0.05)
+    dispatcher.on_hung = lambda reason: hung.set()
+    try:
+        async with dispatcher.running():
+            dispatcher.submit([Job(asker, body, body) for body in ("done", "hangs", "behind")])
+            with anyio.fail_after(LIMIT_S):
+                await hung.wait()
+            assert hanging.is_set()
+            dispatcher.give_back()
+            given_back = [ticket for ticket, outcome, _ in asker.answers if outcome is Outcome.RETURNED]
+            assert given_back == ["behind"], "another worker must not run what this one has run"
+            gate.set()
+            await asker.have(3)
+    finally:
+        memory.close()
+    assert {ticket: outcome for ticket, outcome, _ in asker.answers} == {
+        "done": Outcome.OK,
+        "hangs": Outcome.TIMED_OUT,
+        "behind": Outcome.RETURNED,
+    }

@@ -59,7 +59,7 @@ def test_node_frame_is_read_whatever_the_types_of_its_fields(text: str, expected
 def test_id_and_raw_body_keep_their_bytes(raw: str) -> None:
     text = f'{{"action":"query", "id" : {raw} , "body":{raw}}}'.encode()
     assert bytes(frames.decode_node_frame(text).id) == raw.encode()
-    assert bytes(frames.decode_raw_body(text).body) == raw.encode()
+    assert bytes(frames.decode_raw_query(text).body) == raw.encode()
 
 
 def test_client_frame_keeps_its_data_raw() -> None:
@@ -80,7 +80,7 @@ fields = st.sampled_from(["action", "id", "body", "status", "reason", "error", "
 @example('{"body":' + "[" * 100_000)
 @example('{"body":1e999}')
 def test_any_text_is_a_frame_or_a_decoding_error(text: str) -> None:
-    for decode in (frames.decode_node_frame, frames.decode_raw_body, frames.decode_client_frame):
+    for decode in (frames.decode_node_frame, frames.decode_raw_query, frames.decode_client_frame):
         try:
             decode(text.encode("utf-8", "replace"))
         except (msgspec.DecodeError, RecursionError):

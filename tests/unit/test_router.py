@@ -688,3 +688,67 @@ def test_each_query_ends_exactly_once_unless_it_is_withdrawn(steps: list[tuple[s
         assert place.router.in_flight == 0
 
     anyio.run(main, backend_options={"use_uvloop": True})
+
+
+# --- held queries and their end ---
+
+
+async def test_queries_are_held_until_the_successor_takes_them_and_not_only_until_it_is_named() -> None:
+    async with routing() as place:
+        launch, peer = await place.worker()
+        standby = place.expect(incarnation=2, standby=True)
+        successor = place.peer(standby.routing_id)
+        successor.up(state="standby")
+        await until(lambda: (2, "standby") in place.desk.states)
+        assert place.router.drain(launch, hand_over=True)
+        assert isinstance(await peer.hear(), Drain)
+        place.router.drop(launch, "it has left")
+        place.router.promote(standby, None)
+        place.asked.ask("between")
+        assert place.router.accepts("echo_server")
+        assert place.asked.came("between") == [], "it is held, not refused"
+        successor.say(Status("connecting", "", Counters()))
+        assert isinstance(await successor.hear(), ipc.Go)
+        message = await successor.hear()
+        assert isinstance(message, Queries)
+        successor.reply(*(sequence for sequence, _ in message.items))
+        assert await place.asked.end("between") == (Ending.OK, b"1")
+
+
+async def test_successor_that_dies_before_it_takes_queries_has_nothing_more_held_for_it() -> None:
+    async with routing() as place:
+        launch, _ = await place.worker()
+        standby = place.expect(incarnation=2, standby=True)
+        place.peer(standby.routing_id).up(state="standby")
+        await until(lambda: (2, "standby") in place.desk.states)
+        place.router.drain(launch, hand_over=True)
+        place.router.drop(launch, "it has left")
+        place.router.promote(standby, None)
+        place.router.drop(standby, "it died")
+        assert not place.router.accepts("echo_server")
+        place.asked.ask("too late")
+        assert place.asked.came("too late") == [(Ending.WORKER_GONE, b"the worker is not up")]
+
+
+async def test_held_queries_of_a_worker_that_does_not_come_back_are_refused_at_once() -> None:
+    async with routing() as place:
+        launch, _ = await place.worker()
+        place.router.drain(launch, hand_over=True)
+        place.asked.ask("held")
+        assert place.asked.came("held") == []
+        place.router.retire("echo_server")
+        assert place.asked.came("held") == [(Ending.WORKER_GONE, b"the worker is not up")]
+        assert place.router.in_flight == 0
+        assert not place.router.accepts("echo_server")
+
+
+async def test_whatever_waits_when_the_runner_ends_is_refused_exactly_once() -> None:
+    async with routing() as place:
+        launch, _ = await place.worker()
+        place.asked.ask("at the worker")
+        place.router.drain(launch, hand_over=True)
+        place.asked.ask("held")
+        place.router.refuse_all()
+        place.router.drop(launch, "it has left")
+        for query in ("at the worker", "held"):
+            assert place.asked.came(query) == [(Ending.WORKER_GONE, b"the runner is shutting down")]

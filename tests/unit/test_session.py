@@ -305,7 +305,7 @@ def test_queries_of_one_read_come_in_order_and_may_be_answered_in_any() -> None:
         (b"[1]", "malformed"),
         (b'"query"', "malformed"),
         (b"[" * 2000 + b"]" * 2000, "malformed"),
-        (b'{"action":"query","x":' + b"[" * 2000 + b"]" * 2000 + b"}", "malformed"),
+        (b'{"action":"query","x":' + b"[" * 2000, "malformed"),
         ({}, "unknown_action"),
         ({"action": "dance"}, "unknown_action"),
         ({"action": ["query"]}, "unknown_action"),

@@ -1,0 +1,53 @@
+"""`worker.limits`: when a worker has lived long enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.config import Agent, HandlerRef
+from shared.ipc import Counters
+from shared.nodes import parse_node
+from worker.limits import JITTER, Limits, rss_bytes
+
+
+def limits(**options: Any) -> Limits:
+    handler = HandlerRef("worker.echo", None, "handle", Path("/"))
+    return Limits(Agent(name="a", handler=handler, nodes=(parse_node("h"),), **options))
+
+
+def test_worker_without_limits_reaches_none() -> None:
+    assert limits().reached(Counters(queries_node=1 << 40, queries_http=1 << 40)) == ""
+
+
+def test_queries_of_both_kinds_count_and_the_limit_is_told_once() -> None:
+    found = limits(max_queries=100)
+    assert found.reached(Counters(queries_node=40, queries_http=40)) == ""
+    assert found.reached(Counters(queries_node=50, queries_http=50)) == "it has answered 100 queries (max_queries)"
+    assert found.reached(Counters(queries_node=60, queries_http=60)) == ""
+
+
+def test_limit_is_reached_early_by_a_tenth_at_the_most_and_not_by_all_at_once() -> None:
+    def reached_at() -> int:
+        found = limits(max_queries=1000)
+        return next(queries for queries in range(1001) if found.reached(Counters(queries_http=queries)))
+
+    reached = [reached_at() for _ in range(100)]
+    assert min(reached) >= 1000 * (1 - JITTER)
+    assert max(reached) <= 1000
+    assert len(set(reached)) > 10
+
+
+def test_resident_memory_is_measured_in_bytes_and_held_to_its_limit() -> None:
+    ours_mb = rss_bytes() >> 20
+    assert 10 < ours_mb < 10_000
+    assert "(max_rss_mb)" in limits(max_rss_mb=max(ours_mb // 2, 1)).reached(Counters())
+    assert limits(max_rss_mb=ours_mb * 2 + 16).reached(Counters()) == ""
+
+
+def test_memory_that_is_let_go_is_not_counted() -> None:
+    before = rss_bytes()
+    eaten = b"x" * (64 << 20)
+    assert rss_bytes() - before > 48 << 20
+    del eaten
+    assert rss_bytes() - before < 48 << 20
