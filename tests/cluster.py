@@ -144,7 +144,7 @@ def _json(line: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def launched(
-    folder: Path, *arguments: str, environ: dict[str, str] | None = None, output: str | None = None
+    folder: Path, *arguments: str, environ: dict[str, str] | None = None, output: Path | None = None
 ) -> AsyncIterator[Cluster]:
     """Start `em-runner` with these arguments, plus a free port and a state folder below `folder`.
 
@@ -153,7 +153,7 @@ async def launched(
     state_dir, log = folder / "state", folder / "runner.log"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("EM_DISCO", "EM_FILTER"))}
     env |= {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | (environ or {})
-    with log.open("ab") as sink, Path(output or log).open("ab") as out:
+    with log.open("ab") as sink, (output or log).open("ab") as out:
         process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
             [sys.executable, "-m", "runner", *arguments, "--http", "127.0.0.1:0", "--state-dir", str(state_dir)],
             cwd=folder,

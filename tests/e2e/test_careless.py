@@ -78,7 +78,7 @@ async def test_output_that_cannot_be_written_gives_no_traceback(redirection: str
 
 
 async def test_demo_goes_on_when_its_output_is_gone(tmp_path: Path) -> None:
-    async with launched(tmp_path, "demo", "--first-port", "0", "--nodes", "1", output="/dev/full") as running:
+    async with launched(tmp_path, "demo", "--first-port", "0", "--nodes", "1", output=Path("/dev/full")) as running:
         await running.wait_ready()
         assert (await running.ask("x")).status_code == 200
         assert await running.stop() == 0
