@@ -227,9 +227,11 @@ class Child:
             except SpawnError as exc:
                 self._log.error("replacement_failed", why=str(exc))
                 return False
+            up = False
             with anyio.move_on_after(START_TIMEOUT_S):
-                if await new.reached("standby"):
-                    return await self._hand_over(old, new, why)
+                up = await new.reached("standby")
+            if up:
+                return await self._hand_over(old, new, why)
             new.kill("it was not up in time")
             await new.process.ended()
             self._log.error("replacement_failed", why=await self._bury(new))

@@ -163,7 +163,7 @@ class HttpConnection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the connection, or refuse it when there are too many."""
         super().connection_made(transport)
-        self.flow = Flow(transport, lambda: bool(self.pipeline or self._unfed))
+        self.flow = Flow(transport, self._is_behind)
         if not self._admit(self):
             self._refused = True
             self._write_error(503, "too many connections", b"retry-after: 1\r\n")
@@ -178,10 +178,18 @@ class HttpConnection(HttpToolsProtocol):
         self._feed(self._unfed + data if self._unfed else data)
 
     def pause_writing(self) -> None:
-        """Note that the client has left much unread."""
+        """Turn to none of its further requests while a client has left much unread."""
         self.stuck_since_s = self.loop.time()
         super().pause_writing()
+        self.flow.pause_reading()
         self._relieve()
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read."""
+        super().resume_writing()
+        if self._answering is None:
+            self._turn_to_next()
+        self.flow.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the application, and forget what waits for its turn.
@@ -195,9 +203,13 @@ class HttpConnection(HttpToolsProtocol):
         self._unfed = b""
         super().connection_lost(exc)
 
+    def _is_behind(self) -> bool:
+        return bool(self.pipeline or self._unfed or self.flow.write_paused)
+
     def _feed(self, data: bytes) -> None:
         start = 0
-        while start < len(data) and not (self.pipeline or self._refused or self.transport.is_closing()):
+        self._unfed = b""
+        while start < len(data) and not (self._is_behind() or self._refused or self.transport.is_closing()):
             piece = data[start : start + PIECE_BYTES]
             start += self._feed_piece(piece)
         self._unfed = b"" if self._refused else data[start:]
@@ -290,17 +302,23 @@ class HttpConnection(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        elif self.cycle.more_body:
+        if not self.pipeline and self.cycle.more_body:
             # A client that was refused in mid-request gets a moment to see why: closing at once would
             # reset the connection under what it still sends, and the answer with it.
             self.loop.call_later(LINGER_S, self._stop_lingering, self.cycle)
         if self._reads == "nothing":
             self.waits_since_s = self.loop.time()
+        self._turn_to_next()
+        self.flow.resume_reading()
+
+    def _turn_to_next(self) -> None:
+        """Begin to answer the next request that has come, unless the client reads no answers."""
+        if self.flow.write_paused:
+            return
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
         if self._unfed and not self.pipeline:
             self._feed(self._unfed)
-        self.flow.resume_reading()
 
     def _stop_lingering(self, answered: Any) -> None:
         if self.cycle is answered and answered.more_body:
