@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import anyio
 
 from disco import Node
-from tests.cluster import Cluster
+from tests.cluster import Cluster, until
 
 HANG_S = 10.0
 """A query without an answer for so long hangs; longer than any time-out of the tests that use this."""
@@ -172,6 +172,16 @@ class HttpLoad:
         else:
             self.wrong.append(answer)
         self.watch(answer)
+
+
+async def all_ready(running: Cluster) -> None:
+    """Wait until every worker is ready, not only one of each agent."""
+
+    async def ready() -> bool:
+        return all(row["state"] == "ready" for row in (await running.rows()).values())
+
+    await until(ready, "all workers are ready")
+    running.note_processes()
 
 
 async def ask_once(running: Cluster, query: str, path: str = "/agent/query") -> Answer:

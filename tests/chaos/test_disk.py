@@ -18,7 +18,7 @@ import pytest
 
 from disco import Node
 from runner.state_dir import read_address
-from tests.chaos.load import ECHO, Client, ask_once, http_load, report
+from tests.chaos.load import ECHO, Client, all_ready, ask_once, http_load, report
 from tests.cluster import COUNTER, ROOT, agent, alive, cluster, until
 from worker.disk_memory import DiskMemory
 
@@ -69,7 +69,7 @@ async def test_file_that_cannot_be_the_memory_is_moved_aside_and_kept(
     spoil(file)
     before = file.read_bytes()
     async with cluster(tmp_path, agent("e", [node.url], memory="disk")) as running:
-        await running.wait_ready()
+        await all_ready(running)
         assert (await running.results("x"))["properties"]["count"] == 1, "it starts empty"
         (said,) = running.events("memory_moved_aside")
         assert said["level"] == "error"
@@ -142,7 +142,7 @@ async def test_disk_that_is_full_costs_the_query_and_its_memory_and_nothing_else
     async with cluster(
         tmp_path, agent("e", [node.url], memory="disk"), agent("calm", [other_node.url]), handlers=FULL
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid = await running.worker_pid("e_server")
         counts = [(await running.results(body, agent="e"))["properties"]["count"] for body in ("one", "full")]
         assert counts == [1, 2]
@@ -176,7 +176,7 @@ async def test_runner_without_a_descriptor_left_goes_on_and_starts_its_worker_on
         handlers=ECHO,
         supervision="max_restarts = 100",
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid, calm_pid = await running.worker_pid("e_server"), await running.worker_pid("calm_server")
         url = running.http.base_url
         kept = Client(url.host, url.port or 80)

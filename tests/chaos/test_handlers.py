@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from disco import Node
-from tests.chaos.load import Answer, HttpLoad, ask_all, ask_once, http_load, report
+from tests.chaos.load import Answer, HttpLoad, all_ready, ask_all, ask_once, http_load, report
 from tests.cluster import agent, alive, cluster, until
 
 pytestmark = pytest.mark.anyio
@@ -71,7 +71,7 @@ async def test_plain_handler_that_hangs_costs_its_query_and_nothing_that_waited_
         agent("calm", [node.url], handler="handlers.py:calm", capabilities=["calm"]),
         handlers=HANGING,
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid, calm_pid = await running.worker_pid("bad_server"), await running.worker_pid("calm_server")
         answers: list[Answer] = []
 
@@ -115,8 +115,7 @@ async def test_query_of_a_node_that_hangs_is_null_to_it_at_the_time_out(
         agent("bad", [node.url, other_node.url], handler="handlers.py:asleep", handler_timeout_ms=500),
         handlers=HANGING,
     ) as running:
-        await running.wait_ready()
-        await running.wait_state("bad_server_2", "ready")
+        await all_ready(running)
         pids = [await running.worker_pid(worker) for worker in ("bad_server", "bad_server_2")]
         took_s: list[float] = []
 
@@ -143,7 +142,7 @@ async def test_async_handler_that_takes_too_long_is_cancelled_and_its_worker_sta
     async with cluster(
         tmp_path, agent("a", [node.url], handler="handlers.py:waiting", handler_timeout_ms=300), handlers=HANGING
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid = await running.worker_pid("a_server")
         assert (await running.results("one"))["properties"]["count"] == 1
         answers = await ask_all(running, ["hang-a"], "/agent/query")
@@ -163,7 +162,7 @@ async def test_async_handler_that_blocks_its_loop_is_ended_for_its_silence(tmp_p
         handlers=HANGING,
         supervision="liveness_timeout_ms = 1000",
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid, calm_pid = await running.worker_pid("bad_server"), await running.worker_pid("calm_server")
         async with http_load(running, "/agents/calm/query", clients=4) as calm:
             answers = await ask_all(running, ["hang-1", "behind-1", "behind-2"], "/agents/bad/query")
@@ -213,8 +212,7 @@ async def test_handler_that_ends_its_process_costs_one_restart_and_nothing_else(
         handlers=CRASHING,
         supervision="liveness_timeout_ms = 1500",
     ) as running:
-        await running.wait_ready()
-        await running.wait_state("bad_server_2", "ready")
+        await all_ready(running)
         before = await running.rows()
         async with http_load(running, "/agents/calm/query", "/workers/bad_server_2/query", clients=8) as load:
             began_s = time.monotonic()
@@ -234,7 +232,7 @@ async def test_handler_that_ends_its_process_costs_one_restart_and_nothing_else(
 
 async def test_handler_that_raises_system_exit_costs_one_query(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("bad", [node.url]), handlers=CRASHING) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid = await running.worker_pid("bad_server")
         assert (await running.ask("SystemExit")).status_code == 500
         assert await node.query("SystemExit") == []
@@ -244,7 +242,7 @@ async def test_handler_that_raises_system_exit_costs_one_query(tmp_path: Path, n
 
 async def test_handler_that_forks_is_answered_once_and_its_worker_goes_on(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("bad", [node.url]), handlers=CRASHING) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid = await running.worker_pid("bad_server")
         async with http_load(running, clients=4) as load:
             answers = await ask_all(running, ["fork"], "/agent/query")
@@ -274,7 +272,7 @@ def handle(body, memory):
         agent("calm", [node.url], handler="examples.echo:handle"),
         handlers=handlers,
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid, calm_pid = await running.worker_pid("bad_server"), await running.worker_pid("calm_server")
         highest = 0
 

@@ -23,7 +23,7 @@ from runner.supervisor import Supervisor
 from shared.config import Agent as AgentConfig
 from shared.config import WorkerSpec, parse_handler
 from shared.nodes import parse_node
-from tests.chaos.load import ECHO, Answer, ask_once, http_load, node_load, report
+from tests.chaos.load import ECHO, Answer, all_ready, ask_once, http_load, node_load, report
 from tests.cluster import Cluster, agent, alive, cluster, until
 
 pytestmark = pytest.mark.anyio
@@ -68,7 +68,7 @@ async def test_random_workers_killed_under_mixed_load_cost_no_answer_but_honest_
         cluster(tmp_path, *agents, handlers=ECHO, supervision=MANY_RESTARTS) as running,
         AsyncExitStack() as stack,
     ):
-        await running.wait_ready()
+        await all_ready(running)
         for each in nodes:
             for name in (*names, "calm"):
                 await each.wait_for(name)
@@ -118,8 +118,7 @@ async def test_stopped_worker_is_replaced_in_time_and_its_queries_are_refused(
     async with cluster(
         tmp_path, agent("e", [node.url, other_node.url]), handlers=ECHO, supervision=supervision
     ) as running:
-        await running.wait_ready()
-        await running.wait_state("e_server_2", "ready")
+        await all_ready(running)
         pid, neighbour = await running.worker_pid("e_server"), await running.worker_pid("e_server_2")
         answers: list[Answer] = []
 
@@ -153,7 +152,7 @@ async def test_idle_worker_is_not_taken_for_dead_however_short_the_liveness_time
 ) -> None:
     supervision = "liveness_timeout_ms = 500"
     async with cluster(tmp_path, agent("e", [node.url]), handlers=ECHO, supervision=supervision) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid = await running.worker_pid("e_server")
 
         async def old_enough() -> bool:
@@ -171,7 +170,7 @@ async def test_runner_that_was_stopped_takes_no_worker_for_dead(stopped_s: float
     async with cluster(
         tmp_path, agent("e", [node.url]), agent("f", [node.url]), handlers=ECHO, supervision=supervision
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pids = {name: row["pid"] for name, row in (await running.rows()).items()}
         for _ in range(3 if stopped_s < 1 else 1):
             os.kill(running.process.pid, signal.SIGSTOP)
@@ -200,8 +199,7 @@ async def test_fork_server_and_a_worker_killed_at_once_under_load_are_started_ag
     async with cluster(
         tmp_path, agent("e", [node.url, other_node.url]), agent("calm", [node.url]), handlers=ECHO
     ) as running:
-        await running.wait_ready()
-        await running.wait_state("e_server_2", "ready")
+        await all_ready(running)
         calm_pid = await running.worker_pid("calm_server")
         async with (
             http_load(running, "/agents/e/query", clients=8) as load,
@@ -244,14 +242,14 @@ class Broken:
         agent("good", [node.url]),
         agent("bad", [node.url], handler="handlers.py:Broken"),
         handlers=handlers,
-        supervision="max_restarts = 6",
+        supervision="max_restarts = 5",
     ) as running:
         await running.wait_state("good_server", "ready")
         async with http_load(running, "/agents/good/query", clients=4) as load:
             row = await running.wait_state("bad_server", "failed")
         load.assert_nothing_lost()
         assert load.right == load.asked > 0
-        assert row["restarts"] == 7
+        assert row["restarts"] == 6
         assert row["pid"] is None
         assert len(running.events("worker_failed")) == 1
         assert (await running.row("good_server"))["restarts"] == 0
@@ -291,7 +289,7 @@ async def test_sigterm_under_load_answers_what_was_sent_before_it_and_leaves_not
         handlers=handlers,
         supervision="shutdown_timeout_ms = 3000",
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         await other_node.wait_for("e")
         async with (
             http_load(running, "/agents/e/query", "/workers/e_server_2/query", "/agents/f/query", pause_s=0) as load,
@@ -338,7 +336,7 @@ class Agent:
         handlers=handlers,
         supervision="shutdown_timeout_ms = 500",
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         answers: dict[str, int] = {}
 
         async def ask(text: str) -> None:
@@ -368,7 +366,7 @@ def handle(body, memory):
     counts: list[int] = []
     options = {"memory": "disk"}
     async with cluster(tmp_path, agent("e", [node.url], **options), handlers=counting) as running:
-        await running.wait_ready()
+        await all_ready(running)
         async with http_load(running, clients=8) as load:
             load.watch = lambda answer: counts.append(answer.properties["count"]) if answer.right else None
             await until(lambda: load.right > 50, "there is load")
@@ -380,7 +378,7 @@ def handle(body, memory):
         assert (running.state_dir / "ipc" / "router.sock").exists(), "nothing was cleared"
     assert not load.wrong
     async with cluster(tmp_path, agent("e", [node.url], **options), handlers=counting) as running:
-        await running.wait_ready()
+        await all_ready(running)
         again = (await running.results("again"))["properties"]["count"]
         report(
             "kill -9 the runner",
@@ -410,7 +408,7 @@ async def test_disk_memory_of_killed_workers_never_goes_back_behind_an_answer_an
     async with cluster(
         tmp_path, agent("e", [node.url], capabilities=["e"], memory="disk"), handlers=UNIQUE, supervision=MANY_RESTARTS
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         async with http_load(running, clients=8) as load, node_load(node, "e", askers=2) as by_node:
             load.watch = lambda answer: right.append(answer) if answer.right else None
             for _ in range(kills):

@@ -10,7 +10,7 @@ import pytest
 
 from disco import Node
 from runner.state_dir import read_reload
-from tests.chaos.load import ask_all, http_load, node_load, report
+from tests.chaos.load import all_ready, ask_all, http_load, node_load, report
 from tests.cluster import Cluster, agent, cluster, until
 from tests.integration.test_reload import configure
 
@@ -46,7 +46,7 @@ async def test_fifty_reloads_under_load_lose_no_query_and_leave_alone_what_did_n
     kept = agent("kept", [node.url], capabilities=["kept"])
     versions = [agent("changed", [node.url], capabilities=[name], memory=memory) for name in ("one", "two")]
     async with cluster(tmp_path, kept, versions[0], handlers=COUNTING) as running:
-        await running.wait_ready()
+        await all_ready(running)
         await node.wait_for("changed")
         before = await running.row("kept_server")
         (connected_at,) = (each.connected_at for each in node.registry.agents() if each.name == "kept")
@@ -87,7 +87,7 @@ def handle(body, memory):
     return {"type": "t", "properties": {"body": body, "count": memory["count"]}}, memory
 """
     async with cluster(tmp_path, agent("e", [node.url]), handlers=handlers) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid = await running.worker_pid("e_server")
         assert [(await running.results("x"))["properties"]["count"] for _ in range(2)] == [1, 2]
         configure(tmp_path, agent("e", [node.url], capabilities=["new"]))
@@ -116,7 +116,7 @@ def handle(body, memory):
     async with cluster(
         tmp_path, agent("e", [node.url]), handlers=handlers, supervision="shutdown_timeout_ms = 700"
     ) as running:
-        await running.wait_ready()
+        await all_ready(running)
         pid = await running.worker_pid("e_server")
         statuses: list[int] = []
 

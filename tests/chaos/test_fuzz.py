@@ -1,0 +1,373 @@
+"""Bytes that nobody meant: to the HTTP port, the workers' socket and the WebSocket of a real runner, and to what reads
+files. No crash, no hang, no 500 of our making; honest queries are answered all the while."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from websockets.frames import Frame, Opcode
+
+from disco import Node, NodeSettings, serve
+from shared import ipc, tokens
+from shared.config import Config, load
+from shared.errors import ConfigError
+from shared.ipc import Counters
+from shared.nodes import NodeList, resolve_nodes
+from tests.chaos.load import ECHO, http_load, report
+from tests.cluster import Cluster, agent, cluster
+from tests.integration.wire import Wire, scripted
+
+EXAMPLES = int(os.environ.get("EM_FUZZ_EXAMPLES", "60"))
+few = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+many = settings(few, max_examples=EXAMPLES * 5)
+HANG_S = 5.0
+
+
+class Fuzzed:
+    """A running runner, from the thread of a test that knows nothing of event loops."""
+
+    def __init__(self, portal: BlockingPortal, running: Cluster, scripts: list[bytes]) -> None:
+        self._portal = portal
+        self._running = running
+        self.scripts = scripts
+        self.port = running.http.base_url.port or 0
+        self.endpoint = f"ipc://{next(running.state_dir.rglob('*.sock'))}"
+        self.pids = {name: row["pid"] for name, row in self.rows().items()}
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return self._portal.call(self._running.rows)
+
+    def still_well(self) -> None:
+        """The same processes, no fault of ours in the log, and a query is answered."""
+        assert {name: row["pid"] for name, row in self.rows().items()} == self.pids
+        assert "Traceback" not in self._running.log
+        assert "internal_error" not in self._running.log
+        assert self.ask(b'{"query":"x","agent":"a"}')[0] == 200
+
+    def ask(self, body: bytes) -> tuple[int, bytes]:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S) as client:
+            head = b"POST /agent/query HTTP/1.0\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n\r\n" % len(body)
+            client.sendall(head + body)
+            return answer(until_end(client))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return self._running.events(name)
+
+
+def until_end(client: socket.socket) -> bytes:
+    """Return all that the server sends; a connection that it does not end is a time-out."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while data := client.recv(65_536):
+            said += data
+    return said
+
+
+def answer(said: bytes) -> tuple[int, bytes]:
+    head, _, body = said.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
+    """A runner with `a_server` at an honest node, and `b_server` at one that says what `scripts` holds."""
+    scripts: list[bytes] = []
+    folder = tmp_path_factory.mktemp("fuzzed")
+
+    async def say(wire: Wire) -> None:
+        await wire.register()
+        if scripts:
+            await wire.raw(scripts.pop(0))
+        await wire.until_gone()
+
+    with start_blocking_portal("asyncio", {"use_uvloop": True}) as portal:
+        with (
+            portal.wrap_async_context_manager(serve(NodeSettings(port=0))) as node,
+            portal.wrap_async_context_manager(scripted(say, say)) as (_, bad_url),
+            portal.wrap_async_context_manager(_cluster(folder, node, bad_url)) as running,
+        ):
+            portal.call(running.wait_ready)
+            with portal.wrap_async_context_manager(http_load(running, "/agents/a/query", clients=2)) as others:
+                fuzzed = Fuzzed(portal, running, scripts)
+                yield fuzzed
+                fuzzed.still_well()
+            report("fuzz", others)
+            others.assert_nothing_lost()
+            assert not others.refused
+
+
+def _cluster(folder: Path, node: Node, bad_url: str) -> Any:
+    return cluster(
+        folder,
+        agent("a", [node.url], capabilities=["a"]),
+        agent("b", [bad_url]),
+        handlers=ECHO,
+        connection="reconnect_interval_ms = 5\nmax_frame_bytes = 65536",
+    )
+
+
+# --- HTTP ---
+
+tokens_of_http = st.sampled_from(
+    [
+        b"GET ", b"POST ", b"PUT ", b"CONNECT ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"/agent/query", b"/workers", b"/health",
+        b"/agents/a/query", b"/workers/a_server/query", b"/ready?x=%00", b"/%ff%fe/../", b"//", b"*", b"http://x/",
+        b" HTTP/1.1", b" HTTP/1.0", b" HTTP/9.9", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"host: 127.0.0.1\r\n",
+        b"content-length: 5\r\n", b"content-length: 18446744073709551616\r\n", b"content-length: -1\r\n",
+        b"transfer-encoding: chunked\r\n", b"transfer-encoding: gzip, chunked\r\n", b"expect: 100-continue\r\n",
+        b"connection: close\r\n", b"connection: upgrade\r\nupgrade: websocket\r\n", b"upgrade: h2c\r\nconnection: upgrade\r\n",
+        b"sec-websocket-key: x\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"ffffffffffffffff\r\n", b'{"query":"x","agent":"a"}',
+        b'{"query":', b"\x00", b"\xff\xfe", b"authorization: Bearer x\r\n", b": \r\n", b"a:\r\n b\r\n", b"x" * 5000,
+    ]
+)  # fmt: skip
+http_bytes = st.lists(tokens_of_http | st.binary(max_size=30), max_size=14).map(b"".join)
+
+
+@many
+@given(st.lists(http_bytes, min_size=1, max_size=3))
+@example([b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" * 300])
+@example([b"POST /agent/query HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 99\r\n\r\n{"])
+def test_http_connection_is_answered_or_ended_whatever_comes(fuzzed: Fuzzed, pieces: list[bytes]) -> None:
+    with socket.create_connection(("127.0.0.1", fuzzed.port), timeout=HANG_S) as client:
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                client.sendall(piece)
+            client.shutdown(socket.SHUT_WR)
+        said = until_end(client)
+    assert not said or said.startswith(b"HTTP/1.1 "), said[:100]
+    assert b"HTTP/1.1 5" not in said, said[:300]
+
+
+json_ish = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from(["query", "agent", "worker", "value", ""])
+bodies = (
+    st.binary(max_size=200)
+    | st.dictionaries(fields, json_ish | st.sampled_from(["a", "b", "a_server"])).map(lambda found: json.dumps(found).encode())
+    | st.text(alphabet='{}[]",:\\u09aquery', max_size=40).map(str.encode)
+)  # fmt: skip
+paths = st.sampled_from(
+    ["/agent/query", "/agents/a/query", "/agents/%C3%A9%00/query", "/workers/a_server/query", "/workers", "/ready", "/"]
+) | st.text(alphabet="/%.?&=#;abc0129~", max_size=20).map(lambda text: "/" + text)
+
+
+@many
+@given(st.sampled_from(["GET", "POST", "HEAD", "OPTIONS", "DELETE", "PATCH"]), paths, bodies)
+def test_whole_request_gets_exactly_one_answer_and_never_a_500(
+    fuzzed: Fuzzed, method: str, path: str, body: bytes
+) -> None:
+    with socket.create_connection(("127.0.0.1", fuzzed.port), timeout=HANG_S) as client:
+        head = f"{method} {path} HTTP/1.0\r\nhost: 127.0.0.1\r\ncontent-length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        said = until_end(client)
+    status, payload = answer(said)
+    assert status in (200, 400, 401, 403, 404, 405, 413), said[:300]
+    assert said.startswith(b"HTTP/1.1 ")
+    assert method == "HEAD" or isinstance(json.loads(payload), dict)
+
+
+# --- the workers' socket ---
+
+messages = st.one_of(
+    st.binary(max_size=60),
+    st.builds(ipc.Hello, st.binary(min_size=32, max_size=32), st.integers(0, 1 << 22)).map(ipc.encode),
+    st.builds(
+        ipc.Replies, st.lists(st.tuples(st.integers(0, 10_000), st.integers(-1, 9), st.binary(max_size=9)), max_size=20)
+    ).map(ipc.encode),
+    st.sampled_from(
+        [
+            ipc.DrainRequest(),
+            ipc.Failed("x"),
+            ipc.RecycleRequest("x"),
+            ipc.Legacy(b"x"),
+            ipc.Status("stopped", "", Counters()),
+        ]
+    ).map(ipc.encode),
+    st.binary(max_size=10).map(lambda tail: b"\x92\x02" + tail),
+)
+
+
+@few
+@given(
+    st.sampled_from([b"a_server#1", b"b_server#1", b"a_server#2", b"nobody"]) | st.binary(min_size=1, max_size=40),
+    st.lists(st.lists(messages, min_size=1, max_size=3), min_size=1, max_size=8),
+)
+def test_stranger_on_the_workers_socket_changes_nothing(fuzzed: Fuzzed, name: bytes, sent: list[list[bytes]]) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        if not name.startswith(b"\0"):  # ZeroMQ keeps those to itself
+            stranger.setsockopt(zmq.IDENTITY, name)
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.setsockopt(zmq.SNDTIMEO, 1000)
+        stranger.connect(fuzzed.endpoint)
+        for parts in sent:
+            stranger.send_multipart(parts)
+        assert fuzzed.ask(b'{"query":"x","agent":"a"}')[0] == 200
+        assert not stranger.poll(0), "and nobody tells it anything"
+    assert {name: row["pid"] for name, row in fuzzed.rows().items()} == fuzzed.pids
+
+
+def test_stranger_is_heard_and_ignored(fuzzed: Fuzzed) -> None:
+    """The test above would pass too if nothing ever arrived."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.IDENTITY, b"a_stranger")
+        stranger.connect(fuzzed.endpoint)
+        stranger.send(b"hello")
+        heard = threading.Event()
+        for _ in range(500):
+            if any(line["reason"] == "unknown_peer" for line in fuzzed.events("message_ignored")):
+                heard.set()
+                break
+            heard.wait(0.01)
+        assert heard.is_set()
+
+
+@few
+@given(st.lists(st.binary(min_size=1, max_size=100), min_size=1, max_size=4))
+@example([b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03\x00NULL" + bytes(48)])
+@example([b"GET / HTTP/1.1\r\n\r\n"])
+def test_bytes_that_are_not_zeromq_change_nothing(fuzzed: Fuzzed, pieces: list[bytes]) -> None:
+    with socket.socket(socket.AF_UNIX) as stranger:
+        stranger.connect(fuzzed.endpoint.removeprefix("ipc://"))
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                stranger.sendall(piece)
+        assert fuzzed.ask(b'{"query":"x","agent":"a"}')[0] == 200
+
+
+# --- the WebSocket of a worker ---
+
+texts = (
+    st.sampled_from(
+        [b'{"action":"query","id":"i","body":"x"}', b'{"action":"query","id":', b'{"status":"error"}', b"{}", b"\xff"]
+    )
+    | st.dictionaries(st.sampled_from(["action", "id", "body", "status", "error", "reason"]), json_ish).map(
+        lambda found: json.dumps(found).encode()
+    )
+    | st.binary(max_size=50)
+)
+frames = st.builds(
+    lambda opcode, data, fin, mask: Frame(opcode, data[:125], fin=fin).serialize(mask=mask),
+    st.sampled_from(list(Opcode)),
+    texts,
+    st.booleans() | st.just(True),
+    st.just(False) | st.booleans(),
+)
+
+
+@few
+@given(st.lists(frames | st.binary(max_size=30), min_size=1, max_size=10).map(b"".join))
+def test_worker_lives_on_whatever_its_node_sends(fuzzed: Fuzzed, said: bytes) -> None:
+    # What is said goes to the next connection, and is ended so that there is a next one.
+    fuzzed.scripts.append(said + Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=False))
+    assert fuzzed.ask(b'{"query":"x","agent":"b"}')[0] == 200
+    row = fuzzed.rows()["b_server"]
+    assert (row["pid"], row["restarts"]) == (fuzzed.pids["b_server"], 0)
+
+
+# --- files ---
+
+toml_keys = st.sampled_from(
+    "agent name handler nodes memory concurrency runner http connection reconnect_interval_ms jwt_token capabilities "
+    "max_restarts supervision http_token state_dir log_level max_rss_mb nodse".split()
+)
+toml_values = (
+    st.sampled_from(
+        ['"a"', '"a:b"', '["x"]', "1", "-1", "1e400", "nan", "true", "2020-01-01", '"127.0.0.1:0"', '"::"', "[]", "{}"]
+    )
+    | st.integers().map(str)
+    | st.text(max_size=10).map(json.dumps)
+)
+toml_lines = st.one_of(
+    st.sampled_from(["[[agent]]", "[runner]", "[connection]", "[supervision]", "[agent]", "[[runner]]", "[x.y]"]),
+    st.builds("{} = {}".format, toml_keys, toml_values),
+    st.text(max_size=20),
+)
+GOOD = ["[[agent]]", 'name = "a"', 'handler = "a:b"', 'nodes = ["x"]']
+
+
+@many
+@given(st.lists(toml_lines, max_size=8), st.booleans(), st.binary(max_size=3))
+@example([], True, b"")
+def test_configuration_of_any_text_is_a_config_or_one_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], good: bool, tail: bytes
+) -> None:
+    path = _file(tmp_path_factory, "em-runner.toml")
+    path.write_bytes("\n".join([*(GOOD if good else []), *lines]).encode("utf-8", "surrogatepass") + tail)
+    try:
+        assert isinstance(load(path, environ={"HOME": "/nonexistent"}), Config)
+    except ConfigError as exc:
+        assert str(path) in str(exc)
+        assert len(str(exc)) < 2000
+
+
+@many
+@given(
+    st.lists(
+        st.sampled_from(
+            ["[em_disco]", "[x]", "nodes = a, b:9000", "nodes = [::1", "host = h", "port = 99999", " x", "="]
+        )
+        | st.text(max_size=15),
+        max_size=6,
+    ),
+    st.binary(max_size=3),
+)
+def test_emergence_conf_of_any_text_is_nodes_or_one_clear_error(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], tail: bytes
+) -> None:
+    path = _file(tmp_path_factory, "emergence.conf")
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + tail)
+    try:
+        assert isinstance(resolve_nodes(None, environ={}, emergence_conf=path), NodeList)
+    except ConfigError as exc:
+        assert str(path) in str(exc)
+
+
+_folders: dict[str, Path] = {}
+
+
+def _file(factory: pytest.TempPathFactory, name: str) -> Path:
+    return _folders.setdefault(name, factory.mktemp("fuzz")) / name
+
+
+def _claims(found: Any) -> str:
+    import jwt
+
+    return jwt.encode(found, "a test secret that is long enough for HS256", algorithm="HS256")
+
+
+jwts = st.text() | st.dictionaries(
+    st.sampled_from(["sub", "iat", "exp", "nbf", "aud"]), json_ish, max_size=4
+).map(_claims)  # fmt: skip
+
+
+def _mangled(token: str, at: int, by: str) -> str:
+    return token[:at] + by + token[at + 1 :]
+
+
+@many
+@given(jwts | st.builds(_mangled, jwts, st.integers(0, 200), st.text(max_size=3)))
+def test_token_of_any_text_is_read_or_refused(token: str) -> None:
+    checks: list[Callable[[], tokens.TokenClaims]] = [
+        lambda: tokens.inspect(token),
+        lambda: tokens.verify(token, "a test secret that is long enough for HS256"),
+    ]
+    for check in checks:
+        with contextlib.suppress(tokens.TokenError):
+            assert isinstance(check().problems("a"), list)
