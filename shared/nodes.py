@@ -175,6 +175,7 @@ def _parse_all(texts: Iterable[str], origin: str) -> NodeList:
             node = parse_node(text)
         except ValueError as exc:
             address, query, _ = text.partition("?")  # where people paste a token
+            address = f"...@{address.rpartition('@')[2]}" if "@" in address else address
             shown = repr(address) + ("?..." if query else "")
             raise ConfigError(f"{origin}: {shown} is not a node's address: {exc}") from None
         if node in nodes:

@@ -23,7 +23,7 @@ from runner.state_dir import read_address
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.005
-LIMIT_S = 15.0
+LIMIT_S = 30.0
 
 COUNTER = """
 def handle(body, memory):

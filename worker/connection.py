@@ -150,7 +150,7 @@ class Attempt:
         self._stream = stream
         self._session = session
         self._lost_because = ""
-        self._waiting = 0
+        self._jobs: set[Job] = set()
         self._waiting_bytes = 0
         self._outbox: deque[bytes] = deque()
         self._outbox_bytes = 0
@@ -171,11 +171,14 @@ class Attempt:
         why = "the connection was lost"
         try:
             async with anyio.create_task_group() as tasks:
+                self._scope = tasks.cancel_scope
                 tasks.start_soon(self._guard, self._read, tasks.cancel_scope)
                 tasks.start_soon(self._guard, self._write, tasks.cancel_scope)
                 tasks.start_soon(self._guard, self._keep, tasks.cancel_scope)
         finally:
             self._over = True
+            for job in self._jobs:  # nobody can be sent their answers: they must not pile up, loss after loss
+                job.cancelled, job.body = True, ""
             with anyio.CancelScope(shield=True):
                 await self._leave()
         return self._lost_because or self._session.ended or why
@@ -221,7 +224,7 @@ class Attempt:
                 self._session.answer(query_id, b"null")
             return
         jobs = [Job(self, query_id, body, len(body)) for query_id, body in queries]
-        self._waiting += len(jobs)
+        self._jobs.update(jobs)
         self._waiting_bytes += sum(job.size for job in jobs)
         self._owner._dispatcher.submit(jobs)
 
@@ -236,7 +239,7 @@ class Attempt:
         self._paused = False
 
     def _handler_is_behind(self) -> bool:
-        return self._waiting >= MAX_PENDING or self._waiting_bytes >= MAX_PENDING_BYTES
+        return len(self._jobs) >= MAX_PENDING or self._waiting_bytes >= MAX_PENDING_BYTES
 
     @property
     def _unsent_bytes(self) -> int:
@@ -267,9 +270,11 @@ class Attempt:
     def answer(self, job: Job, answer: Answer) -> None:
         """Send one answer; what a handler failed at is `null` to the node."""
         outcome, payload = answer
-        self._owner._counters.queries_node += 1
-        self._waiting -= 1
+        self._jobs.discard(job)
         self._waiting_bytes -= job.size
+        if outcome is Outcome.CANCELLED:
+            return
+        self._owner._counters.queries_node += 1
         if self._over or not self._session.answer(job.ticket, payload if outcome is Outcome.OK else b"null"):
             self._owner._counters.late += 1
             return
@@ -341,7 +346,10 @@ class Attempt:
     async def drain(self) -> None:
         """Answer and send what has been read, then close with 1001."""
         self._draining = True
-        while not self._over and (self._waiting or self._unsent_bytes or self._output.is_set()):
+        if self._session.state == "connecting":  # there is nothing to finish, and nobody to take leave of
+            self._scope.cancel()
+            return
+        while not self._over and (self._jobs or self._unsent_bytes or self._output.is_set()):
             self._progress.clear()
             await self._progress.wait()
         self._session.close(CloseCode.GOING_AWAY, "the agent leaves")

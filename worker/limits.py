@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from typing import Final
 
 from shared.config import Agent
@@ -12,21 +13,38 @@ from shared.ipc import Counters
 JITTER: Final = 0.1
 """Up to this part is left off each limit, so that workers that started together do not leave together."""
 
+ASK_AGAIN_S: Final = 60.0
+"""When a worker whose replacement did not come up asks for one again."""
+
 _PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
 
 
 class Limits:
-    """One worker's limits; reaching one is told once."""
+    """One worker's limits; reaching one is told once a minute."""
 
     def __init__(self, agent: Agent) -> None:
         self._max_queries = _jittered(agent.max_queries)
         self._max_rss_bytes = _jittered(None if agent.max_rss_mb is None else agent.max_rss_mb * 1024 * 1024)
-        self._told = False
+        self._told_s: float | None = None
+
+    def begin(self) -> str:
+        """Look before the first query; return why a limit cannot be held to, in words, or an empty text.
+
+        A successor is no smaller than what it inherits: replacing it would go on for ever.
+        """
+        if self._max_rss_bytes is not None and (rss := rss_bytes()) >= self._max_rss_bytes:
+            self._max_rss_bytes = None
+            return f"it holds {rss >> 20} MB before its first query, more than max_rss_mb"
+        return ""
 
     def reached(self, counters: Counters) -> str:
-        """Return which limit is reached, in words; empty when none is, or it was told before."""
-        reason = "" if self._told else self._look(counters)
-        self._told = self._told or bool(reason)
+        """Return which limit is reached, in words; empty when none is, or it was told a moment ago."""
+        now = time.monotonic()
+        if self._told_s is not None and now - self._told_s < ASK_AGAIN_S:
+            return ""
+        reason = self._look(counters)
+        if reason:
+            self._told_s = now
         return reason
 
     def _look(self, counters: Counters) -> str:

@@ -149,6 +149,8 @@ class Worker:
                 raise
             self._log.error("memory_not_inherited", error=str(exc), do="the agent starts with an empty memory")
         self._inherited = None
+        if objection := self._limits.begin():
+            self._log.error("limit_ignored", why=objection, do="raise max_rss_mb, or have the agent remember less")
 
     async def _leave(self, dispatcher: Dispatcher, connection: Connection, memory: Memory) -> int:
         if self._hung:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import zmq
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from websockets.frames import Frame, Opcode
 
 from disco import Node, NodeSettings, serve
 from shared import ipc, tokens
@@ -26,7 +26,7 @@ from shared.errors import ConfigError
 from shared.ipc import Counters
 from shared.nodes import NodeList, resolve_nodes
 from tests.chaos.load import ECHO, http_load, report
-from tests.cluster import Cluster, agent, cluster
+from tests.cluster import Cluster, agent, cluster, until
 from tests.integration.wire import Wire, scripted
 
 EXAMPLES = int(os.environ.get("EM_FUZZ_EXAMPLES", "60"))
@@ -64,6 +64,14 @@ class Fuzzed:
             client.sendall(head + body)
             return answer(until_end(client))
 
+    def wait_said(self) -> None:
+        """Wait until the bad node has said all that it was given."""
+
+        async def said() -> None:
+            await until(lambda: not self.scripts, "it is said")
+
+        self._portal.call(said)
+
     def events(self, name: str) -> list[dict[str, Any]]:
         return self._running.events(name)
 
@@ -90,8 +98,10 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
 
     async def say(wire: Wire) -> None:
         await wire.register()
-        if scripts:
-            await wire.raw(scripts.pop(0))
+        while not scripts:  # noqa: ASYNC110 - they come from another thread
+            await anyio.sleep(0.002)
+        wire.writer.write(scripts.pop(0))
+        wire.writer.write_eof()  # whatever it was, it is all: the worker connects again
         await wire.until_gone()
 
     with start_blocking_portal("asyncio", {"use_uvloop": True}) as portal:
@@ -116,7 +126,7 @@ def _cluster(folder: Path, node: Node, bad_url: str) -> Any:
         agent("a", [node.url], capabilities=["a"]),
         agent("b", [bad_url]),
         handlers=ECHO,
-        connection="reconnect_interval_ms = 5\nmax_frame_bytes = 65536",
+        connection="reconnect_interval_ms = 5\nping_interval_ms = 600000\nmax_frame_bytes = 65536",
     )
 
 
@@ -124,13 +134,16 @@ def _cluster(folder: Path, node: Node, bad_url: str) -> Any:
 
 tokens_of_http = st.sampled_from(
     [
-        b"GET ", b"POST ", b"PUT ", b"CONNECT ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"/agent/query", b"/workers", b"/health",
+        b"GET ", b"POST ", b"PUT ", b"CONNECT ", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"/agent/query",
+        b"/workers", b"/health",
         b"/agents/a/query", b"/workers/a_server/query", b"/ready?x=%00", b"/%ff%fe/../", b"//", b"*", b"http://x/",
         b" HTTP/1.1", b" HTTP/1.0", b" HTTP/9.9", b"\r\n", b"\r\n\r\n", b"\n", b"\r", b"host: 127.0.0.1\r\n",
         b"content-length: 5\r\n", b"content-length: 18446744073709551616\r\n", b"content-length: -1\r\n",
         b"transfer-encoding: chunked\r\n", b"transfer-encoding: gzip, chunked\r\n", b"expect: 100-continue\r\n",
-        b"connection: close\r\n", b"connection: upgrade\r\nupgrade: websocket\r\n", b"upgrade: h2c\r\nconnection: upgrade\r\n",
-        b"sec-websocket-key: x\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"ffffffffffffffff\r\n", b'{"query":"x","agent":"a"}',
+        b"connection: close\r\n", b"connection: upgrade\r\nupgrade: websocket\r\n",
+        b"upgrade: h2c\r\nconnection: upgrade\r\n",
+        b"sec-websocket-key: x\r\n", b"5\r\nhello\r\n", b"0\r\n\r\n", b"ffffffffffffffff\r\n",
+        b'{"query":"x","agent":"a"}',
         b'{"query":', b"\x00", b"\xff\xfe", b"authorization: Bearer x\r\n", b": \r\n", b"a:\r\n b\r\n", b"x" * 5000,
     ]
 )  # fmt: skip
@@ -157,10 +170,16 @@ json_ish = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
+
+
+def _json(found: Any) -> bytes:
+    return json.dumps(found).encode()
+
+
 fields = st.sampled_from(["query", "agent", "worker", "value", ""])
 bodies = (
     st.binary(max_size=200)
-    | st.dictionaries(fields, json_ish | st.sampled_from(["a", "b", "a_server"])).map(lambda found: json.dumps(found).encode())
+    | st.dictionaries(fields, json_ish | st.sampled_from(["a", "b", "a_server"])).map(_json)
     | st.text(alphabet='{}[]",:\\u09aquery', max_size=40).map(str.encode)
 )  # fmt: skip
 paths = st.sampled_from(
@@ -262,21 +281,24 @@ texts = (
     )
     | st.binary(max_size=50)
 )
-frames = st.builds(
-    lambda opcode, data, fin, mask: Frame(opcode, data[:125], fin=fin).serialize(mask=mask),
-    st.sampled_from(list(Opcode)),
-    texts,
-    st.booleans() | st.just(True),
-    st.just(False) | st.booleans(),
-)
+
+
+def _frame(first: int, masked: bool, length: int | None, data: bytes) -> bytes:
+    """Return a frame of any opcode and flags, whose length need not be true."""
+    size = min(len(data), 125) if length is None else length
+    return bytes([first, size | masked << 7]) + data[:125]
+
+
+opcodes = st.sampled_from([0x81, 0x81, 0x81, 0x01, 0x80, 0x00, 0x82, 0x88, 0x89, 0x8A, 0x09, 0xF1, 0x83])
+frames = st.builds(_frame, opcodes, st.just(False) | st.booleans(), st.none() | st.integers(0, 127), texts)
 
 
 @few
 @given(st.lists(frames | st.binary(max_size=30), min_size=1, max_size=10).map(b"".join))
 def test_worker_lives_on_whatever_its_node_sends(fuzzed: Fuzzed, said: bytes) -> None:
-    # What is said goes to the next connection, and is ended so that there is a next one.
-    fuzzed.scripts.append(said + Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=False))
+    fuzzed.scripts.append(said)
     assert fuzzed.ask(b'{"query":"x","agent":"b"}')[0] == 200
+    fuzzed.wait_said()
     row = fuzzed.rows()["b_server"]
     assert (row["pid"], row["restarts"]) == (fuzzed.pids["b_server"], 0)
 
@@ -284,9 +306,9 @@ def test_worker_lives_on_whatever_its_node_sends(fuzzed: Fuzzed, said: bytes) ->
 # --- files ---
 
 toml_keys = st.sampled_from(
-    "agent name handler nodes memory concurrency runner http connection reconnect_interval_ms jwt_token capabilities "
-    "max_restarts supervision http_token state_dir log_level max_rss_mb nodse".split()
-)
+    ["agent", "name", "handler", "nodes", "memory", "concurrency", "runner", "http", "connection", "jwt_token", "nodse",
+     "reconnect_interval_ms", "capabilities", "max_restarts", "supervision", "http_token", "state_dir", "max_rss_mb"]
+)  # fmt: skip
 toml_values = (
     st.sampled_from(
         ['"a"', '"a:b"', '["x"]', "1", "-1", "1e400", "nan", "true", "2020-01-01", '"127.0.0.1:0"', '"::"', "[]", "{}"]
@@ -302,6 +324,13 @@ toml_lines = st.one_of(
 GOOD = ["[[agent]]", 'name = "a"', 'handler = "a:b"', 'nodes = ["x"]']
 
 
+def _or_error(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except ConfigError as exc:
+        return str(exc)
+
+
 @many
 @given(st.lists(toml_lines, max_size=8), st.booleans(), st.binary(max_size=3))
 @example([], True, b"")
@@ -310,11 +339,8 @@ def test_configuration_of_any_text_is_a_config_or_one_clear_error(
 ) -> None:
     path = _file(tmp_path_factory, "em-runner.toml")
     path.write_bytes("\n".join([*(GOOD if good else []), *lines]).encode("utf-8", "surrogatepass") + tail)
-    try:
-        assert isinstance(load(path, environ={"HOME": "/nonexistent"}), Config)
-    except ConfigError as exc:
-        assert str(path) in str(exc)
-        assert len(str(exc)) < 2000
+    found = _or_error(lambda: load(path, environ={"HOME": "/nonexistent"}))
+    assert isinstance(found, Config) or (found.startswith(str(path)) and len(found) < 2000)
 
 
 @many
@@ -333,10 +359,8 @@ def test_emergence_conf_of_any_text_is_nodes_or_one_clear_error(
 ) -> None:
     path = _file(tmp_path_factory, "emergence.conf")
     path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + tail)
-    try:
-        assert isinstance(resolve_nodes(None, environ={}, emergence_conf=path), NodeList)
-    except ConfigError as exc:
-        assert str(path) in str(exc)
+    found = _or_error(lambda: resolve_nodes(None, environ={}, emergence_conf=path))
+    assert isinstance(found, NodeList) or found.startswith(str(path))
 
 
 _folders: dict[str, Path] = {}

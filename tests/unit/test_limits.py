@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shared.config import Agent, HandlerRef
+import pytest
+
+from shared.config import Agent
+from shared.handlers import HandlerRef
 from shared.ipc import Counters
 from shared.nodes import parse_node
-from worker.limits import JITTER, Limits, rss_bytes
+from worker.limits import ASK_AGAIN_S, JITTER, Limits, rss_bytes
 
 
 def limits(**options: Any) -> Limits:
@@ -51,3 +54,21 @@ def test_memory_that_is_let_go_is_not_counted() -> None:
     assert rss_bytes() - before > 48 << 20
     del eaten
     assert rss_bytes() - before < 48 << 20
+
+
+def test_worker_that_is_too_large_from_the_start_is_not_replaced_over_and_over() -> None:
+    found = limits(max_rss_mb=16)
+    assert "before its first query" in found.begin()
+    assert found.reached(Counters()) == ""
+    assert limits(max_rss_mb=1 << 20).begin() == ""
+
+
+def test_successor_that_did_not_come_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = limits(max_queries=1)
+    now = 0.0
+    monkeypatch.setattr("worker.limits.time.monotonic", lambda: now)
+    assert found.reached(Counters(queries_http=2))
+    now = ASK_AGAIN_S - 1
+    assert not found.reached(Counters(queries_http=2))
+    now = ASK_AGAIN_S
+    assert found.reached(Counters(queries_http=2))

@@ -78,7 +78,7 @@ def test_address_means_what_the_reference_takes_it_for(text: str, url: str) -> N
         ("http://localhost", "the scheme is 'http', expected ws or wss"),
         ("ws://localhost/other", "is not a host name"),
         ("ws://localhost:1/other", "the port is '1/other'"),
-        ("user@host", "is not a host name"),
+        ("user@host", "it holds a user or password"),
         ("a b", "is not a host name"),
         ("-a", "is not a host name"),
         ("a..b", "is not a host name"),
