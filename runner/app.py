@@ -68,6 +68,7 @@ def run(
     """
     _require_descriptors(len(worker_specs(config)))
     signal.signal(signal.SIGTERM, _leave_early)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
     fork_server = ForkServer()
     fork_server.start()
     place = resolve(config.http.host, config.http.port, hint=_PORT_HINT)
@@ -107,6 +108,7 @@ class Runner:
         listener: socket.socket,
     ) -> None:
         self._config = config
+        self._fork_server = fork_server
         self._state = state
         self._listener = listener
         self._router = Router(
@@ -184,6 +186,7 @@ class Runner:
         await anyio.sleep(SETTLE_S)
         self._api.closing = True
         self._server.close()
+        self._fork_server.abandon_probes()
         await self._supervisor.drain()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from starlette.applications import Starlette
@@ -161,15 +161,23 @@ class Api:
 
         sequence = self._router.submit(worker, query, on_reply, elsewhere)
         try:
-            while not replied.done():
-                # Most answers come long before this; for the rest, a look now and then is cheap.
-                await asyncio.wait([replied], timeout=_DISCONNECT_CHECK_S)
-                if not replied.done() and await request.is_disconnected():
-                    return Reply(Ending.WORKER_GONE, b"the client went away", worker)
-            return replied.result()
+            # Most answers come long before this; only for the others the connection is watched too.
+            await asyncio.wait([replied], timeout=_DISCONNECT_CHECK_S)
+            if not replied.done():
+                await self._wait_or_hang_up(replied, request)
+            return replied.result() if replied.done() else Reply(Ending.WORKER_GONE, b"the client went away", worker)
         finally:
             if sequence is not None:
                 self._router.withdraw(sequence)
+
+    async def _wait_or_hang_up(self, replied: asyncio.Future[Reply], request: Request) -> None:
+        """Wait for the reply, or for the client to go: the body is read, so nothing else comes from it."""
+        hung_up = asyncio.ensure_future(request.receive())
+        waiting: list[asyncio.Future[Any]] = [replied, hung_up]
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hung_up.cancel()
 
     async def _health(self, request: Request) -> Response:
         return JSON({"status": "ok"})

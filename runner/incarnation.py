@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Final
 
 import anyio
 import structlog
@@ -11,6 +12,11 @@ from runner.process import WorkerProcess
 from runner.router import Router
 from shared import ipc
 from shared.ipc import HEARTBEAT_INTERVAL_S, Counters, Launch, WorkerState
+
+LAST_WORDS_S: Final = 1.0
+"""How long the last messages of a worker that left in good order may take to arrive."""
+
+LAST_WORDS_POLL_S: Final = 0.002
 
 
 class Incarnation:
@@ -35,6 +41,8 @@ class Incarnation:
         self.successor: Incarnation | None = None
         self.started_s = time.monotonic()
         self.changed = anyio.Event()
+        self.over = anyio.Event()
+        self._draining = False
         self._router = router
         self._log = structlog.get_logger("supervisor").bind(worker=launch.spec.name)
 
@@ -59,6 +67,16 @@ class Incarnation:
             tasks.start_soon(self._hold_to_account, start_timeout_s, liveness_timeout_s)
             await self.process.ended()
             tasks.cancel_scope.cancel()
+        if self._draining or self.state == "draining":
+            await self._hear_last_words()
+        self.over.set()
+
+    async def _hear_last_words(self) -> None:
+        """Wait for what the process sent before it ended: the kernel tells of its end by a shorter way."""
+        with anyio.move_on_after(LAST_WORDS_S):
+            while self.state != "stopped":
+                self._router.silent_for_s(self.launch)
+                await anyio.sleep(LAST_WORDS_POLL_S)
 
     async def _hold_to_account(self, start_timeout_s: float, liveness_timeout_s: float) -> None:
         with anyio.move_on_after(start_timeout_s) as scope:
@@ -100,12 +118,13 @@ class Incarnation:
     async def drain(self, timeout_s: float, *, hand_over: bool = False) -> None:
         """Have the process finish what is in flight and leave; kill it when it takes longer."""
         if self._router.drain(self.launch, hand_over=hand_over):
+            self._draining = True
             with anyio.move_on_after(timeout_s):
-                await self.process.ended()
+                await self.over.wait()
                 return
             self._log.warning("drain_timed_out", pid=self.process.pid)
         self.process.kill()
-        await self.process.ended()
+        await self.over.wait()
 
     def kill(self, why: str = "") -> None:
         """End the process at once."""

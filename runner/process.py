@@ -45,6 +45,7 @@ class ForkServer:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([PRELOAD])
         self._one_at_a_time = anyio.CapacityLimiter(1)
+        self._probes: set[ForkServerProcess] = set()
         self._starting = threading.Lock()  # a reload probes handlers on one thread while another starts a worker
 
     def start(self) -> None:
@@ -69,7 +70,7 @@ class ForkServer:
             process = await anyio.to_thread.run_sync(
                 self._start_process, run, (launch,), launch.spec.name, limiter=self._one_at_a_time
             )
-        except (OSError, EOFError) as exc:
+        except (OSError, EOFError, RuntimeError) as exc:  # a thread may be refused too
             raise SpawnError(f"no process could be started: {exc or 'the fork server died'}") from None
         return WorkerProcess(process)
 
@@ -82,6 +83,7 @@ class ForkServer:
         receiver, sender = self._context.Pipe(duplex=False)
         try:
             process = self._start_process(probe, (ref, sender), f"probe {ref}")
+            self._probes.add(process)
             sender.close()
             try:
                 if not receiver.poll(PROBE_TIMEOUT_S):
@@ -96,9 +98,15 @@ class ForkServer:
             receiver.close()
             sender.close()
         process.join()
+        self._probes.discard(process)
         if error is not None:
             raise ConfigError(error)
         return tuple(capabilities)
+
+    def abandon_probes(self) -> None:
+        """End the processes that still load handlers: nobody waits for what they find."""
+        for process in list(self._probes):
+            process.kill()
 
     def _start_process(self, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> ForkServerProcess:
         # Not a daemon in multiprocessing's sense: those may have no children, and handlers may want some.
@@ -154,7 +162,9 @@ class WorkerProcess:
                 self._process.kill()
 
     def release(self) -> None:
-        """Let go of what was kept of an ended process."""
+        """Let go of what was kept of an ended process, and end what its handler has left in its group."""
+        with contextlib.suppress(OSError):
+            os.killpg(self.pid, signal.SIGKILL)
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None

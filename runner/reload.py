@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import anyio
 import anyio.to_thread
+import msgspec
 import structlog
 
 from runner.http import Api
@@ -102,10 +103,10 @@ class Reloader:
         if self._read is None:
             return False, "there is no configuration file to read again"
         try:
-            config = await anyio.to_thread.run_sync(self._read)
+            config = await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True)
             known = {(agent.name, agent.handler) for agent in self._config.agents}
             new = tuple(agent for agent in config.agents if (agent.name, agent.handler) not in known)
-            await anyio.to_thread.run_sync(check_handlers, new, self._fork_server)
+            await anyio.to_thread.run_sync(check_handlers, new, self._fork_server, abandon_on_cancel=True)
         except ConfigError as exc:
             return False, f"nothing was changed: {exc}"
         except Exception as exc:  # noqa: BLE001 - a fault of ours must not end the runner, whose workers are well
@@ -114,9 +115,10 @@ class Reloader:
         return await self._apply(config)
 
     async def _apply(self, config: Config) -> tuple[bool, str]:
-        fixed = [
-            name for name in ("http", "http_token", "state_dir") if getattr(config, name) != getattr(self._config, name)
-        ]
+        # These hold for as long as the runner does: its lock, its socket and its memory files are where they are.
+        kept = {name: getattr(self._config, name) for name in ("http", "http_token", "state_dir")}
+        fixed = [name for name, value in kept.items() if getattr(config, name) != value]
+        config = msgspec.structs.replace(config, **kept)
         specs = worker_specs(config)
         self._router.bound(
             query_timeout_s=config.query_timeout_ms / 1000,

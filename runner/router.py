@@ -67,8 +67,14 @@ class Router:
         self._log = structlog.get_logger("router")
 
     def bound(self, *, query_timeout_s: float, max_in_flight: int, max_in_flight_total: int) -> None:
-        """Change the bounds; queries in flight keep their deadlines."""
+        """Change the bounds; queries in flight keep their deadlines, or get the new one where that is earlier."""
         self._query_timeout_s = query_timeout_s
+        latest = self._loop.time() + query_timeout_s
+        for pending in self._pending.values():
+            pending.deadline = min(pending.deadline, latest)
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+            self._expire()
         self._max_in_flight = max_in_flight
         self._max_in_flight_total = max_in_flight_total
 

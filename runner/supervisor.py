@@ -218,44 +218,59 @@ class Child:
         False when the new process did not come up and the old one stays.
         """
         async with self._handover:
-            old = self._current
-            if old is None or self._stopping.is_set():
-                self.spec = spec
-                return True
-            try:
-                new = await self._fork(spec, standby=True)
-            except SpawnError as exc:
-                self._log.error("replacement_failed", why=str(exc))
-                return False
-            up = False
-            with anyio.move_on_after(START_TIMEOUT_S):
-                up = await new.reached("standby")
-            if up:
-                return await self._hand_over(old, new, why)
-            new.kill("it was not up in time")
-            await new.process.ended()
-            self._log.error("replacement_failed", why=await self._bury(new))
-            return False
+            tried = False
+            while True:
+                old = self._current
+                if old is None or self._stopping.is_set() or (tried and old.launch.spec == spec):
+                    self.spec = spec
+                    return True
+                replaced = await self._replace_once(old, spec, why)
+                if replaced is not None:
+                    return replaced
+                tried = True
 
-    async def _hand_over(self, old: Incarnation, new: Incarnation, why: str) -> bool:
-        if self._current is not old or self._stopping.is_set():  # it died meanwhile, and is being started again
-            new.kill()
-            await new.process.ended()
-            await self._bury(new)
-            self.spec = new.launch.spec
+    async def _replace_once(self, old: Incarnation, spec: WorkerSpec, why: str) -> bool | None:
+        """Try to replace a running process; return None when it ended meanwhile, and another one runs or will."""
+        try:
+            new = await self._fork(spec, standby=True)
+        except SpawnError as exc:
+            self._log.error("replacement_failed", why=str(exc))
+            return False
+        up = False
+        with anyio.move_on_after(START_TIMEOUT_S):
+            up = await new.reached("standby")
+        if up and self._current is old and not self._stopping.is_set():
+            await self._hand_over(old, new, why)
             return True
+        new.process.kill()
+        await new.process.ended()
+        found = await self._bury(new)
+        if self._stopping.is_set():
+            return True
+        if up:
+            self.spec = spec  # whoever is started next has it; who has been started without it is replaced
+            return None
+        self._log.error("replacement_failed", why=found)
+        return False
+
+    async def _hand_over(self, old: Incarnation, new: Incarnation, why: str) -> None:
         self._log.info("worker_replaced", why=why, pid=old.process.pid, by=new.process.pid)
         old.successor = new
-        self.spec = new.launch.spec
-        await old.drain(self.spec.shutdown_timeout_ms / 1000 + KILL_GRACE_S, hand_over=True)
+        self.spec = spec = new.launch.spec
+        # What has begun may go on for its own time, not only for that of a shutdown: nobody is in a hurry.
+        longest_ms = max(spec.shutdown_timeout_ms, old.launch.spec.agent.handler_timeout_ms)
+        await old.drain(longest_ms / 1000 + KILL_GRACE_S, hand_over=True)
+        if old.legacy is None and spec.agent.memory == "ram" == old.launch.spec.agent.memory:
+            self._log.error("memory_not_handed_over", why="the worker left nothing; the agent starts with an empty one")
         self._router.promote(new.launch, old.legacy)
-        return True
 
     async def _recycle_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
-        while not incarnation.wants_successor:
-            await incarnation.changed.wait()
-        # In the child's own group: this task ends with the incarnation that is being replaced.
-        tasks.start_soon(self._recycle, incarnation.wants_successor)
+        while True:
+            while not incarnation.wants_successor:
+                await incarnation.changed.wait()
+            # In the child's own group: this task ends with the incarnation that is being replaced.
+            tasks.start_soon(self._recycle, incarnation.wants_successor)
+            incarnation.wants_successor = ""
 
     async def _recycle(self, why: str) -> None:
         try:

@@ -102,9 +102,9 @@ class HttpConnection(HttpToolsProtocol):
         self._relieve = relieve
         self._reads: Literal["head", "body", "nothing"] = "head"
         self.waits_since_s = self.stuck_since_s = self.loop.time()
+        self._begins = False
         self._unsent_bytes = 0
-        self._head_bytes = 0
-        self._unheard_bytes = 0
+        self._unheard_bytes = 0  # what the parser was given since it last told of a whole head or of a body
         self._unfed = b""
         self._refused = False
         self._answering: RequestResponseCycle | None = None
@@ -135,8 +135,9 @@ class HttpConnection(HttpToolsProtocol):
         self._unsent_bytes = unsent_bytes
         if now_s - self.stuck_since_s >= self._limits.write_timeout_s:
             self.cut()
-        elif self.flow.read_paused:
-            self.waits_since_s = now_s  # it is we who do not read
+        elif self._begins or self.flow.read_paused:  # it is we who do not read
+            self._begins = False
+            self.waits_since_s = now_s
         elif not (self._refused or self.transport.is_closing()):
             self._judge_request(now_s - self.waits_since_s)
 
@@ -147,7 +148,7 @@ class HttpConnection(HttpToolsProtocol):
                 self._refuse(408, f"the body was not sent within {limits.body_timeout_s:g} s")
         elif self._reads == "head":
             if waited_s >= limits.header_timeout_s:
-                if self._head_bytes or self._unheard_bytes:
+                if self._unheard_bytes:
                     self._refuse(408, f"the request was not sent within {limits.header_timeout_s:g} s")
                 else:
                     self.transport.close()
@@ -230,7 +231,7 @@ class HttpConnection(HttpToolsProtocol):
             else:
                 self._refuse(400, "that is not an HTTP request")
         else:
-            if self._unheard_bytes > self._limits.max_header_bytes and not self._refused:
+            if self._head_is_too_large() and not self._refused:
                 self._refuse_head()
         return len(piece)
 
@@ -246,23 +247,12 @@ class HttpConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a request."""
         super().on_message_begin()
-        self._head_bytes = self._unheard_bytes = 0
         self._begin_to_read("head")
 
-    def on_url(self, url: bytes) -> None:
-        """Take a piece of the target."""
-        self._count_head(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header or a trailer."""
-        self._count_head(len(name) + len(value) + 4)
-        super().on_header(name, value)
-        if len(self.headers) > self._limits.max_headers:
-            raise HeadTooLarge
-
     def on_headers_complete(self) -> None:
-        """Have the request answered."""
+        """Have the request answered, unless its head is past its bounds."""
+        if self._head_is_too_large():
+            raise HeadTooLarge
         self._unheard_bytes = 0
         self._begin_to_read("body")
         super().on_headers_complete()
@@ -274,6 +264,8 @@ class HttpConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Note that the request is whole, also when it was answered before that."""
+        if self._head_is_too_large():  # its trailers belong to it
+            raise HeadTooLarge
         self._unheard_bytes = 0
         self._begin_to_read("nothing")
         if self.cycle is not None:
@@ -282,13 +274,11 @@ class HttpConnection(HttpToolsProtocol):
 
     def _begin_to_read(self, what: Literal["head", "body", "nothing"]) -> None:
         self._reads = what
-        self.waits_since_s = self.loop.time()
+        self._begins = True
 
-    def _count_head(self, size: int) -> None:
-        self._unheard_bytes = 0
-        self._head_bytes += size
-        if self._head_bytes > self._limits.max_header_bytes:
-            raise HeadTooLarge
+    def _head_is_too_large(self) -> bool:
+        limits = self._limits
+        return self._unheard_bytes > limits.max_header_bytes or len(self.headers or ()) > limits.max_headers
 
     # --- answers ---
 
@@ -306,8 +296,7 @@ class HttpConnection(HttpToolsProtocol):
             # A client that was refused in mid-request gets a moment to see why: closing at once would
             # reset the connection under what it still sends, and the answer with it.
             self.loop.call_later(LINGER_S, self._stop_lingering, self.cycle)
-        if self._reads == "nothing":
-            self.waits_since_s = self.loop.time()
+        self._begins = True
         self._turn_to_next()
         self.flow.resume_reading()
 

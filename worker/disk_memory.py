@@ -144,6 +144,8 @@ class _NotOurs(Exception):
 def _open_own(path: Path) -> tuple[sqlite3.Connection, bytes]:
     if path.exists() and path.stat().st_size > 0:
         _check(path)
+    elif path.with_name(f"{path.name}-wal").exists():
+        raise _NotOurs("it is empty, but there is a log of what it held")
     database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
     try:
         database.execute("PRAGMA journal_mode = WAL")
@@ -174,8 +176,10 @@ def _check(path: Path) -> None:
                 raise _NotOurs(f"it is corrupt: {verdict}")
             (data,) = database.execute("SELECT data FROM memory").fetchone()
             _decode(data)
-        except sqlite3.OperationalError:
-            raise
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # no such table, a format from the future
+                raise _NotOurs(f"it is corrupt: {exc}") from None
+            raise  # locked, not readable, a disk that fails: nothing that is wrong with the file
         except (sqlite3.DatabaseError, msgspec.DecodeError, TypeError, ValueError) as exc:
             raise _NotOurs(f"it is corrupt: {exc}") from None
 

@@ -188,9 +188,11 @@ class Dispatcher(ABC):
             self._idle = self._idle or anyio.Event()
             await self._idle.wait()
 
-    def give_back(self) -> None:
-        """Answer every job that has not begun with `RETURNED`: somebody else may run it."""
+    def give_back(self, source: Source | None = None) -> None:
+        """Answer every job that has not begun (of one source, or of all) with `RETURNED`: another may run it."""
         for job in self._waiting():
+            if source is not None and job.source is not source:
+                continue
             # In this order, and the other way round where it runs: one of the two sides sees the other.
             job.cancelled = True
             if not job.begun:

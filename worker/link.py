@@ -80,6 +80,8 @@ class Link:
     def tell(self, state: WorkerState, detail: str) -> None:
         """Report a change of state."""
         self._state, self._detail = state, detail
+        if state == "stopped":
+            self._flush()  # these are the last words, and the runner waits for no others
         if detail and state == "backoff":
             self._counters.last_error = detail
         self._send_status()

@@ -178,15 +178,25 @@ class Worker:
     async def _drain(self, dispatcher: Dispatcher, connection: Connection) -> None:
         """Finish what is in flight, within the time that the runner gives before it kills."""
         self._tell("draining", "")
+        if self._hand_over:
+            dispatcher.give_back(self._link)  # the runner keeps them for the successor
         with anyio.move_on_after(self._spec.shutdown_timeout_ms / 1000) as scope:
-            await connection.drain()
-            await dispatcher.idle()
-            try:
-                await dispatcher.tear_down()
-            except HandlerFault as exc:
-                self._log.error("close_failed", error=str(exc), exc_info=exc)
-        if scope.cancelled_caught:
-            self._log.warning("drain_timed_out", unanswered=dispatcher.pending)
+            await self._finish(dispatcher, connection)
+        if not scope.cancelled_caught:
+            return
+        self._log.warning("drain_timed_out", unanswered=dispatcher.pending)
+        dispatcher.give_back()
+        if self._hand_over:
+            with anyio.move_on_after(self._spec.agent.handler_timeout_ms / 1000):
+                await self._finish(dispatcher, connection)
+
+    async def _finish(self, dispatcher: Dispatcher, connection: Connection) -> None:
+        await connection.drain()
+        await dispatcher.idle()
+        try:
+            await dispatcher.tear_down()
+        except HandlerFault as exc:
+            self._log.error("close_failed", error=str(exc), exc_info=exc)
 
     def _drain_begins(self, hand_over: bool) -> None:
         self._hand_over = hand_over

@@ -1,8 +1,8 @@
 """No worker outlives its runner, whatever its handler is doing.
 
-The runner holds the write end of a pipe whose read end the worker has; the kernel is asked to
-kill the worker when the last writer is gone. That works while a handler holds the interpreter
-lock in C code for minutes, where a thread or the event loop would not come to run.
+The runner holds the write end of a pipe whose read end the worker has; the kernel is asked to kill
+the worker, and what it has forked, when the last writer is gone. That works while a handler holds
+the interpreter lock in C code for minutes, where a thread or the event loop would not come to run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def leave_with_parent() -> None:
     if parent is None:
         return
     pipe = parent.sentinel
+    # A group of its own: what a handler forks belongs to its worker, and ends with it.
+    os.setsid()
     if sys.platform == "linux":
-        fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
         if not parent.is_alive():  # it went before the line above

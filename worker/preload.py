@@ -18,9 +18,10 @@ import worker.main  # noqa: F401 - as above
 # Set for the fork server alone, so that it takes no module from the current folder; handlers may.
 os.environ.pop("PYTHONSAFEPATH", None)
 
-# Ctrl-C reaches every process of a terminal, but how a cluster ends is the runner's to say. Set
+# Ctrl-C and a hang-up reach every process of a terminal, but how a cluster ends is the runner's to say. Set
 # here, because a worker would be open to it between its fork and its own first line.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 # What is imported here never becomes garbage; keeping the collector off it keeps its pages shared.
 gc.collect()

@@ -37,12 +37,16 @@ class Served:
         self.deaf_ones: list[socket.socket] = []
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer `/SIZE` with that many bytes, `/wait` once the gate is open, and a POST with its body."""
+        """Answer `/SIZE` with so many bytes, `/wait` once the gate is open, `/gone` never, a POST with its body."""
         request = Request(scope, receive)
         self.asked.append(scope["path"])
         try:
             body = await request.body()
         except ClientDisconnect:
+            self.left_early += 1
+            return
+        if scope["path"] == "/gone":
+            assert (await receive())["type"] == "http.disconnect"
             self.left_early += 1
             return
         if scope["path"] == "/wait":
@@ -263,6 +267,22 @@ async def test_answers_left_unread_are_bounded_in_all_and_a_reader_gets_its_own(
         assert 1 <= len(known.connections) <= 6, "most of the twelve were cut"
 
 
+async def test_client_that_reads_no_answer_has_its_next_request_wait_until_it_does() -> None:
+    size = 8_000_000
+    async with served() as known:
+        reader, writer = await asyncio.open_connection("127.0.0.1", known.port)  # it buffers little
+        known.streams.append((reader, writer))
+        writer.write(GET % b"%d" % size * 3)
+        await until(lambda: known.connections and known.connections[0].flow.write_paused, "it reads nothing")
+        writer.write(GET % b"%d" % size)
+        await asyncio.sleep(0.1)  # that nothing happens can only be waited for
+        assert len(known.asked) == 1
+        for _ in range(4):
+            status, body = await answer(reader)
+            assert (status, len(body)) == (200, size)
+        assert len(known.asked) == 4
+
+
 async def test_pipelined_flood_waits_as_bytes_and_is_answered_in_order() -> None:
     async with served() as known:
         reader, writer = await known.connect()
@@ -299,17 +319,31 @@ async def test_upgrade_that_is_not_taken_neither_drops_nor_makes_up_a_request() 
 
 
 async def test_clients_are_not_held_to_account_for_a_stall_of_the_server() -> None:
-    async with served(idle_timeout_s=0.3, header_timeout_s=0.3) as known:
+    async with served(header_timeout_s=0.6, body_timeout_s=0.6) as known:
         streams = [await known.connect() for _ in range(10)]
-        for reader, writer in streams:
-            writer.write(GET % b"1")
-            await answer(reader)
+        for _, writer in streams[:5]:
             writer.write((GET % b"2")[:-2])
-        for _, writer in streams:
+        for _, writer in streams[5:]:
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n")
+        await until(lambda: len(known.asked) == 5, "the bodies are waited for")
+        time.sleep(2.0)  # noqa: ASYNC251 - the stall
+        await asyncio.sleep(0.1)
+        for _, writer in streams[:5]:
             writer.write(b"\r\n")
-        time.sleep(1.5)  # noqa: ASYNC251 - the stall
+        for _, writer in streams[5:]:
+            writer.write(b"xx")
         for reader, _ in streams:
             assert await answer(reader) == (200, b"xx")
+
+
+async def test_request_that_is_being_answered_is_told_when_its_client_is_cut_off() -> None:
+    async with served() as known:
+        known.deaf().send(GET % b"gone" + GET % b"1")
+        await until(lambda: known.connections and known.connections[0].pipeline, "the other waits for its turn")
+        known.connections[0].cut()
+        await until(lambda: known.left_early == 1, "it is told")
+        await until(known.idle, "nothing is left")
+        assert known.asked == ["/gone"]
 
 
 async def test_bounds_leave_file_descriptors_for_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
