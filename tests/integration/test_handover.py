@@ -1,0 +1,185 @@
+"""One process takes another's place: whatever happens meanwhile, nothing is lost and nothing old stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import anyio
+import httpx
+import pytest
+
+from disco import Node
+from tests.cluster import COUNTER, agent, alive, cluster, until
+from tests.integration.test_reload import configure, reload
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_queries_that_wait_behind_a_worker_that_leaves_go_to_its_successor(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import time
+def handle(body, memory):
+    time.sleep(0.03)
+    count = memory.get("count", 0) + 1
+    return count, {"count": count}
+"""
+    async with cluster(
+        tmp_path,
+        agent("slow", [node.url], max_queries=20),
+        handlers=handlers,
+        supervision="shutdown_timeout_ms = 300",
+    ) as running:
+        await running.wait_ready()
+        answers: list[httpx.Response] = []
+
+        async def client() -> None:
+            while not running.events("worker_replaced"):
+                answers.append(await running.ask("x"))
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(40):  # more than a second's work, four times what the end may take
+                tasks.start_soon(client)
+        assert {answer.status_code for answer in answers} == {200}
+        assert sorted(answer.json()["results"] for answer in answers) == list(range(1, len(answers) + 1))
+
+
+async def test_worker_that_dies_while_it_is_replaced_comes_back_by_the_new_configuration(
+    tmp_path: Path, node: Node
+) -> None:
+    handlers = """
+import pathlib, time
+class New:
+    def setup(self):
+        pathlib.Path("new").open("a").write("x")
+        while not pathlib.Path("go").exists():
+            time.sleep(0.005)
+    def handle(self, body, memory):
+        return "new", memory
+def old(body, memory):
+    return "old", memory
+"""
+    async with cluster(tmp_path, agent("a", [node.url], handler="handlers.py:old"), handlers=handlers) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("a_server")
+        configure(tmp_path, agent("a", [node.url], handler="handlers.py:New"))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(reload, running)
+            await until((tmp_path / "new").exists, "the replacement starts")
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: running.events("worker_restarting"), "the old one's death is seen")
+            (tmp_path / "go").touch()
+
+        async def renewed() -> bool:
+            answer = await running.ask("x")
+            return answer.status_code == 200 and answer.json()["results"] == "new"
+
+        await until(renewed, "the new handler answers")
+        again = await reload(running)
+        assert "unchanged: 1" in again.stdout
+        assert await running.results("x") == "new"
+
+
+async def test_sigterm_does_not_wait_for_a_reload_that_still_imports(tmp_path: Path, node: Node) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(3600)\n" + COUNTER
+    )
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        configure(tmp_path, agent("count", [node.url]), agent("late", [node.url], handler="slow.py:handle"))
+        running.process.send_signal(signal.SIGHUP)
+        await until((tmp_path / "importing").exists, "the reload imports")
+        began = time.monotonic()
+        assert await running.stop() == 0
+        assert time.monotonic() - began < 6.0
+        await running.gone(2.0)
+
+
+async def test_what_a_handler_forks_ends_with_its_worker_and_holds_no_name(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import os, time
+def handle(body, memory):
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(3600)
+        os._exit(0)
+    return pid, memory
+"""
+    async with cluster(tmp_path, agent("forks", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        first = await running.results("x")
+        assert alive(first)
+        os.kill(await running.worker_pid("forks_server"), signal.SIGKILL)
+        await until(lambda: not alive(first), "the child has ended too")
+        await node.wait_gone("forks")
+        await node.wait_for("forks", 2.0)
+        await running.wait_ready()
+        second = await running.results("x")
+        running.process.kill()
+        await until(lambda: not alive(second), "the child of the next one ends with the runner", 2.0)
+
+
+async def test_state_folder_cannot_be_changed_by_a_reload(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url], memory="disk")) as running:
+        await running.wait_ready()
+        assert (await running.results("x"))["properties"]["count"] == 1
+        (tmp_path / "token").write_text("secret")
+        for _ in range(2):
+            configure(tmp_path, agent("count", [node.url], memory="disk"), runner='http_token_file = "token"')
+            done = await reload(running)
+            assert "unchanged: 1" in done.stdout
+            assert "only a restart changes: runner.http_token" in done.stdout, "as long as it is so"
+        assert (await running.results("x"))["properties"]["count"] == 2
+
+
+async def test_deadline_that_a_reload_shortens_holds_at_once(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import pathlib, time
+def handle(body, memory):
+    pathlib.Path("began").touch()
+    time.sleep(3600)
+"""
+    async with cluster(tmp_path, agent("slow", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        answers: list[httpx.Response] = []
+
+        async def ask() -> None:
+            answers.append(await running.ask("x"))
+
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask)
+                await until((tmp_path / "began").exists, "the handler is at it")
+                configure(tmp_path, agent("slow", [node.url]), runner="query_timeout_ms = 200")
+                await reload(running)
+                tasks.start_soon(ask)
+        assert [answer.status_code for answer in answers] == [504, 504]
+
+
+async def test_many_waiting_queries_cost_the_runner_nothing(tmp_path: Path, node: Node) -> None:
+    import psutil
+
+    handlers = "import asyncio\nasync def handle(body, memory):\n    await asyncio.sleep(3600)\n"
+    async with cluster(tmp_path, agent("slow", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(300):
+                tasks.start_soon(running.ask, "x")
+            runner = psutil.Process(running.process.pid)
+            await until(lambda: len(runner.net_connections("tcp")) >= 300, "all wait")
+            before, began = sum(runner.cpu_times()[:2]), time.monotonic()
+            await until(lambda: time.monotonic() - began > 2.0, "a while has passed")
+            assert sum(runner.cpu_times()[:2]) - before < 0.3
+            tasks.cancel_scope.cancel()
+
+
+async def test_closed_terminal_reloads_the_runner_and_ends_nothing(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("count_server")
+        os.killpg(running.process.pid, signal.SIGHUP)
+        await until(lambda: running.events("reloaded"), "the runner has reloaded")
+        assert await running.worker_pid("count_server") == pid
+        assert (await running.row("count_server"))["restarts"] == 0
