@@ -262,7 +262,7 @@ class Child:
         await old.drain(longest_ms / 1000 + KILL_GRACE_S, hand_over=True)
         if old.legacy is None and spec.agent.memory == "ram" == old.launch.spec.agent.memory:
             self._log.error("memory_not_handed_over", why="the worker left nothing; the agent starts with an empty one")
-        self._router.promote(new.launch, old.legacy)
+        self._router.promote(new.launch, old.legacy or None)  # empty: it has said itself why there is nothing
 
     async def _recycle_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
         while True:

@@ -164,6 +164,7 @@ class Worker:
                     self._link.leave_behind(legacy)
             except MemoryFault as exc:
                 self._log.error("memory_not_handed_over", error=str(exc))
+                self._link.leave_behind(b"")
         memory.close()
         return EXIT_DONE
 

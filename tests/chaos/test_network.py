@@ -83,6 +83,10 @@ BREAKS: dict[str, Break] = {
     "refused": during(Line.refuse),
 }
 
+_TRIES = BREAK_S * 1000 / (INTERVAL_MS * 1.5)
+AT_LEAST = {"half-open": 1, "stalled altogether": 1, "cut": _TRIES, "50 flaps a second": _TRIES, "refused": _TRIES}
+"""How often the worker must have lost its connection, or failed to get one, while the line was broken."""
+
 
 class Held(NamedTuple):
     """What a process holds."""
@@ -146,7 +150,7 @@ async def test_worker_is_back_within_an_interval_of_the_lines_return_after(
     name: str, tmp_path: Path, node: Node
 ) -> None:
     async with on_a_line(tmp_path, node) as (running, line, far):
-        await _settle(running, line, far)
+        settled = await _settle(running, line, far)
         pid, runner_pid = await running.worker_pid("a_server_2"), running.process.pid
         neighbour = await running.row("a_server")
         quiet, runner_quiet = Held.by(pid), Held.by(runner_pid)
@@ -160,6 +164,7 @@ async def test_worker_is_back_within_an_interval_of_the_lines_return_after(
             broken = BREAKS[name](line)
             assert broken is not None
             await broken
+            noticed = (await running.row("a_server_2"))["reconnects"] - settled
             await line.mend()
             mended_s = time.monotonic()
 
@@ -171,6 +176,7 @@ async def test_worker_is_back_within_an_interval_of_the_lines_return_after(
         row = await _ready(running, line, far, 0)
         report(name, f"back {took_s * 1000:.0f} ms after the line, {row['reconnects']} reconnects", asked, far_asked)
 
+        assert noticed >= AT_LEAST.get(name, 0), "it notices a dead line, and goes on trying"
         assert took_s <= (INTERVAL_MS + HANDSHAKE_MS) / 1000
         asked.assert_nothing_lost()
         assert not asked.refused, "a worker needs no line to its node to answer over HTTP"
