@@ -7,6 +7,7 @@ incarnation: a reply of a dead process is never taken for one of its successor.
 
 from __future__ import annotations
 
+import hashlib
 from enum import IntEnum
 from typing import Final, Literal
 
@@ -145,8 +146,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def routing_id(self) -> bytes:
-        """The name under which the ROUTER knows this incarnation."""
-        return f"{self.spec.name}#{self.incarnation}".encode()
+        """The name under which the ROUTER knows this incarnation; nobody can guess it and take it first."""
+        return f"{self.spec.name}#{self.incarnation}#{hashlib.sha256(self.key).hexdigest()[:16]}".encode()
 
     def __repr__(self) -> str:
         return f"Launch({self.spec.name}#{self.incarnation})"
