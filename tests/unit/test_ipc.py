@@ -95,7 +95,9 @@ def launch() -> Launch:
 
 
 def test_routing_id_carries_the_incarnation() -> None:
-    assert launch().routing_id == b"echo_server_2#7"
+    assert launch().routing_id.startswith(b"echo_server_2#7#")
+    assert msgspec.structs.replace(launch(), key=b"another").routing_id != launch().routing_id, "nobody can guess it"
+    assert launch().key not in launch().routing_id
     assert msgspec.structs.replace(launch(), incarnation=8).routing_id != launch().routing_id
 
 
