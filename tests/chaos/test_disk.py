@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -214,7 +215,7 @@ async def run_with_limit(limit: str, folder: Path) -> subprocess.CompletedProces
     """Run `em-runner run` under a `ulimit` until it ends; it is told to after it has started."""
     arguments = "-m runner run -c em-runner.toml --http 127.0.0.1:0 --state-dir s"
     process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-        ["bash", "-c", f"ulimit {limit}; exec {sys.executable} {arguments}"],
+        ["bash", "-c", f"ulimit {limit}; exec {shlex.quote(sys.executable)} {arguments}"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,

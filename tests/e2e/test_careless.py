@@ -64,7 +64,7 @@ async def test_modules_of_the_current_folder_are_not_taken_for_ours(tmp_path: Pa
     (tmp_path / "conf" / "h.py").write_text("import os\nassert 'PYTHONSAFEPATH' not in os.environ\n" + ECHO)
     (tmp_path / "conf" / "em-runner.toml").write_text(agent("a", ["localhost"], handler="h.py:handle"))
     program = "import sys; sys.argv[0] = 'em-runner'; from runner.cli import main; main()"
-    found = await shell(f'$PYTHON -P -c "{program}" check -c conf/em-runner.toml', tmp_path)
+    found = await shell(f'"$PYTHON" -P -c "{program}" check -c conf/em-runner.toml', tmp_path)
     assert found.returncode == 0, found.stderr
     assert "a_server" in found.stdout
 
@@ -73,7 +73,7 @@ async def test_modules_of_the_current_folder_are_not_taken_for_ours(tmp_path: Pa
 async def test_output_that_cannot_be_written_gives_no_traceback(redirection: str, tmp_path: Path) -> None:
     (tmp_path / "h.py").write_text(ECHO)
     (tmp_path / "em-runner.toml").write_text(agent("a", ["localhost"], handler="h.py:handle"))
-    found = await shell(f"$PYTHON -m runner check {redirection}", tmp_path)
+    found = await shell(f'"$PYTHON" -m runner check {redirection}', tmp_path)
     assert "Traceback" not in found.stderr + found.stdout
 
 
@@ -89,7 +89,7 @@ async def test_check_shows_what_looks_like_markup_as_it_is(tmp_path: Path) -> No
     (tmp_path / "em-runner.toml").write_text(
         agent("a", ["[fe80::1]:9000"], handler="h.py:handle", capabilities=["[x]", "[/red]", ":smile:"])
     )
-    found = await shell("$PYTHON -m runner check", tmp_path)
+    found = await shell('"$PYTHON" -m runner check', tmp_path)
     assert found.returncode == 0, found.stderr
     for words in ("ws://[fe80::1]:9000", "[x], [/red], :smile:"):
         assert words in found.stdout
@@ -99,15 +99,15 @@ async def test_query_command_never_shows_the_token_nor_asks_a_proxy(tmp_path: Pa
     (tmp_path / "token").write_text("sekret1\nsekret2")
     (tmp_path / "token").chmod(0o600)
     url = "http://127.0.0.1:9"
-    shown = await shell(f"$PYTHON -m runner query x --url {url} --token-file token", tmp_path)
+    shown = await shell(f'"$PYTHON" -m runner query x --url {url} --token-file token', tmp_path)
     assert shown.returncode == 1
     assert "sekret" not in shown.stderr + shown.stdout
     assert "one line" in shown.stderr
-    nonsense = await shell("$PYTHON -m runner query x --url nonsense", tmp_path)
+    nonsense = await shell('"$PYTHON" -m runner query x --url nonsense', tmp_path)
     assert nonsense.returncode == 1
     assert "Traceback" not in nonsense.stderr
     async with launched(tmp_path, "demo", "--first-port", "0", "--nodes", "1") as running:
         await running.wait_ready()
-        line = f"$PYTHON -m runner query x --url {running.http.base_url}"
+        line = f'"$PYTHON" -m runner query x --url {running.http.base_url}'
         asked = await shell(line, tmp_path, http_proxy="http://127.0.0.1:9")
         assert asked.returncode == 0, asked.stderr
