@@ -45,7 +45,7 @@ class AgentSocket(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._frames = ServerProtocol(max_size=hub.settings.max_frame_bytes, logger=_SILENT)
         self._session: Session | None = None
-        self._text: list[bytes] | None = None
+        self._text: bytearray | None = None
         self._left = False
         self._flush_due = False
         self._received_s = self._loop.time()
@@ -131,16 +131,16 @@ class AgentSocket(asyncio.Protocol):
         # Pings are answered by ServerProtocol. Binary messages are not in the protocol, and ignored.
         match frame.opcode:
             case Opcode.TEXT:
-                self._text = [bytes(frame.data)]
+                self._text = bytearray(frame.data)
             case Opcode.CONT if self._text is not None:
-                self._text.append(bytes(frame.data))
+                self._text += frame.data
             case Opcode.CLOSE:
                 self._leave("the agent closed")
                 return
             case _:
                 return
         if frame.fin:
-            message, self._text = b"".join(self._text), None
+            message, self._text = bytes(self._text), None
             self._message(message)
 
     def _message(self, message: bytes) -> None:
