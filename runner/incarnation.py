@@ -43,6 +43,7 @@ class Incarnation:
         self.changed = anyio.Event()
         self.over = anyio.Event()
         self._draining = False
+        self._killed = False
         self._router = router
         self._log = structlog.get_logger("supervisor").bind(worker=launch.spec.name)
 
@@ -67,7 +68,7 @@ class Incarnation:
             tasks.start_soon(self._hold_to_account, start_timeout_s, liveness_timeout_s)
             await self.process.ended()
             tasks.cancel_scope.cancel()
-        if self._draining or self.state == "draining":
+        if (self._draining or self.state == "draining") and not self._killed:
             await self._hear_last_words()
         self.over.set()
 
@@ -123,7 +124,7 @@ class Incarnation:
                 await self.over.wait()
                 return
             self._log.warning("drain_timed_out", pid=self.process.pid)
-        self.process.kill()
+        self.kill()
         await self.over.wait()
 
     def kill(self, why: str = "") -> None:
@@ -131,4 +132,5 @@ class Incarnation:
         if why:
             self._log.error("worker_killed", pid=self.process.pid, why=why)
         self.failure = self.failure or why
+        self._killed = True
         self.process.kill()

@@ -200,7 +200,9 @@ async def test_drain_that_takes_too_long_is_cut_short_and_the_exit_status_is_0(t
 
             tasks.start_soon(ask)
             await until((tmp_path / "began").exists, "the handler is at it")
+            began = time.monotonic()
             assert await running.stop(limit_s=2.5) == 0
+            assert time.monotonic() - began < 0.3 + 1.0 + 0.3, "its time-out and a second, and this test's own looks"
         assert answers[0].status_code == 503
         await running.gone(2.0)
 
