@@ -256,5 +256,7 @@ Ask all agents at the first node:
 
   curl -s http://{demo.HOST}:{ports[0]}/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
 """
-    with contextlib.suppress(OSError):  # whoever started this has closed its output; the demo goes on
+    try:
         print(text, flush=True)
+    except OSError:  # whoever started this has closed its output; the demo goes on, and starts its workers
+        _give_up_output()
