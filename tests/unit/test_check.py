@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,16 @@ def test_good_tokens_and_none_are_no_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "says"),
+    ("issue", "says"),
     [
-        (mint(SECRET, "other", ttl_s=60), "the token's sub is 'other', not the agent's name 'echo'"),
-        (mint(SECRET, "echo", ttl_s=-7200), "the token expired 2 hours ago"),
-        ("s3cr3t", "not a valid token"),
+        (lambda: mint(SECRET, "other", ttl_s=60), "the token's sub is 'other', not the agent's name 'echo'"),
+        (lambda: mint(SECRET, "echo", ttl_s=-7200), "the token expired 2 hours ago"),
+        (lambda: "s3cr3t", "not a valid token"),
     ],
+    ids=["of another", "expired", "not a token"],
 )
-def test_token_that_would_be_refused_is_told_with_the_agent_and_its_place(token: str, says: str) -> None:
+def test_token_that_would_be_refused_is_told_with_the_agent_and_its_place(issue: Callable[[], str], says: str) -> None:
+    token = issue()  # Minted now: a whole test run may pass between the collection and here.
     (problem,) = problems(TokenSource(token=Secret(token)))
     assert problem.startswith(f"agent 'echo', token (configured): {says}")
     assert token not in problem
