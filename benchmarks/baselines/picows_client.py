@@ -1,0 +1,57 @@
+"""picows and msgspec: the ceiling. A C protocol, no memory, no time-out, no isolation, nothing checked.
+
+python -m benchmarks.baselines.picows_client HOST:PORT
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+import uvloop
+from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
+
+
+class Query(msgspec.Struct):
+    """A node's frame."""
+
+    action: str
+    id: str = ""
+    body: str = ""
+
+
+class Result(msgspec.Struct, tag_field="action", tag="result"):
+    """The answer to a query."""
+
+    id: str
+    data: str
+
+
+decode = msgspec.json.Decoder(Query).decode
+encode = msgspec.json.Encoder().encode
+
+
+class Agent(WSListener):
+    """Answers in the callback."""
+
+    def on_ws_connected(self, transport: WSTransport) -> None:
+        """Register."""
+        transport.send(WSMsgType.TEXT, b'{"action":"register","name":"echo"}')
+        transport.send(WSMsgType.TEXT, b'{"action":"agent_hello","capabilities":[]}')
+
+    def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
+        """Answer one query."""
+        if frame.msg_type == WSMsgType.TEXT:
+            query = decode(frame.get_payload_as_memoryview())
+            if query.action == "query":
+                transport.send(WSMsgType.TEXT, encode(Result(query.id, query.body)))
+
+
+async def main(node: str) -> None:
+    """Answer one node's queries until it goes."""
+    transport, _ = await ws_connect(Agent, f"ws://{node}/ws", max_frame_size=16 << 20)
+    await transport.wait_disconnected()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(sys.argv[1]))

@@ -1,0 +1,129 @@
+"""What a measurement is, and how several systems are measured so that they can be compared.
+
+The machines are shared and noisy: systems take turns, each is measured several times, and what
+counts is the median, and the ratio of two medians of one run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+LIBRARIES: Final = (
+    "em-runner",
+    "anyio",
+    "websockets",
+    "msgspec",
+    "pyzmq",
+    "uvloop",
+    "uvicorn",
+    "httptools",
+    "picows",
+    "websocket-client",
+    "gunicorn",
+    "circus",
+    "supervisor",
+)
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """One quantity of one system.
+
+    Attributes:
+        suite: which part of the benchmark, such as `ws`.
+        name: what was measured, such as `W=64, 40 B`.
+        system: whose it is; the same name stands for the same system in all suites.
+        unit: of `runs`, such as `queries/s` or `ms`.
+        runs: what each run found, in the order of the runs.
+    """
+
+    suite: str
+    name: str
+    system: str
+    unit: str
+    runs: list[float]
+
+    @property
+    def median(self) -> float:
+        """The median of the runs."""
+        return statistics.median(self.runs)
+
+
+class Results(msgspec.Struct, kw_only=True):
+    """Everything that one run of the benchmarks found, and on what."""
+
+    date: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    figures: list[Figure]
+
+    def median(self, suite: str, name: str, system: str) -> float | None:
+        """Return the median of a figure, or None when it was not measured."""
+        for each in self.figures:
+            if (each.suite, each.name, each.system) == (suite, name, system):
+                return each.median
+        return None
+
+
+def interleave(
+    systems: Mapping[str, Callable[[], Mapping[str, float]]], runs: int, tell: Callable[[str], None]
+) -> dict[str, dict[str, list[float]]]:
+    """Measure the systems in turn, `runs` times; return for each system each quantity's values.
+
+    Args:
+        systems: what measures each system once, and returns its quantities by name.
+        runs: how often.
+        tell: is told what was found, as it is found.
+    """
+    found: dict[str, dict[str, list[float]]] = {system: {} for system in systems}
+    for run in range(runs):
+        for system, once in systems.items():
+            for name, value in once().items():
+                found[system].setdefault(name, []).append(value)
+                tell(f"  {run + 1}/{runs} {system}: {name} {value:,.4g}")
+    return found
+
+
+def figures(suite: str, unit: str, found: Mapping[str, Mapping[str, list[float]]]) -> Iterable[Figure]:
+    """Return what `interleave` found as figures of one unit."""
+    for system, quantities in found.items():
+        for name, runs in quantities.items():
+            yield Figure(suite=suite, name=name, system=system, unit=unit, runs=runs)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    cpu = next(
+        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what was measured, where it is installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def today() -> str:
+    """Return the date, in UTC."""
+    return datetime.now(UTC).strftime("%Y-%m-%d")
