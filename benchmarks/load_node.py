@@ -243,9 +243,20 @@ class LoadNode:
         """Serve until so many agents are registered."""
         self._serve(lambda: sum(peer.registered_s is not None for peer in self.peers) >= agents, patience_s)
 
+    def fileno(self) -> int:
+        """Return what is readable when there is something to serve."""
+        return self._poll.fileno()
+
+    def serve(self, seconds: float = 0.0) -> None:
+        """Serve what comes within that time, and forget connections that their agents have lost."""
+        ends = time.perf_counter() + seconds
+        self._serve_once(seconds, keep_lost=False)
+        while (left := ends - time.perf_counter()) > 0:
+            self._serve_once(left, keep_lost=False)
+
     def drop_lost(self) -> None:
         """Forget connections that their agents have lost."""
-        self._serve(lambda: False, 0.0, keep_lost=False)
+        self.serve()
 
     def blast(self, workload: Workload, window: int, seconds: float, warm_up_s: float = 0.3) -> Blast:
         """Keep `window` queries in flight at each agent, and count the answers of `seconds` after a warm-up.

@@ -6,10 +6,11 @@ counts is the median, and the ratio of two medians of one run.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -99,10 +100,19 @@ def figures(suite: str, unit: str, found: Mapping[str, Mapping[str, list[float]]
             yield Figure(suite=suite, name=name, system=system, unit=unit, runs=runs)
 
 
+def quantile(values: Sequence[float], part: float) -> float:
+    """Return the smallest of `values` that at least `part` of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(part * len(values)) - 1)]
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures were measured on."""
     cpu = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.machine(),
     )
     return {

@@ -29,7 +29,9 @@ class StartFailed(Exception):
 
 
 @contextmanager
-def process(*arguments: str, log: Path, cores: set[int] | None = None, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    *arguments: str, log: Path, cores: set[int] | None = None, **environ: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program in a session of its own; it and what it has started are gone at the end."""
     with log.open("ab") as sink:
         started = subprocess.Popen(

@@ -1,7 +1,8 @@
 """What one connection to a node means, without a socket: bytes in, queries out; answers in, bytes out.
 
-Sans-I/O: `websockets` decides about frames (RFC 6455), this module about what is in them. It holds
-no clock and never raises for what a node sends; a session that cannot go on says why in `ended`.
+Sans-I/O: `websockets` decides about frames (RFC 6455), this module about what is in them. Whole text
+frames, which are nearly all there is, take the short way past it (`worker.framing`). It holds no
+clock and never raises for what a node sends; a session that cannot go on says why in `ended`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from websockets.uri import parse_uri
 
 from shared import frames
 from shared.nodes import NodeAddress
+from worker.framing import Splitter, TextFrames
 
 SessionState = Literal["connecting", "registering", "ready", "closed"]
 
@@ -40,6 +42,8 @@ _STATUS_ADVICE: Final = {
     404: "there is no em_disco at this address (404): check host and port",
     429: "the node limits how often one may connect (429)",
 }
+
+_END_OF_HEAD: Final = b"\r\n\r\n"
 
 Query = tuple[bytes, str]
 """A query's id, as the JSON it came in, and its body."""
@@ -66,9 +70,14 @@ class Session:
         self._capabilities = capabilities
         self._message: bytearray | None = None
         self._message_is_text = False
+        self._splitter = Splitter(max_frame_bytes)
+        self._text_frames = TextFrames()
+        self._output: list[bytes] = []
+        self._head_end = b""
         query = f"?token={quote(token, safe='', errors='surrogateescape')}" if token else ""
         self._protocol = ClientProtocol(parse_uri(node.url + query), max_size=max_frame_bytes, logger=_SILENT)
         self._protocol.send_request(self._protocol.connect())
+        self._put_output()
 
     # --- to the node ---
 
@@ -76,7 +85,7 @@ class Session:
         """Queue the result of a query; `data` is JSON. Return False when the session is over."""
         if self._protocol.state is not OPEN:
             return False
-        self._protocol.send_text(frames.result(query_id, data))
+        self._output.append(self._text_frames.frame(frames.result(query_id, data)))
         return True
 
     def ping(self) -> None:
@@ -84,15 +93,22 @@ class Session:
         if self._protocol.state is OPEN:
             self.ponged = False
             self._protocol.send_ping(b"em-runner")
+            self._put_output()
 
     def close(self, code: int, reason: str = "") -> None:
         """Begin the closing handshake."""
         if self._protocol.state is OPEN:
             self._protocol.send_close(code, reason)
+            self._put_output()
 
     def take_output(self) -> bytes:
         """Return what is to be written now; `b""` when there is nothing."""
-        return b"".join(self._protocol.data_to_send())
+        output, self._output = self._output, []
+        return b"".join(output)
+
+    def _put_output(self) -> None:
+        """Queue what `websockets` wants sent, behind the answers that were queued before."""
+        self._output += self._protocol.data_to_send()
 
     # --- from the node ---
 
@@ -100,21 +116,54 @@ class Session:
         """Take what the socket read (`b""` for its end) and return the queries in it, in order."""
         queries: list[Query] = []
         try:
-            if data:
-                self._protocol.receive_data(data)
-            else:
+            if not data:
+                self._protocol.receive_data(self._splitter.take_rest())
                 self._protocol.receive_eof()
-            for event in self._protocol.events_received():
-                if self.ended is not None:  # what follows the frame that ended the session means nothing
-                    break
-                if isinstance(event, Frame):
-                    self._frame(event, queries)
-                elif isinstance(event, Response) and self._protocol.handshake_exc is None:
-                    self._upgraded()
+                self._take_events(queries)
+            elif self._protocol.state is OPEN:
+                self._receive_frames(data, queries)
+            else:
+                self._receive_head(data, queries)
         except Exception as exc:  # noqa: BLE001 - whatever a node provokes ends its session, not the worker
             self._end(f"the node's bytes could not be read: {_cut(exc)}")
+        self._put_output()
         self._look_for_end(eof=not data)
         return queries
+
+    def _receive_head(self, data: bytes, queries: list[Query]) -> None:
+        """Take the answer to the upgrade request; what comes behind it in the same read is frames already."""
+        seen = self._head_end + data
+        found = seen.find(_END_OF_HEAD)
+        end = len(data) if found < 0 else found + len(_END_OF_HEAD) - len(self._head_end)
+        self._head_end = seen[1 - len(_END_OF_HEAD) :]
+        self._protocol.receive_data(data[:end])
+        self._take_events(queries)
+        if end == len(data):
+            return
+        if self._protocol.state is OPEN:
+            self._receive_frames(data[end:], queries)
+        else:
+            self._protocol.receive_data(data[end:])
+            self._take_events(queries)
+
+    def _receive_frames(self, data: bytes, queries: list[Query]) -> None:
+        for is_text, piece in self._splitter.split(data):
+            if self.ended is not None or self._protocol.state is not OPEN:
+                return  # what follows the frame that ended the session means nothing
+            if is_text:
+                self._text(piece, queries)
+            else:
+                self._protocol.receive_data(piece)
+                self._take_events(queries)
+
+    def _take_events(self, queries: list[Query]) -> None:
+        for event in self._protocol.events_received():
+            if self.ended is not None:
+                return
+            if isinstance(event, Frame):
+                self._frame(event, queries)
+            elif isinstance(event, Response) and self._protocol.handshake_exc is None:
+                self._upgraded()
 
     def _upgraded(self) -> None:
         # Both frames at once, without waiting for the answer to the first.
@@ -123,6 +172,7 @@ class Session:
         self.state = "registering"
         self._protocol.send_text(frames.encode(frames.Register(self._agent)))
         self._protocol.send_text(frames.encode(frames.AgentHello(self._capabilities)))
+        self._put_output()
 
     def _frame(self, frame: Frame, queries: list[Query]) -> None:
         opcode = frame.opcode

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 async def test_delays_are_spread_over_the_last_fifth_of_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     delays: list[float] = []
 
-    async def refuse(self: connection.Connection) -> None:
+    async def refuse(self: connection.Connection, token: str | None) -> None:
         raise OSError("refused")
 
     async def count(delay_s: float) -> None:

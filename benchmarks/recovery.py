@@ -1,0 +1,275 @@
+"""kill -9 of a worker: how long until another process answers in its place, beside other supervisors.
+
+All systems run at the same time, each with one worker, and one worker at a time is killed. The others'
+worker is the smallest HTTP server there is, without a connection to a node, which is less than
+em-runner's has to do. Each supervisor has the settings that it comes with, but for em-runner's limit
+on restarts, which a hundred kills in a row would reach (the others have none that counts here).
+
+How a supervisor learns of a death decides the most: em-runner and gunicorn are woken by it, uvicorn
+looks every 0.5 s, circus every 5 s (its `check_delay`), supervisord starts what has died a turn of its
+loop later, which is a second. A kill comes at a random moment of that interval. A worker that has
+lived for less than a second is not killed: em-runner would wait before it starts the next one,
+supervisord would take it for one that cannot start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from benchmarks import raw_http
+from benchmarks.load_node import LoadNode
+from benchmarks.measure import Figure, quantile
+from benchmarks.raw_http import Address
+from benchmarks.systems import ROOT, em_runner, process, wait_for
+
+SUITE: Final = "recovery"
+ANSWERING: Final = "kill -9 to answering"
+REGISTERED: Final = "kill -9 to registered"
+PATH: Final = "/agent/query"
+SUPERVISION: Final = "[supervision]\nmax_restarts = 1000\n"
+KILLS: Final = (100, 20)
+QUICK_KILLS: Final = (10, 3)
+"""Of em-runner's worker, and of each other one: those take a second or more."""
+
+LIFE_S: Final = 1.2
+ASK_EVERY_S: Final = 0.001
+PATIENCE_S: Final = 30.0
+SEED: Final = 1
+
+
+class NotRecovered(Exception):
+    """Nobody answered in a killed worker's place."""
+
+
+@dataclass
+class Supervised:
+    """A running supervisor with one worker.
+
+    Attributes:
+        looks_every_s: how often it looks after its worker, where it is not woken.
+        node: where the worker registers, if it does.
+        up_s: since when it has been up, by `time.perf_counter`.
+    """
+
+    name: str
+    address: Address
+    supervisor: int
+    looks_every_s: float = 0.0
+    node: LoadNode | None = None
+    up_s: float = field(default_factory=time.perf_counter)
+    found_ms: dict[str, list[float]] = field(default_factory=dict)
+
+    def kill_once(self, wait: random.Random) -> None:
+        """Kill the worker, and note how long it took until there was another one."""
+        kill_at_s = max(self.up_s + LIFE_S, time.perf_counter()) + wait.uniform(0.0, self.looks_every_s)
+        while (left := kill_at_s - time.perf_counter()) > 0:
+            self._wait([], left)
+        pid = _pid(raw_http.ask(self.address, PATH, "who").body)
+        if self.supervisor not in {parent.pid for parent in psutil.Process(pid).parents()}:
+            raise NotRecovered(f"{self.name}: the process {pid} answers, which is not its worker")
+        killed_s = time.perf_counter()
+        os.kill(pid, signal.SIGKILL)
+        for name, until_s in self._recover(pid, killed_s).items():
+            self.found_ms.setdefault(name, []).append((until_s - killed_s) * 1000)
+        self.up_s = time.perf_counter()
+
+    def _recover(self, killed: int, killed_s: float) -> dict[str, float]:
+        """Ask until another process answers, and serve the node until it has registered; return when that was."""
+        found: dict[str, float] = {}
+        wanted = 1 if self.node is None else 2
+        with Asking(self.address) as asking:
+            while len(found) < wanted:
+                if ANSWERING not in found and asking.step() not in (None, killed):
+                    found[ANSWERING] = time.perf_counter()
+                if (registered_s := self._registered_after(killed_s)) is not None:
+                    found[REGISTERED] = registered_s
+                if time.perf_counter() > killed_s + PATIENCE_S:
+                    raise NotRecovered(f"{self.name}: not within {PATIENCE_S:g} s, but for {list(found)}")
+                self._wait(asking.sockets, ASK_EVERY_S)
+        return found
+
+    def _registered_after(self, killed_s: float) -> float | None:
+        peers = () if self.node is None else self.node.peers
+        return next((peer.registered_s for peer in peers if (peer.registered_s or 0.0) > killed_s), None)
+
+    def _wait(self, sockets: Sequence[socket.socket], seconds: float) -> None:
+        if self.node is None:
+            select.select(sockets, (), (), seconds)
+        else:
+            select.select((*sockets, self.node), (), (), seconds)
+            self.node.serve()
+
+
+class Asking:
+    """Asks again and again, over a connection each, until somebody answers. Use as a context manager."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._request = raw_http.request(address, PATH, "who")
+        self._data = b""
+        self._next_s = 0.0
+        self.sockets: list[socket.socket] = []
+
+    def __enter__(self) -> Asking:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hang_up()
+
+    def step(self) -> int | None:
+        """Go as far as is possible without waiting; return the pid of who has answered."""
+        try:
+            if not self.sockets and time.perf_counter() >= self._next_s:
+                self._next_s = time.perf_counter() + ASK_EVERY_S
+                self.sockets.append(raw_http.connect(self._address))  # nobody there: refused at once, on loopback
+                self.sockets[0].sendall(self._request)
+                self.sockets[0].setblocking(False)
+            if not self.sockets:
+                return None
+            data = self.sockets[0].recv(raw_http.READ_BYTES)
+        except BlockingIOError:
+            return None
+        except ConnectionError:
+            self._hang_up()
+            return None
+        self._data += data
+        answer = raw_http.parse(self._data)
+        if answer is None and data:
+            return None
+        self._hang_up()
+        return _pid(answer.body) if answer is not None and answer.status == 200 else None
+
+    def _hang_up(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+        self.sockets.clear()
+        self._data = b""
+
+
+def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
+    """Kill workers in turn; a figure's `runs` are the single kills. Their number does not depend on `runs`."""
+    kills, others_kills = QUICK_KILLS if quick else KILLS
+    wait = random.Random(SEED)
+    with contextlib.ExitStack() as stack:
+        first, *others = [
+            stack.enter_context(start()) for start in (_em_runner, _uvicorn, _gunicorn, _circus, _supervisord)
+        ]
+        every = kills // others_kills
+        for kill in range(kills):
+            first.kill_once(wait)
+            if kill % every == every - 1 and kill < every * others_kills:
+                for other in others:
+                    other.kill_once(wait)
+                last = ", ".join(f"{each.name} {each.found_ms[ANSWERING][-1]:,.4g} ms" for each in (first, *others))
+                tell(f"  {kill + 1}/{kills} {last}")
+        _sum_up(tell, (first, *others))
+        return [
+            Figure(suite=SUITE, name=name, system=each.name, unit="ms", runs=found_ms)
+            for each in (first, *others)
+            for name, found_ms in each.found_ms.items()
+        ]
+
+
+def _sum_up(tell: Callable[[str], None], systems: Sequence[Supervised]) -> None:
+    for each in systems:
+        for name, found_ms in each.found_ms.items():
+            median, p95 = statistics.median(found_ms), quantile(found_ms, 0.95)
+            figures = f"median {median:,.4g}, p95 {p95:,.4g}, max {max(found_ms):,.4g} ms"
+            tell(f"  {each.name}: {name}: {figures} of {len(found_ms)} kills")
+
+
+def _pid(body: bytes) -> int:
+    return int(json.loads(body)["results"]["pid"])
+
+
+@contextmanager
+def _em_runner() -> Iterator[Supervised]:
+    with LoadNode() as node, em_runner(node.addresses, handler="who", settings=SUPERVISION) as runner:
+        node.wait_registered()
+        yield Supervised("em-runner", runner.http, runner.process.pid, node=node)
+
+
+@contextmanager
+def _uvicorn() -> Iterator[Supervised]:
+    port = _free_port()
+    with _running(
+        "uvicorn --workers", port, 0.5, "-m", "benchmarks.baselines.uvicorn_workers", str(port)
+    ) as supervised:
+        yield supervised
+
+
+@contextmanager
+def _gunicorn() -> Iterator[Supervised]:
+    port = _free_port()
+    arguments = (
+        "--workers",
+        "1",
+        "--no-control-socket",
+        "--bind",
+        f"127.0.0.1:{port}",
+        "benchmarks.baselines.http_worker:wsgi",
+    )
+    with _running("gunicorn", port, 0.0, "-m", "gunicorn", *arguments) as supervised:
+        yield supervised
+
+
+@contextmanager
+def _circus() -> Iterator[Supervised]:
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
+        config = Path(folder) / "circus.ini"
+        config.write_text(
+            f"[circus]\nendpoint = ipc://{folder}/endpoint\npubsub_endpoint = ipc://{folder}/pubsub\n"
+            f"[watcher:worker]\ncmd = {sys.executable}\nargs = -m benchmarks.baselines.http_worker {port}\n"
+            f"working_dir = {ROOT}\ncopy_env = True\nnumprocesses = 1\n"
+        )
+        with _running("circus", port, 5.0, "-m", "circus.circusd", str(config)) as supervised:
+            yield supervised
+
+
+@contextmanager
+def _supervisord() -> Iterator[Supervised]:
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
+        config = Path(folder) / "supervisord.conf"
+        config.write_text(
+            f"[supervisord]\nnodaemon = true\nlogfile = {folder}/log\npidfile = {folder}/pid\nchildlogdir = {folder}\n"
+            f"[program:worker]\ncommand = {sys.executable} -m benchmarks.baselines.http_worker {port}\n"
+            f"directory = {ROOT}\nautorestart = true\n"
+        )
+        with _running("supervisord", port, 1.0, "-m", "supervisor.supervisord", "-c", str(config)) as supervised:
+            yield supervised
+
+
+@contextmanager
+def _running(name: str, port: int, looks_every_s: float, *arguments: str) -> Iterator[Supervised]:
+    """Run a supervisor until its worker answers, and on."""
+    address = ("127.0.0.1", port)
+    with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
+        log = Path(folder) / "log"
+        with process(sys.executable, *arguments, log=log) as started, Asking(address) as asking:
+            wait_for(asking.step, started, log)
+            yield Supervised(name, address, started.pid, looks_every_s)
+
+
+def _free_port() -> int:
+    """Return a port that is free now, for programs that cannot tell which one they took."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
