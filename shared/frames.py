@@ -81,4 +81,4 @@ encode = msgspec.json.encode
 
 def result(query_id: bytes | msgspec.Raw, data: bytes) -> bytes:
     """Return the `result` frame that answers `query_id`; both are JSON already encoded."""
-    return b'{"action":"result","id":%b,"data":%b}' % (bytes(query_id), data)
+    return b"".join((b'{"action":"result","id":', query_id, b',"data":', data, b"}"))

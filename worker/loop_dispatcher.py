@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio.abc
 
-from worker.dispatch import CANCELLED, SLICE_S, Answer, Dispatcher, Job, Lane
+from worker.dispatch import CANCELLED, SLICE_S, Dispatcher, Job, Lane
 
 
 class TaskLane(Lane):
@@ -73,7 +73,15 @@ class LoopDispatcher(Dispatcher):
                 self._settle(job, CANCELLED)
                 continue
             lane.job = job
-            self._finish(job, await self._run(job, lane))
+            try:
+                answer = self._conclude(job, await self._handler.handle(job.body, self._memory.checkout()))
+            except BaseException as exc:  # a handler's SystemExit or stray CancelledError is its failure, not ours
+                if self._stopping:
+                    raise
+                answer = self._fail(job, exc)
+            if lane.timed_out:
+                self._forgive(lane)
+            self._finish(job, answer)
             lane.job = None
             lane.since_s = perf_counter()
             # A handler that never waits would keep the loop from reading, writing and ponging.
@@ -82,17 +90,11 @@ class LoopDispatcher(Dispatcher):
                 lane.since_s = perf_counter()
                 slice_ends = lane.since_s + SLICE_S
 
-    async def _run(self, job: Job, lane: TaskLane) -> Answer:
-        try:
-            return self._conclude(job, await self._handler.handle(job.body, self._memory.checkout()))
-        except BaseException as exc:  # a handler's SystemExit or stray CancelledError is its failure, not ours
-            if self._stopping:
-                raise
-            return self._fail(job, exc)
-        finally:
-            if lane.timed_out and lane.task is not None:
-                lane.timed_out = False
-                lane.task.uncancel()
+    def _forgive(self, lane: TaskLane) -> None:
+        """Have the lane go on after a query that was cancelled for its time-out."""
+        lane.timed_out = False
+        if lane.task is not None:
+            lane.task.uncancel()
 
     async def _sleep(self) -> None:
         sleeper: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -20,12 +20,12 @@ def encode_result(result: Any) -> bytes:
         HandlerFault: when bytes are not JSON.
         Exception: whatever `msgspec` raises for what JSON cannot hold.
     """
-    if isinstance(result, bytes | bytearray | memoryview):
+    if isinstance(result, _ENCODED):
         encoded = bytes(result)
         if not is_json(encoded):
             raise HandlerFault("handle() returned bytes that are not JSON; return text as str")
         return encoded
-    return msgspec.json.encode(result)
+    return _encode(result)
 
 
 def is_json(data: bytes) -> bool:
@@ -38,4 +38,6 @@ def is_json(data: bytes) -> bool:
     return True
 
 
+_ENCODED = (bytes, bytearray, memoryview)
+_encode = msgspec.json.Encoder().encode
 _skim = msgspec.json.Decoder(msgspec.Raw).decode

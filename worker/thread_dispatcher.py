@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from time import perf_counter
+from types import CoroutineType
 from typing import Any, Final
 
 import anyio.abc
@@ -20,6 +21,9 @@ from worker.results import HandlerFault
 BATCH: Final = 64
 """How many queries a handler's thread gets at once."""
 
+LONGEST_LOOK_S: Final = 0.05
+"""How long a finished answer may wait at the most while the handler is busy with a slower query behind it."""
+
 
 class ThreadDispatcher(Dispatcher):
     """One thread, or `concurrency` of them where there is no memory."""
@@ -29,7 +33,7 @@ class ThreadDispatcher(Dispatcher):
         self._inbox: SimpleQueue[list[Job] | Callable[[], None] | None] = SimpleQueue()
         self._batches: deque[list[Job]] = deque()
         self._answered: deque[tuple[Job, Answer]] = deque()
-        self._collecting = False
+        self._looking = False
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue jobs, in order. Call it on the event loop."""
@@ -93,6 +97,9 @@ class ThreadDispatcher(Dispatcher):
             batch = [queue.popleft() for _ in range(min(len(queue), most))]
             self._batches.append(batch)
             self._inbox.put(batch)
+        if self._batches and not self._looking:
+            self._looking = True
+            self._loop.call_later(SLICE_S, self._look, SLICE_S)
 
     def _serve(self, lane: Lane) -> None:
         """Run batches. On the handler's thread."""
@@ -103,10 +110,6 @@ class ThreadDispatcher(Dispatcher):
             lane.since_s = perf_counter()
             slice_ends = lane.since_s + SLICE_S
             for job in item:
-                if self._answered and not self._collecting:
-                    # The next query may take long: have the loop fetch what is finished meanwhile.
-                    self._collecting = True
-                    self._to_loop(self._collect_soon)
                 lane.job = job
                 job.begun = True
                 self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
@@ -120,7 +123,7 @@ class ThreadDispatcher(Dispatcher):
     def _run(self, job: Job) -> Answer:
         try:
             returned = self._handler.handle(job.body, self._memory.checkout())
-            if inspect.iscoroutine(returned):
+            if type(returned) is CoroutineType:
                 returned.close()
                 raise HandlerFault("handle() returned a coroutine; write it as 'async def'")
             return self._conclude(job, returned)
@@ -132,12 +135,17 @@ class ThreadDispatcher(Dispatcher):
         self._feed()
         self._deliver()
 
-    def _collect_soon(self) -> None:
-        self._loop.call_later(SLICE_S, self._collect)
+    def _look(self, waited_s: float) -> None:
+        """Deliver what is finished while the thread goes on, for its next query may take long.
 
-    def _collect(self) -> None:
-        self._collecting = False  # first, so that an answer which comes after the next line asks again
+        The loop looks by itself, and less often while it finds nothing: a word from the thread each
+        time would cost both more than a query does.
+        """
+        wait_s = SLICE_S if self._answered else min(2 * waited_s, LONGEST_LOOK_S)
         self._deliver()
+        self._looking = bool(self._batches)
+        if self._looking:
+            self._loop.call_later(wait_s, self._look, wait_s)
 
     def _deliver(self) -> None:
         while self._answered:
