@@ -10,16 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, NullLocator, StrMethodFormatter
 
 from benchmarks.measure import Figure, Results, quantile
 
-STYLE: Final = {
+STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "em-runner",
     "font.family": "sans-serif",
@@ -73,10 +74,8 @@ def draw(results: Results, path: Path) -> None:
     rows = max(1, -(-len(panels) // COLUMNS))
     with mpl.rc_context(STYLE):
         width, height = PANEL_INCHES
-        canvas = Canvas(
-            figsize=(COLUMNS * width, rows * height + TITLE_INCHES), layout="constrained", facecolor="white"
-        )
-        canvas.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        canvas = Canvas(figsize=(COLUMNS * width, rows * height + TITLE_INCHES), layout=layout, facecolor="white")
         canvas.suptitle(_title(results), x=0.012, ha="left", fontsize=9.0, color=OTHER_COLOUR)
         for number, panel in enumerate(panels):
             axes = canvas.add_subplot(rows, COLUMNS, number + 1)
@@ -264,7 +263,7 @@ def _count_axis(axes: Axes, legend_lines: int) -> None:
         axes.legend(loc="upper left", ncols=LEGEND_COLUMNS)
 
 
-def _log_axis(axes: Axes, which: str) -> None:
+def _log_axis(axes: Axes, which: Literal["x", "y"]) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axis.set_minor_locator(NullLocator())

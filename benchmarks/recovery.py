@@ -110,10 +110,11 @@ class Supervised:
         return next((peer.registered_s for peer in peers if (peer.registered_s or 0.0) > killed_s), None)
 
     def _wait(self, sockets: Sequence[socket.socket], seconds: float) -> None:
-        if self.node is None:
-            select.select(sockets, (), (), seconds)
-        else:
-            select.select((*sockets, self.node), (), (), seconds)
+        readable = [sock.fileno() for sock in sockets]
+        if self.node is not None:
+            readable.append(self.node.fileno())
+        select.select(readable, (), (), seconds)
+        if self.node is not None:
             self.node.serve()
 
 
