@@ -125,7 +125,7 @@ class Runner:
             self._router, workers_by_agent(specs), lambda: self._supervisor.rows, config.http, config.http_token
         )
         self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
-        self._server = HttpServer(self._api.app, listener)
+        self._server = HttpServer(self._api.app, listener, direct=self._api.queries.take)
         self._leaving_since_s: float | None = None
         self._log = structlog.get_logger("runner")
 
@@ -184,7 +184,7 @@ class Runner:
     async def _drain(self) -> None:
         # Requests that were sent before the signal may still lie unread in their sockets.
         await anyio.sleep(SETTLE_S)
-        self._api.closing = True
+        self._api.close()
         self._server.close()
         self._fork_server.abandon_probes()
         await self._supervisor.drain()

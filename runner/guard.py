@@ -9,67 +9,79 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runner.answers import error
+from runner.answers import Refusal
 from shared.config import HttpAddress
 from shared.tokens import Secret
 
-_OPEN_PATH: Final = "/health"
+OPEN_PATH: Final = "/health"
+_MOST_HOSTS: Final = 64
+_NO_TOKEN: Final = Refusal(
+    401, "a bearer token is needed: Authorization: Bearer TOKEN", (("www-authenticate", "Bearer"),)
+)
+_NOT_OURS: Final = Refusal(
+    403, "the Host of this request is not this runner's; ask by address, such as 127.0.0.1, or use a token"
+)
+_ELSEWHERE: Final = Refusal(403, "requests on behalf of other sites' pages are refused")
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""A request's headers, their names in lower case."""
+
+
+class Guard(Protocol):
+    """What decides about a request by its headers."""
+
+    def objection(self, headers: Headers, path: str = "") -> Refusal | None:
+        """Return why a request is refused, or None. `path` is empty where no path is open to all."""
 
 
 class BearerToken:
     """Asks every request but those to /health for `Authorization: Bearer`, compared in constant time."""
 
-    def __init__(self, app: ASGIApp, token: Secret) -> None:
-        self._app = app
+    def __init__(self, token: Secret) -> None:
         self._expected = b"Bearer " + token.reveal().encode()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        if scope["type"] == "http" and scope["path"] != _OPEN_PATH:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
-                refusal = error(401, "a bearer token is needed: Authorization: Bearer TOKEN", www_authenticate="Bearer")
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+    def objection(self, headers: Headers, path: str = "") -> Refusal | None:
+        """Return why a request is refused, or None."""
+        if path == OPEN_PATH:
+            return None
+        for name, value in headers:
+            if name == b"authorization":
+                return None if hmac.compare_digest(value, self._expected) else _NO_TOKEN
+        return _NO_TOKEN
 
 
 class LocalOnly:
     """Refuses requests that a web page had a browser make: a `Host` that is not ours, an `Origin` that is not `Host`.
 
     Args:
-        app: what is guarded.
         address: where the runner listens; its name is one of ours.
     """
 
-    def __init__(self, app: ASGIApp, address: HttpAddress) -> None:
-        self._app = app
+    def __init__(self, address: HttpAddress) -> None:
         self._names = frozenset({"localhost", address.host.lower()})
+        self._known: set[bytes] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        if scope["type"] == "http" and (words := self._objection(scope)):
-            await error(403, words)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _objection(self, scope: Scope) -> str:
-        """Return why a request is refused, or an empty text."""
+    def objection(self, headers: Headers, path: str = "") -> Refusal | None:
+        """Return why a request is refused, or None."""
         host = origin = b""
-        for name, value in scope["headers"]:
+        for name, value in headers:
             if name == b"host":
                 host = value
             elif name == b"origin":
                 origin = value
-        if not self._is_ours(host):
-            return "the Host of this request is not this runner's; ask by address, such as 127.0.0.1, or use a token"
+        if host not in self._known:
+            if not self._is_ours(host):
+                return _NOT_OURS
+            if len(self._known) < _MOST_HOSTS:  # any address will do, and there are many
+                self._known.add(host)
         if origin and origin.partition(b"://")[2] != host:
-            return "requests on behalf of other sites' pages are refused"
-        return ""
+            return _ELSEWHERE
+        return None
 
     def _is_ours(self, host: bytes) -> bool:
         # HTTP/1.0 clients may send none; browsers always do.
@@ -78,6 +90,21 @@ class LocalOnly:
         text = host.decode("latin-1").lower()
         name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
         return name in self._names or _is_address(name)
+
+
+class Guarded:
+    """An ASGI application behind a guard."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+        self._app = app
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "http" and (refusal := self._guard.objection(scope["headers"], scope["path"])):
+            await refusal.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 def _is_address(text: str) -> bool:

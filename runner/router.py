@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Final
 
@@ -285,14 +286,15 @@ class Router:
         self._readable()
         self._deadline_timer = None
         now = self._loop.time()
-        while self._pending:
-            # The oldest is the next to expire, but for a while after a reload that shortens the time.
-            oldest = next(iter(self._pending.values()))
-            if oldest.deadline > now:
-                self._deadline_timer = self._loop.call_at(oldest.deadline, self._expire)
-                return
-            self._take_back(oldest)
-            self._finish(oldest, Ending.TIMED_OUT, b"no answer before the deadline")
+        # The oldest are the next to expire, but for a while after a reload that shortens the time.
+        expired = list(takewhile(lambda pending: pending.deadline <= now, self._pending.values()))
+        for pending in expired:
+            self._take_back(pending)
+        self._flush()  # before its asker is told: nobody may see a query run that was said to have had no answer
+        if following := next(islice(self._pending.values(), len(expired), None), None):
+            self._deadline_timer = self._loop.call_at(following.deadline, self._expire)
+        for pending in expired:
+            self._finish(pending, Ending.TIMED_OUT, b"no answer before the deadline")
 
     # --- the socket ---
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from email.utils import formatdate
 from typing import Any, Final, Literal, cast
 
 import httptools
@@ -18,6 +19,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
+
+from shared.http_direct import DirectExchange
 
 LINGER_S: Final = 1.0
 """How long the rest of a request that is already answered is read and dropped."""
@@ -59,8 +62,24 @@ class HttpLimits(msgspec.Struct, frozen=True, kw_only=True):
         return min(self.header_timeout_s, self.body_timeout_s, self.idle_timeout_s, self.write_timeout_s)
 
 
+Direct = Callable[["HttpConnection"], DirectExchange | None]
+
+
 class HeadTooLarge(Exception):
     """The request line and headers are past their bounds."""
+
+
+class HttpState(ServerState):
+    """What uvicorn's connections share, and the `date` header line of this second."""
+
+    date = b""
+
+    def set_date(self) -> None:
+        """Renew it. Made once a second, not once an answer."""
+        # RFC 9110, 6.6.1: a server with a clock sends Date.
+        now = formatdate(usegmt=True).encode()
+        self.default_headers = [(b"date", now)]
+        self.date = b"date: %b\r\n" % now
 
 
 class Flow(FlowControl):
@@ -85,21 +104,26 @@ class HttpConnection(HttpToolsProtocol):
         limits: what the client may take.
         admit: called with a new connection; returns whether there is a place for it.
         relieve: called when the client leaves much unread.
+        direct: given a request whose head is whole, returns what answers it without ASGI, or None.
     """
 
     def __init__(
         self,
         config: Config,
-        server_state: ServerState,
+        server_state: HttpState,
         limits: HttpLimits,
         admit: Callable[[HttpConnection], bool],
         relieve: Callable[[], None],
+        direct: Direct | None = None,
     ) -> None:
         super().__init__(config, server_state, {})
         self.logger = _LOGGER
+        self._state = server_state
         self._limits = limits
         self._admit = admit
         self._relieve = relieve
+        self._direct = direct
+        self._turning = False
         self._reads: Literal["head", "body", "nothing"] = "head"
         self.waits_since_s = self.stuck_since_s = self.loop.time()
         self._begins = False
@@ -107,10 +131,15 @@ class HttpConnection(HttpToolsProtocol):
         self._unheard_bytes = 0  # what the parser was given since it last told of a whole head or of a body
         self._unfed = b""
         self._refused = False
-        self._answering: RequestResponseCycle | None = None
+        self._answering: RequestResponseCycle | DirectExchange | None = None
         self.cut_off = False
 
     # --- what the server asks ---
+
+    @property
+    def date(self) -> bytes:
+        """The header that every answer has, as a line."""
+        return self._state.date
 
     @property
     def owes_an_answer(self) -> bool:
@@ -255,7 +284,21 @@ class HttpConnection(HttpToolsProtocol):
             raise HeadTooLarge
         self._unheard_bytes = 0
         self._begin_to_read("body")
+        if self._direct is not None and not (self.parser.should_upgrade() and self._should_upgrade()):
+            exchange = self._direct(self)
+            if exchange is not None:
+                self._enqueue(exchange)
+                return
         super().on_headers_complete()
+
+    def _enqueue(self, exchange: DirectExchange) -> None:
+        """Begin to answer, or wait for the requests before it: as uvicorn does with those for ASGI."""
+        before, self.cycle = self.cycle, cast(RequestResponseCycle, exchange)
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
@@ -284,7 +327,10 @@ class HttpConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
-        super()._start_asgi_task(cycle, app)
+        if isinstance(cycle, DirectExchange):
+            cycle.start()
+        else:
+            super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Turn to the next request, or wait for one. Replaces uvicorn's, which would set a timer each time."""
@@ -301,13 +347,20 @@ class HttpConnection(HttpToolsProtocol):
         self.flow.resume_reading()
 
     def _turn_to_next(self) -> None:
-        """Begin to answer the next request that has come, unless the client reads no answers."""
-        if self.flow.write_paused:
-            return
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-        if self._unfed and not self.pipeline:
-            self._feed(self._unfed)
+        """Begin to answer the requests that have come, one after the other, unless the client reads no answers."""
+        if self._turning:
+            return  # a request was answered as soon as it began: the loop below goes on
+        self._turning = True
+        try:
+            while not (self.flow.write_paused or self.transport.is_closing()):
+                if self.pipeline and self._answering is None:
+                    self._start_asgi_task(*self.pipeline.pop())
+                elif self._unfed and not self.pipeline:
+                    self._feed(self._unfed)
+                else:
+                    break
+        finally:
+            self._turning = False
 
     def _stop_lingering(self, answered: Any) -> None:
         if self.cycle is answered and answered.more_body:
@@ -350,6 +403,7 @@ class HttpConnection(HttpToolsProtocol):
         body = msgspec.json.encode({"error": why})
         self.transport.write(
             STATUS_LINE[status]
+            + self.date
             + b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n%b\r\n%b"
             % (len(body), headers, body)
         )

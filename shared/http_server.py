@@ -12,16 +12,14 @@ import ipaddress
 import os
 import resource
 import socket
-from email.utils import formatdate
 from typing import Any, Final, NamedTuple
 
 import anyio
 from starlette.types import ASGIApp
 from uvicorn.config import Config
-from uvicorn.server import ServerState
 
 from shared.errors import StartError
-from shared.http_connection import HttpConnection, HttpLimits
+from shared.http_connection import Direct, HttpConnection, HttpLimits, HttpState
 
 BACKLOG: Final = 2048
 CUT_S: Final = 0.25
@@ -62,15 +60,22 @@ class HttpServer:
         listener: a socket that listens, see `listen`; the server takes it over.
         ws: builds the protocol of each WebSocket upgrade; without it upgrades are refused.
         limits: what clients may take.
+        direct: is offered every request first, and may answer it without ASGI.
     """
 
     def __init__(
-        self, app: ASGIApp, listener: socket.socket, ws: Any = "none", limits: HttpLimits | None = None
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        ws: Any = "none",
+        limits: HttpLimits | None = None,
+        direct: Direct | None = None,
     ) -> None:
+        self._direct = direct
         self._listener = listener
         self._limits = limits or HttpLimits()
         self._max_connections = min(self._limits.max_connections, _spare_files())
-        self._state = ServerState()
+        self._state = HttpState()
         self._state.connections = self._connections = Connections()
         self._server: asyncio.Server | None = None
         self._clock: asyncio.TimerHandle | None = None
@@ -124,7 +129,7 @@ class HttpServer:
             await asyncio.wait(self._state.tasks)
 
     def _connect(self) -> HttpConnection:
-        return HttpConnection(self._config, self._state, self._limits, self._admit, self._relieve)
+        return HttpConnection(self._config, self._state, self._limits, self._admit, self._relieve, self._direct)
 
     def _admit(self, newcomer: HttpConnection) -> bool:
         """Return whether there is a place for a connection; one that waits for a request may have to make it."""
@@ -167,8 +172,7 @@ class HttpServer:
         self._sweeper = self._loop.call_at(due_s, self._sweep, due_s)
 
     def _set_date(self) -> None:
-        # RFC 9110, 6.6.1: a server with a clock sends Date. Made once a second, not once an answer.
-        self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+        self._state.set_date()
         self._clock = self._loop.call_later(1.0, self._set_date)
 
 
