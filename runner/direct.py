@@ -207,7 +207,7 @@ class QueryExchange(DirectExchange):
 
     def _on_reply(self, reply: Reply) -> None:
         if reply.ending is Ending.OK:
-            self.answer(200, result_lines(reply.worker), b'{"results":%b}' % reply.payload)
+            self.answer(200, result_lines(reply.worker), b'{"results":', reply.payload, b"}")
             return
         status, message = _STATUS[reply.ending]
         if status == 503:

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 from collections.abc import Sequence
 from itertools import islice, takewhile
+from math import inf
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,8 @@ from shared.ipc import Launch, Outcome
 from shared.logs import Folded
 
 MAX_MESSAGE_BYTES: Final = 1 << 30
+READ_BYTES: Final = 1 << 20
+"""After so much has been taken from the socket, everything else in the loop has its turn."""
 
 
 _ENDINGS: Final[dict[int, Ending]] = {
@@ -175,7 +178,7 @@ class Router:
 
     def silent_for_s(self, launch: Launch) -> float:
         """Return for how long nothing has been heard of an incarnation; what waits in the socket is heard first."""
-        self._readable()
+        self._read()
         line = self._lines.get(launch.routing_id)
         return 0.0 if line is None else self._loop.time() - line.heard_s
 
@@ -283,7 +286,7 @@ class Router:
     def _expire(self) -> None:
         """Answer the queries whose deadline has passed, and wait for the next one."""
         # Replies that wait in the socket came in time: a late runner must not take them for missing.
-        self._readable()
+        self._read()
         self._deadline_timer = None
         now = self._loop.time()
         # The oldest are the next to expire, but for a while after a reload that shortens the time.
@@ -334,12 +337,20 @@ class Router:
         return True
 
     def _readable(self) -> None:
-        while not self._socket.closed:
+        if self._read(READ_BYTES):
+            self._loop.call_soon(self._readable)  # the edge that announced the rest is used up
+
+    def _read(self, most_bytes: float = inf) -> bool:
+        """Take what has come, up to so many bytes; return whether there may be more."""
+        taken_bytes = 0
+        while taken_bytes < most_bytes and not self._socket.closed:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return False
+            taken_bytes += len(parts[-1])
             self._receive(parts)
+        return not self._socket.closed
 
     def _receive(self, parts: list[bytes]) -> None:
         line = self._lines.get(parts[0])

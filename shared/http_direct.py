@@ -6,7 +6,6 @@ For the one route that everything else waits for. It stands in a connection wher
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -14,10 +13,13 @@ if TYPE_CHECKING:
     from shared.http_connection import HttpConnection
 
 _STATUS_LINES: Final = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n".encode() for each in HTTPStatus}
+JOIN_BYTES: Final = 64 * 1024
+"""Up to this size head and body are joined, which is faster; past it copying the body costs more."""
+
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class DirectExchange(ABC):
+class DirectExchange:
     """One request and its answer. Made when the head is whole; `proceed` is called whenever there is news.
 
     Args:
@@ -70,9 +72,9 @@ class DirectExchange(ABC):
         self.started = True
         self.proceed()
 
-    @abstractmethod
     def proceed(self) -> None:
-        """Do what can be done now."""
+        """Do what can be done now. Each kind of exchange has its own."""
+        raise NotImplementedError
 
     def ask_for_body(self) -> None:
         """Tell a client that waits for it to send the body, and read on."""
@@ -80,15 +82,18 @@ class DirectExchange(ABC):
             self.waiting_for_100_continue = False
             self.connection.transport.write(_CONTINUE)
 
-    def answer(self, status: int, headers: bytes, body: bytes) -> None:
+    def answer(self, status: int, headers: bytes, *body: bytes) -> None:
         """Answer; `headers` are whole lines, those of HTTP itself are added."""
         self.response_started = self.response_complete = True
         connection = self.connection
         if not (self.disconnected or connection.transport.is_closing()):
-            if not self.keep_alive:
-                headers += b"connection: close\r\n"
-            length = b"content-length: %d\r\n\r\n" % len(body)
-            connection.transport.write(b"".join((_STATUS_LINES[status], connection.date, headers, length, body)))
+            length = sum(map(len, body))
+            ends = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+            head = (_STATUS_LINES[status], connection.date, headers, b"content-length: %d\r\n" % length, ends)
+            if length <= JOIN_BYTES:
+                connection.transport.write(b"".join((*head, *body)))
+            else:
+                connection.transport.writelines((b"".join(head), *body))
             if not self.keep_alive:
                 connection.transport.close()
         connection.on_response_complete()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import structlog
 import zmq
@@ -18,6 +18,9 @@ from shared import ipc
 from shared.ipc import Counters, Launch, Outcome, WorkerState
 from worker.dispatch import Answer, Dispatcher, Job
 from worker.results import encode_result, is_json
+
+BATCH_BYTES: Final = 1 << 20
+"""Answers that have so many bytes together are a message of their own: the runner takes no part of one."""
 
 
 class Link:
@@ -162,9 +165,15 @@ class Link:
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self._replies:
-            replies, self._replies = self._replies, []
-            self._send(ipc.Replies(replies))
+        if not self._replies:
+            return
+        replies, self._replies = self._replies, []
+        size = begin = 0
+        for end, (_, _, payload) in enumerate(replies, 1):
+            size += len(payload)
+            if size >= BATCH_BYTES or end == len(replies):
+                self._send(ipc.Replies(replies[begin:end]))
+                size, begin = 0, end
 
     def _send_status(self) -> None:
         self._send(ipc.Status(self._state, self._detail, self._counters))
