@@ -169,18 +169,22 @@ class QueryExchange(DirectExchange):
         else:
             super().start()
 
+    def take_body(self, piece: bytes) -> None:
+        """Take a piece of the body, and no more than there may be."""
+        super().take_body(piece)
+        if len(self.body) > MAX_BODY_BYTES:
+            self.set()
+
     def proceed(self) -> None:
         """Ask once the body is there; when the client has gone, free the query's place."""
-        if self._sequence is not None:
-            if self.disconnected:
+        if self.disconnected:
+            if self._sequence is not None:
                 self._queries.router.withdraw(self._sequence)
-        elif self.disconnected:
-            return
         elif len(self.body) > MAX_BODY_BYTES:
             self._refuse(_TOO_LARGE)
         elif self.more_body:
             self.ask_for_body()
-        elif (refusal := self._ask()) is not None:
+        elif self._sequence is None and (refusal := self._ask()) is not None:
             self._refuse(refusal)
 
     def _ask(self) -> Refusal | None:

@@ -303,7 +303,11 @@ class HttpConnection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Take a piece of the body."""
         self._unheard_bytes = 0
-        super().on_body(body)
+        cycle: object = self.cycle
+        if isinstance(cycle, DirectExchange):
+            cycle.take_body(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Note that the request is whole, also when it was answered before that."""
@@ -311,6 +315,11 @@ class HttpConnection(HttpToolsProtocol):
             raise HeadTooLarge
         self._unheard_bytes = 0
         self._begin_to_read("nothing")
+        cycle: object = self.cycle
+        if isinstance(cycle, DirectExchange):
+            cycle.more_body = False
+            cycle.set()
+            return
         if self.cycle is not None:
             self.cycle.more_body = False
         super().on_message_complete()

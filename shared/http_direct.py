@@ -57,13 +57,18 @@ class DirectExchange:
         self.started = False
         self.waiting_for_100_continue = expects_continue
 
+    def take_body(self, piece: bytes) -> None:
+        """Take a piece of the body. Who looks at no piece before the last leaves this as it is."""
+        if not self.response_complete:
+            self.body += piece
+
     @property
     def message_event(self) -> DirectExchange:
         """What uvicorn sets when there is news."""
         return self
 
     def set(self) -> None:
-        """Take the news: more of the body, its end, or the end of the client."""
+        """Take the news: the end of the body, or of the client."""
         if self.started and not self.response_complete:
             self.proceed()
 
