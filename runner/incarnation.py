@@ -11,12 +11,15 @@ import structlog
 from runner.process import WorkerProcess
 from runner.router import Router
 from shared import ipc
-from shared.ipc import HEARTBEAT_INTERVAL_S, Counters, Launch, WorkerState
+from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
 
 LAST_WORDS_S: Final = 1.0
 """How long the last messages of a worker that left in good order may take to arrive."""
 
 LAST_WORDS_POLL_S: Final = 0.002
+
+MIN_LOOK_S: Final = 0.01
+"""The shortest time between two looks whether a worker is alive."""
 
 
 class Incarnation:
@@ -50,8 +53,9 @@ class Incarnation:
     def hear(self, status: ipc.Status) -> None:
         """Take a state change or a heartbeat."""
         self.counters = status.counters
-        self.state, self.detail = status.state, status.detail
-        self._wake()
+        if (status.state, status.detail) != (self.state, self.detail):
+            self.state, self.detail = status.state, status.detail
+            self._wake()
 
     def ask_for_successor(self, reason: str) -> None:
         """Note that it wants to be replaced."""
@@ -87,15 +91,19 @@ class Incarnation:
             self.kill(f"it was not up within {start_timeout_s:.0f} s of its start")
             return
         self._router.pardon(self.launch)
-        interval_s = min(HEARTBEAT_INTERVAL_S, liveness_timeout_s / 4)
+        silent_s = 0.0
+        late_s = heartbeat_interval_s(liveness_timeout_s)
         while True:
-            due_s = time.monotonic() + interval_s
-            await anyio.sleep(interval_s)
+            # Nothing can be wrong before this time is up.
+            wait_s = max(liveness_timeout_s - silent_s, MIN_LOOK_S)
+            due_s = time.monotonic() + wait_s
+            await anyio.sleep(wait_s)
             silent_s = self._router.silent_for_s(self.launch)
             # A look that comes so late was held up: it is the runner that was silent, not the worker.
-            if time.monotonic() - due_s > interval_s:
+            if time.monotonic() - due_s > late_s:
                 self._router.pardon(self.launch)
-            elif silent_s > liveness_timeout_s:
+                silent_s = 0.0
+            elif silent_s >= liveness_timeout_s:
                 self.kill(f"nothing was heard of it for {round(liveness_timeout_s * 1000)} ms")
                 return
 

@@ -19,6 +19,8 @@ WorkerState = Literal["starting", "standby", "connecting", "registering", "ready
 """The states that a worker reports of itself; the supervisor adds `crashed`, `restarting`, `failed`."""
 
 HEARTBEAT_INTERVAL_S: Final = 1.0
+IDLE_HEARTBEAT_INTERVAL_S: Final = 5.0
+
 KEY_BYTES: Final = 32
 
 
@@ -33,6 +35,14 @@ class Outcome(IntEnum):
     CANCELLED = 2
     TIMED_OUT = 3
     RETURNED = 4
+
+
+def heartbeat_interval_s(liveness_timeout_s: float, *, idle: bool = False) -> float:
+    """Return how often a worker beats: four times at least before it would be taken for dead.
+
+    An idle one has nothing new to tell, and a hundred of them that tell it each second keep a core warm.
+    """
+    return min(IDLE_HEARTBEAT_INTERVAL_S if idle else HEARTBEAT_INTERVAL_S, liveness_timeout_s / 4)
 
 
 # --- runner -> worker ------------------------------------------------------------------------
@@ -96,7 +106,7 @@ class Counters(msgspec.Struct, kw_only=True):
 
 
 class Status(msgspec.Struct, array_like=True, tag=3):
-    """A worker's state, sent at each change and as its heartbeat every `HEARTBEAT_INTERVAL_S`.
+    """A worker's state, sent at each change and as its heartbeat, see `heartbeat_interval_s`.
 
     `detail` says why it is in this state, in words for an operator, or is empty.
     """

@@ -12,7 +12,7 @@ import random
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import aiohappyeyeballs
 import anyio
@@ -119,12 +119,16 @@ class Connection:
         node, loop = self._spec.node, asyncio.get_running_loop()
         # A new context each time: the CA file may have been renewed since.
         tls = ssl.create_default_context(cafile=self._options.tls_ca_file) if node.tls else None
+        name = node.host if node.tls else None
         with anyio.fail_after(self._options.connect_timeout_ms / 1000):
             addresses = await loop.getaddrinfo(node.host, node.port, type=socket.SOCK_STREAM)
-            sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            where: dict[str, Any] = {"host": node.host, "port": node.port}
+            if len(addresses) > 1:
+                sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                where = {"sock": sock}
             _, attempt = await loop.create_connection(
-                lambda: self._begin(token), sock=sock, ssl=tls, server_hostname=node.host if node.tls else None
+                lambda: self._begin(token), **where, ssl=tls, server_hostname=name
             )
         return attempt
 

@@ -50,6 +50,7 @@ class Link:
         self._held: list[bytes] = []
         self._state: WorkerState = "starting"
         self._detail = ""
+        self._told = b""
         self._flush_due = False
         self._log = structlog.get_logger("worker.link")
 
@@ -105,9 +106,11 @@ class Link:
         """Hand over what this worker remembers."""
         self._send(ipc.Legacy(memory))
 
-    def beat(self) -> None:
-        """Send the heartbeat."""
+    def beat(self) -> bool:
+        """Send the heartbeat; return whether it tells anything new."""
+        before = self._told
         self._send_status()
+        return self._told != before
 
     # --- from the runner ---
 
@@ -176,10 +179,14 @@ class Link:
                 size, begin = 0, end
 
     def _send_status(self) -> None:
-        self._send(ipc.Status(self._state, self._detail, self._counters))
+        self._told = ipc.encode(ipc.Status(self._state, self._detail, self._counters))
+        self._send_encoded(self._told)
 
     def _send(self, message: ipc.WorkerMessage) -> None:
-        self._held.append(ipc.encode(message))
+        self._send_encoded(ipc.encode(message))
+
+    def _send_encoded(self, data: bytes) -> None:
+        self._held.append(data)
         self._send_held()
 
     def _send_held(self) -> None:

@@ -21,7 +21,7 @@ import structlog
 from shared import logs
 from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from shared.handlers import HandlerRef
-from shared.ipc import HEARTBEAT_INTERVAL_S, Counters, Launch, WorkerState
+from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
 from shared.logs import Folded
 from worker.connection import Connection
 from worker.dispatch import Dispatcher
@@ -218,11 +218,11 @@ class Worker:
                 self._link.ask_for_drain()
 
     async def _heartbeat(self, connection: Connection) -> None:
-        # Several in the time after which silence is taken for death, however short that is.
-        interval_s = min(HEARTBEAT_INTERVAL_S, self._spec.liveness_timeout_ms / 4000)
+        liveness_timeout_s = self._spec.liveness_timeout_ms / 1000
+        news = True
         while True:
-            await anyio.sleep(interval_s)
-            self._link.beat()
+            await anyio.sleep(heartbeat_interval_s(liveness_timeout_s, idle=not news))
+            news = self._link.beat()
             connection.tell_overdue()
             if reason := self._limits.reached(self._counters):
                 self._link.ask_for_successor(reason)

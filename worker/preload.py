@@ -14,6 +14,7 @@ import anyio._backends._asyncio  # noqa: F401 - as above
 import uvloop  # noqa: F401 - as above
 
 import worker.main  # noqa: F401 - as above
+from worker.rehearsal import rehearse
 
 # Set for the fork server alone, so that it takes no module from the current folder; handlers may.
 os.environ.pop("PYTHONSAFEPATH", None)
@@ -22,6 +23,8 @@ os.environ.pop("PYTHONSAFEPATH", None)
 # here, because a worker would be open to it between its fork and its own first line.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+rehearse()
 
 # What is imported here never becomes garbage; keeping the collector off it keeps its pages shared.
 gc.collect()

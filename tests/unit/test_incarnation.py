@@ -91,6 +91,7 @@ async def test_worker_that_is_heard_is_left_alone() -> None:
 
 async def test_runner_that_was_held_up_pardons_what_it_did_not_hear() -> None:
     router, process = Router(), Process()
+    router.alive = True
     found = incarnation(router, process)
     say(found, "ready")
     async with anyio.create_task_group() as tasks:
@@ -98,6 +99,7 @@ async def test_runner_that_was_held_up_pardons_what_it_did_not_hear() -> None:
         with anyio.fail_after(5):
             while router.looks < 1:  # noqa: ASYNC110 - as above
                 await anyio.sleep(0.001)
+        router.alive = False
         before = router.pardons
         time.sleep(3 * LIVENESS_S)  # noqa: ASYNC251 - the loop is held up, and the worker silent meanwhile
         with anyio.fail_after(5):
