@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import anyio
@@ -17,13 +16,14 @@ import zmq
 
 from runner.http import Api
 from runner.process import ForkServer
-from runner.reload import ReadConfig, Reloader, check_handlers, policy_of, workers_by_agent
+from runner.reload import ReadConfig, Reloader, policy_of, workers_by_agent
 from runner.router import Router
-from runner.state_dir import StateDir, hold
+from runner.start import OnStarted, Surroundings
+from runner.state_dir import StateDir
 from runner.supervisor import Supervisor
 from shared.config import Config, HttpAddress, worker_specs
 from shared.errors import StartError
-from shared.http_server import HttpServer, listen, resolve
+from shared.http_server import HttpServer
 
 REPLY_GRACE_S: Final = 0.5
 """How long clients may take to read the last answers when the runner ends."""
@@ -34,66 +34,7 @@ SETTLE_S: Final = 0.02
 SAME_SIGNAL_S: Final = 0.3
 """Signals that follow each other faster than a person's are one."""
 
-OWN_DESCRIPTORS: Final = 64
-"""What the runner needs without a worker or a client: sockets, ZeroMQ, the fork server, some to spare."""
-
-WORKER_DESCRIPTORS: Final = 4
-"""What it keeps open for one worker: its pidfd, the two pipes of its fork, its ZeroMQ connection."""
-
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
-
-OnStarted = Callable[[HttpAddress], None]
-Surroundings = Callable[[], AbstractAsyncContextManager[None]]
-
-
-def run(
-    config: Config,
-    *,
-    read_again: ReadConfig | None = None,
-    on_started: OnStarted = lambda _: None,
-    around: Surroundings | None = None,
-) -> None:
-    """Run until SIGTERM or SIGINT.
-
-    Args:
-        config: what to run.
-        read_again: reads the configuration again at SIGHUP.
-        on_started: called with the address that HTTP listens on, once it does.
-        around: entered before the workers start and left after they have ended: the demo's nodes.
-
-    Raises:
-        ConfigError: when a handler cannot be loaded.
-        StartError: when the state folder or the address is in use, or there are too few file descriptors.
-    """
-    _require_descriptors(len(worker_specs(config)))
-    signal.signal(signal.SIGTERM, _leave_early)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
-    fork_server = ForkServer()
-    fork_server.start()
-    place = resolve(config.http.host, config.http.port, hint=_PORT_HINT)
-    with hold(config.state_dir) as state, listen(place, hint=_PORT_HINT) as listener:
-        check_handlers(config.agents, fork_server)
-        runner = Runner(config, read_again, fork_server, state, listener)
-        anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
-
-
-def _require_descriptors(workers: int) -> None:
-    """Raise the limit on open files to what these workers need, if it is lower; ZeroMQ would abort without."""
-    needed = OWN_DESCRIPTORS + WORKER_DESCRIPTORS * workers
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise StartError(
-            f"only {hard} files may be open at once, and {workers} workers need {needed}; "
-            "raise the limit with ulimit -n, or LimitNOFILE in a systemd unit"
-        )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _leave_early(number: int, frame: object) -> None:
-    """End a start that a signal interrupts as any end: in order, with status 0."""
-    raise SystemExit(0)
 
 
 class Runner:

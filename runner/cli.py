@@ -14,9 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runner import app as runner_app
-from runner import check as checking
-from runner import client, demo
+from runner import client
 from shared import logs, tokens
 from shared.config import Config, HttpAddress, load, parse_http_address
 from shared.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, StartError
@@ -87,12 +85,14 @@ def run(
     Example: em-runner run -c em-runner.toml
     """
 
+    from runner import start
+
     def read() -> Config:
         return _overridden(load(config), http, state_dir)
 
     loaded = read()
     logs.configure(loaded.log_level, loaded.log_format)
-    runner_app.run(loaded, read_again=read)
+    start.run(loaded, read_again=read)
 
 
 @cli.command()
@@ -117,6 +117,8 @@ def check(config: ConfigFile = Path("em-runner.toml")) -> None:
 
     Example: em-runner check -c em-runner.toml
     """
+    from runner import check as checking
+
     report = checking.check(load(config))
     table = Table("worker", "agent", "node", "handler", "memory", "capabilities", "token", box=None, pad_edge=False)
     for row in report.rows:
@@ -142,12 +144,15 @@ def run_demo(
 
     Example: em-runner demo --nodes 2
     """
+    from runner import demo
+
     logs.configure()
     address = parse_http_address(http or DEFAULT_HTTP, "--http")
     if not address.loopback:
         raise ConfigError(f"--http: the demo has no token and listens on this machine only, not on {address}")
     ports = demo.ports(first_port, nodes)
-    demo.run(address, ports, state_dir.expanduser(), lambda http: _welcome(http, ports))
+    nodes_at = [f"{demo.HOST}:{port}" for port in ports]
+    demo.run(address, ports, state_dir.expanduser(), lambda http: _welcome(http, nodes_at))
 
 
 @cli.command("disco")
@@ -240,8 +245,8 @@ def _print_json(value: Any) -> None:
     print(msgspec.json.format(msgspec.json.encode(value)).decode())
 
 
-def _welcome(http: HttpAddress, ports: list[int]) -> None:
-    nodes = ", ".join(f"http://{demo.HOST}:{port}" for port in ports)
+def _welcome(http: HttpAddress, nodes_at: list[str]) -> None:
+    nodes = ", ".join(f"http://{node}" for node in nodes_at)
     text = f"""
 The demo is up. Ctrl-C ends it.
 
@@ -254,7 +259,7 @@ Ask the agent directly:
 
 Ask all agents at the first node:
 
-  curl -s http://{demo.HOST}:{ports[0]}/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
+  curl -s http://{nodes_at[0]}/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
 """
     try:
         print(text, flush=True)

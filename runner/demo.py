@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import disco
-from runner import app
+from runner import start
 from shared.config import Agent, Config, HttpAddress
 from shared.errors import ConfigError, StartError
 from shared.handlers import HandlerRef
@@ -23,7 +23,7 @@ CAPABILITIES: Final = ("search", "query", "echo")
 HOST: Final = "127.0.0.1"
 
 
-def run(http: HttpAddress, ports: Sequence[int], state_dir: Path, on_started: app.OnStarted) -> None:
+def run(http: HttpAddress, ports: Sequence[int], state_dir: Path, on_started: start.OnStarted) -> None:
     """Run the demo until SIGTERM or SIGINT: a node on each of `ports`, a worker at each node.
 
     Raises:
@@ -52,7 +52,7 @@ def run(http: HttpAddress, ports: Sequence[int], state_dir: Path, on_started: ap
                 await stack.enter_async_context(disco.serve(_node(port, secret)))
             yield
 
-    app.run(config, on_started=on_started, around=nodes)
+    start.run(config, on_started=on_started, around=nodes)
 
 
 def _node(port: int, secret: Secret) -> disco.NodeSettings:

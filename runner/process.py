@@ -25,7 +25,7 @@ import anyio.to_thread
 from shared.errors import ConfigError, StartError
 from shared.handlers import HandlerRef
 from shared.ipc import Launch
-from worker.main import probe, run  # the worker's entry points: the only line of the runner that knows them
+from worker.entry import probe, run  # the worker's entry points: the only line of the runner that knows them
 
 PRELOAD: Final = "worker.preload"
 SAFE_PATH: Final = "PYTHONSAFEPATH"

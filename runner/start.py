@@ -1,0 +1,87 @@
+"""Starts the runner: what must come first, in the order in which it must.
+
+The fork server needs as long to import what a worker needs as the runner to import its own: both do
+it at once, so the runner's parts are imported here, behind the fork server's start.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from runner.process import ForkServer
+from shared.config import Config, HttpAddress, worker_specs
+from shared.errors import StartError
+
+if TYPE_CHECKING:
+    from runner.reload import ReadConfig
+
+OWN_DESCRIPTORS: Final = 64
+"""What the runner needs without a worker or a client: sockets, ZeroMQ, the fork server, some to spare."""
+
+WORKER_DESCRIPTORS: Final = 4
+"""What it keeps open for one worker: its pidfd, the two pipes of its fork, its ZeroMQ connection."""
+
+PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
+
+OnStarted = Callable[[HttpAddress], None]
+Surroundings = Callable[[], AbstractAsyncContextManager[None]]
+
+
+def run(
+    config: Config,
+    *,
+    read_again: ReadConfig | None = None,
+    on_started: OnStarted = lambda _: None,
+    around: Surroundings | None = None,
+) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Args:
+        config: what to run.
+        read_again: reads the configuration again at SIGHUP.
+        on_started: called with the address that HTTP listens on, once it does.
+        around: entered before the workers start and left after they have ended: the demo's nodes.
+
+    Raises:
+        ConfigError: when a handler cannot be loaded.
+        StartError: when the state folder or the address is in use, or there are too few file descriptors.
+    """
+    _require_descriptors(len(worker_specs(config)))
+    signal.signal(signal.SIGTERM, _leave_early)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
+    fork_server = ForkServer()
+    fork_server.start()
+    from runner.app import Runner
+    from runner.reload import check_handlers
+    from runner.state_dir import hold
+    from shared.http_server import listen, resolve
+
+    place = resolve(config.http.host, config.http.port, hint=PORT_HINT)
+    with hold(config.state_dir) as state, listen(place, hint=PORT_HINT) as listener:
+        check_handlers(config.agents, fork_server)
+        runner = Runner(config, read_again, fork_server, state, listener)
+        anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
+
+
+def _require_descriptors(workers: int) -> None:
+    """Raise the limit on open files to what these workers need, if it is lower; ZeroMQ would abort without."""
+    needed = OWN_DESCRIPTORS + WORKER_DESCRIPTORS * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise StartError(
+            f"only {hard} files may be open at once, and {workers} workers need {needed}; "
+            "raise the limit with ulimit -n, or LimitNOFILE in a systemd unit"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _leave_early(number: int, frame: object) -> None:
+    """End a start that a signal interrupts as any end: in order, with status 0."""
+    raise SystemExit(0)
