@@ -17,7 +17,8 @@ from websockets.frames import CloseCode
 
 from shared.config import Connection as Options
 from shared.ipc import Counters, Outcome
-from worker.dispatch import Answer, Dispatcher, Job
+from worker.dispatch import Dispatcher
+from worker.jobs import Answer, Job
 from worker.results import encode_result
 from worker.session import Session, SessionState
 

@@ -14,17 +14,18 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from math import inf
 from time import perf_counter
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 import structlog
 
 from shared.ipc import Counters, Outcome
 from shared.logs import Folded
+from worker.flusher import Flusher
 from worker.handler import Handler
-from worker.memory import Memory, MemoryFault
+from worker.jobs import CANCELLED, RETURNED, Answer, Job, Source
+from worker.memory import Memory
 from worker.results import HandlerFault
 
 SLICE_S: Final = 0.001
@@ -35,40 +36,6 @@ STOP_GRACE_S: Final = 1.0
 
 SUSPENDED_S: Final = 1.0
 """A clock that is later than this was stopped, with the handler: the time is not counted against it."""
-
-CANCELLED: Final = (Outcome.CANCELLED, b"")
-RETURNED: Final = (Outcome.RETURNED, b"")
-Answer = tuple[Outcome, bytes]
-
-
-class Source(Protocol):
-    """Where a job came from, and how it wants its answer."""
-
-    def encode(self, result: Any) -> bytes:
-        """Return a handler's result as JSON. May be called on any thread; may raise anything."""
-
-    def answer(self, job: Job, answer: Answer) -> None:
-        """Take the answer. Called once a job, on the event loop."""
-
-
-class Job:
-    """One query. `ticket` is whatever its source needs to know it again, `size` its text's length.
-
-    `cancelled` is set by a source that wants it no more; `begun` when the handler gets it; `settled`
-    when it is answered.
-    """
-
-    __slots__ = ("begun", "body", "cancelled", "generation", "settled", "size", "source", "ticket")
-
-    def __init__(self, source: Source, ticket: Any, body: str, size: int = 0) -> None:
-        self.source = source
-        self.ticket = ticket
-        self.body = body
-        self.size = size
-        self.generation = 0
-        self.begun = False
-        self.cancelled = False
-        self.settled = False
 
 
 class Lane:
@@ -110,8 +77,7 @@ class Dispatcher(ABC):
         self._timeout_s = timeout_s
         self._queue: deque[Job] = deque()
         self._lanes: list[Lane] = []
-        self._unflushed: list[tuple[Job, Answer]] = []
-        self._flushing = False
+        self._flusher = Flusher(memory, self._settle)
         self._idle: anyio.Event | None = None
         self._folded = Folded()
         self._log = structlog.get_logger("worker.dispatch")
@@ -150,12 +116,15 @@ class Dispatcher(ABC):
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             self._start(tasks)
+            if self._memory.durable:
+                self._flusher.start()
             if self._timeout_s is not None:
                 tasks.start_soon(self._watch, self._timeout_s)
             try:
                 yield
             finally:
                 self._stop()
+                self._flusher.stop()
                 tasks.cancel_scope.cancel()
 
     async def set_up(self) -> None:
@@ -203,29 +172,9 @@ class Dispatcher(ABC):
     def _finish(self, job: Job, answer: Answer) -> None:
         """Take what became of a job. It is answered now, or once its memory is durable. On the loop."""
         if self._memory.durable and answer[0] is Outcome.OK:
-            self._unflushed.append((job, answer))
-            if not self._flushing:
-                self._flushing = True
-                self._tasks.start_soon(self._flush)
+            self._flusher.hold(job, answer)
         else:
             self._settle(job, answer)
-
-    async def _flush(self) -> None:
-        """Make durable what has been committed, then answer: one commit serves all that came meanwhile."""
-        while self._unflushed:
-            batch, self._unflushed = self._unflushed, []
-            fault: Answer | None = None
-            try:
-                await anyio.to_thread.run_sync(self._memory.flush)
-            except MemoryFault as exc:
-                fault = (Outcome.HANDLER_FAILED, str(exc).encode())
-                if (held := self._folded.admit("flush")) is not None:
-                    self._log.error("memory_not_written", error=str(exc), like_it_before=held)
-            for job, answer in batch:
-                # A commit of an earlier generation was taken back by a flush that failed.
-                lost = job.generation != self._memory.generation
-                self._settle(job, fault or (_MEMORY_TAKEN_BACK if lost else answer))
-        self._flushing = False
 
     def _settle(self, job: Job, answer: Answer) -> None:
         """Hand an answer to its source and count it, unless the job has had one. On the loop."""
@@ -300,9 +249,6 @@ class Dispatcher(ABC):
                 return
         lane.since_s = inf  # said once
         self.on_hung(f"{words} and cannot be stopped")
-
-
-_MEMORY_TAKEN_BACK: Final = (Outcome.HANDLER_FAILED, b"the memory of this query could not be written")
 
 
 def _words(exc: BaseException) -> str:

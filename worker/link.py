@@ -16,7 +16,8 @@ import zmq
 
 from shared import ipc
 from shared.ipc import Counters, Launch, Outcome, WorkerState
-from worker.dispatch import Answer, Dispatcher, Job
+from worker.dispatch import Dispatcher
+from worker.jobs import Answer, Job
 from worker.results import encode_result, is_json
 
 BATCH_BYTES: Final = 1 << 20

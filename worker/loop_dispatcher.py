@@ -10,7 +10,8 @@ from typing import Any
 
 import anyio.abc
 
-from worker.dispatch import CANCELLED, SLICE_S, Dispatcher, Job, Lane
+from worker.dispatch import SLICE_S, Dispatcher, Lane
+from worker.jobs import CANCELLED, Job
 
 
 class TaskLane(Lane):

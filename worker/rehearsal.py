@@ -19,9 +19,9 @@ from shared.config import Agent, WorkerSpec
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Launch, Outcome
 from shared.nodes import NodeAddress
-from worker.dispatch import Answer, Job
 from worker.dispatchers import dispatcher_for
 from worker.handler import Handler
+from worker.jobs import Answer, Job
 from worker.memories import memory_for
 from worker.results import encode_result
 from worker.session import Session

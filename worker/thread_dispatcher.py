@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import anyio.abc
 
-from worker.dispatch import CANCELLED, SLICE_S, Answer, Dispatcher, Job, Lane
+from worker.dispatch import SLICE_S, Dispatcher, Lane
+from worker.jobs import CANCELLED, Answer, Job
 from worker.results import HandlerFault
 
 BATCH: Final = 64

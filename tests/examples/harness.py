@@ -11,9 +11,9 @@ import msgspec
 from shared.handlers import parse_handler
 from shared.ipc import Counters, Outcome
 from shared.schema import MemoryKind
-from worker.dispatch import Answer, Job
 from worker.dispatchers import dispatcher_for
 from worker.handler import load
+from worker.jobs import Answer, Job
 from worker.memories import memory_for
 from worker.results import encode_result
 

@@ -20,9 +20,10 @@ from structlog.testing import capture_logs
 from shared.ipc import Counters, Outcome
 from shared.schema import MemoryKind
 from worker.disk_memory import DiskMemory
-from worker.dispatch import Answer, Dispatcher, Job
+from worker.dispatch import Dispatcher
 from worker.dispatchers import dispatcher_for
 from worker.handler import Handler
+from worker.jobs import Answer, Job
 from worker.loop_dispatcher import LoopDispatcher
 from worker.memories import memory_for
 from worker.results import HandlerFault, encode_result, is_json

@@ -1,0 +1,87 @@
+"""Holds answers back until what their queries left in memory is durable.
+
+The disk is waited for on a thread of its own: handler and loop go on meanwhile, and one commit
+serves all the answers that have come in the time of the one before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final
+
+import structlog
+
+from shared.ipc import Outcome
+from shared.logs import Folded
+from worker.jobs import Answer, Job
+from worker.memory import Memory, MemoryFault
+
+_TAKEN_BACK: Final = (Outcome.HANDLER_FAILED, b"the memory of this query could not be written")
+
+
+class Flusher:
+    """One thread that writes one memory.
+
+    Args:
+        memory: what is flushed.
+        settle: takes each job with its answer once that may leave. Called on the event loop.
+    """
+
+    def __init__(self, memory: Memory, settle: Callable[[Job, Answer], None]) -> None:
+        self._memory = memory
+        self._settle = settle
+        self._waiting: list[tuple[Job, Answer]] = []
+        self._work: SimpleQueue[list[tuple[Job, Answer]] | None] = SimpleQueue()
+        self._busy = False
+        self._folded = Folded()
+        self._log = structlog.get_logger("worker.dispatch")
+
+    def start(self) -> None:
+        """Start the thread. Call it on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        # With this context, because every line of the log takes its worker's name from it. A daemon, so that
+        # a disk that hangs cannot keep the process from leaving.
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(self._serve,), name="flusher", daemon=True).start()
+
+    def stop(self) -> None:
+        """End the thread after what it is at."""
+        self._work.put(None)
+
+    def hold(self, job: Job, answer: Answer) -> None:
+        """Hold an answer until the memory is durable. On the loop."""
+        self._waiting.append((job, answer))
+        if not self._busy:
+            self._flush()
+
+    def _flush(self) -> None:
+        batch, self._waiting = self._waiting, []
+        self._busy = True
+        self._work.put(batch)
+
+    def _serve(self) -> None:
+        while (batch := self._work.get()) is not None:
+            fault: Answer | None = None
+            try:
+                self._memory.flush()
+            except MemoryFault as exc:
+                fault = (Outcome.HANDLER_FAILED, str(exc).encode())
+                if (held := self._folded.admit("flush")) is not None:
+                    self._log.error("memory_not_written", error=str(exc), like_it_before=held)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is leaving
+                self._loop.call_soon_threadsafe(self._flushed, batch, self._memory.generation, fault)
+
+    def _flushed(self, batch: list[tuple[Job, Answer]], generation: int, fault: Answer | None) -> None:
+        """Let the answers go. `generation` is the one that was flushed: the next flush may have failed already."""
+        self._busy = False
+        if self._waiting:
+            self._flush()
+        for job, answer in batch:
+            # A commit of an earlier generation was taken back by a flush that failed.
+            lost = job.generation != generation
+            self._settle(job, fault or (_TAKEN_BACK if lost else answer))
