@@ -50,3 +50,8 @@ class CrashLoop:
     def handle(self, body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Give the query back."""
         return body, memory
+
+
+async def count_async(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Count the queries, from the event loop."""
+    return count(body, memory)

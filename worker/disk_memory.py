@@ -103,8 +103,7 @@ class DiskMemory:
             return
         assert self._database is not None
         try:
-            with self._database:
-                self._database.execute("UPDATE memory SET data = ?", (blob,))
+            self._database.execute("UPDATE memory SET data = ?", (blob,))  # a transaction of its own
         except sqlite3.Error as exc:
             with self._lock:
                 self.generation += 1
@@ -146,7 +145,7 @@ def _open_own(path: Path) -> tuple[sqlite3.Connection, bytes]:
         _check(path)
     elif path.with_name(f"{path.name}-wal").exists():
         raise _NotOurs("it is empty, but there is a log of what it held")
-    database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
+    database = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
