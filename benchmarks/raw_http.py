@@ -21,9 +21,9 @@ class Answer(NamedTuple):
     size: int
 
 
-def request(address: Address, path: str, query: str) -> bytes:
-    """Return the request that asks `query`."""
-    body = json.dumps({"query": query}).encode()
+def request(address: Address, path: str, query: str, **named: str) -> bytes:
+    """Return the request that asks `query`; `named` is an agent or a worker."""
+    body = json.dumps({"query": query, **named}).encode()
     host = b"%b:%d" % (address[0].encode(), address[1])
     head = b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     return head % (path.encode(), host, len(body)) + body

@@ -1,0 +1,87 @@
+"""Runs the benchmarks, writes what they found, and says how it stands to what is promised.
+
+python -m benchmarks [--only ws,http] [--runs 5] [--quick] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from benchmarks import endurance, fanout, http, isolation, mixed, plot, recovery, targets, ws
+from benchmarks.load_node import WrongAnswer
+from benchmarks.measure import Figure, Results, machine, today, versions
+from benchmarks.systems import StartFailed
+
+SUITES: Final = {
+    "ws": ws.run,
+    "http": http.run,
+    "mixed": mixed.run,
+    "fanout": fanout.run,
+    "recovery": recovery.run,
+    "isolation": isolation.run,
+    "endurance": endurance.run,
+}
+RESULTS: Final = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    """Run what was asked for; return 1 when something could not be measured."""
+    options = _options()
+    found: list[Figure] = []
+    failed = 0
+    for name in options.only:
+        began_s = time.monotonic()
+        _tell(f"{name}:")
+        try:
+            found += SUITES[name](options.runs, options.quick, _tell)
+        except (WrongAnswer, StartFailed, OSError) as exc:
+            failed = 1
+            _tell(f"{name} failed: {exc}\n" + "\n".join(getattr(exc, "__notes__", [])))
+        _tell(f"{name} took {time.monotonic() - began_s:.0f} s")
+    results = Results(date=today(), machine=machine(), versions=versions(), figures=found)
+    _write(results, options.out)
+    print(targets.table(results))
+    return failed
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Measures em-runner beside others.")
+    parser.add_argument("--only", type=_suites, default=list(SUITES), help=f"of: {', '.join(SUITES)}")
+    parser.add_argument("--runs", type=int, default=5, help="how often each system is measured (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="a few cases, to see that it works")
+    parser.add_argument("--out", type=Path, default=None, help="where results.json, .svg and .md go")
+    options = parser.parse_args()
+    if options.out is None:  # only a whole run replaces what the README shows
+        whole = options.only == list(SUITES) and options.runs >= 5 and not options.quick
+        options.out = RESULTS if whole else RESULTS / "partial"
+    return options
+
+
+def _suites(text: str) -> list[str]:
+    chosen = text.split(",")
+    if unknown := set(chosen) - set(SUITES):
+        raise argparse.ArgumentTypeError(f"there is no {', '.join(sorted(unknown))}; there are: {', '.join(SUITES)}")
+    return [name for name in SUITES if name in chosen]
+
+
+def _write(results: Results, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+    text = f"{targets.table(results)}\n\n{targets.medians(results)}\n"
+    (folder / "results.md").write_text(text)
+    plot.draw(results, folder / "results.svg")
+    _tell(f"written to {folder}")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
