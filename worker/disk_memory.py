@@ -20,7 +20,8 @@ import structlog
 from worker.memory import MemoryFault
 
 APPLICATION_ID: Final = 0x454D5231  # "EMR1", in SQLite's header at byte 68: whose file this is
-_EMPTY: Final = msgspec.msgpack.encode({})
+_encode: Final = msgspec.msgpack.Encoder().encode
+_EMPTY: Final = _encode({})
 _SIDE_FILES: Final = ("-wal", "-shm")
 _BUSY_TIMEOUT_S: Final = 5.0
 
@@ -47,6 +48,7 @@ class DiskMemory:
         self._current: dict[Any, Any] = {}
         # A flush runs on a thread of its own, beside the handler: what both touch changes together.
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()
 
     def open(self, legacy: bytes | None = None) -> None:
         """Open or make the file. Not before a predecessor has closed it.
@@ -67,9 +69,8 @@ class DiskMemory:
 
     def checkout(self) -> dict[Any, Any]:
         """Return the current dict."""
-        with self._lock:
-            self._checked_out = self.generation
-            return self._current
+        self._checked_out = self.generation  # first: taken back between the two, the commit is refused
+        return self._current
 
     def commit(self, new: dict[Any, Any]) -> int:
         """Keep `new` for the next query; return the generation that it belongs to.
@@ -78,7 +79,7 @@ class DiskMemory:
             MemoryFault: when it holds what msgpack cannot, or what it was made from was taken back meanwhile.
         """
         try:
-            blob = msgspec.msgpack.encode(new)
+            blob = _encode(new)
         except Exception as exc:
             raise MemoryFault(f"the memory holds what msgpack cannot: {exc}") from exc
         with self._lock:
@@ -93,24 +94,25 @@ class DiskMemory:
             self._current = _decode(self._blob)
 
     def flush(self) -> None:
-        """Make the last commit durable. May be called on any thread, one at a time.
+        """Make the last commit durable. May be called on any thread.
 
         Raises:
             MemoryFault: when it cannot be written; the memory is what was last flushed then.
         """
-        blob = self._blob
-        if blob is self._flushed:
-            return
-        assert self._database is not None
-        try:
-            self._database.execute("UPDATE memory SET data = ?", (blob,))  # a transaction of its own
-        except sqlite3.Error as exc:
-            with self._lock:
-                self.generation += 1
-                self._blob = self._flushed
-                self._current = _decode(self._blob)
-            raise MemoryFault(f"the memory {self.path} cannot be written: {exc}") from None
-        self._flushed = blob
+        with self._flushing:
+            blob = self._blob
+            if blob is self._flushed:
+                return
+            assert self._database is not None
+            try:
+                self._database.execute("UPDATE memory SET data = ?", (blob,))  # a transaction of its own
+            except sqlite3.Error as exc:
+                with self._lock:
+                    self.generation += 1
+                    self._blob = self._flushed
+                    self._current = _decode(self._blob)
+                raise MemoryFault(f"the memory {self.path} cannot be written: {exc}") from None
+            self._flushed = blob
 
     def close(self) -> None:
         """Let the file go; the log is folded into it."""

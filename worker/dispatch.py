@@ -171,7 +171,7 @@ class Dispatcher(ABC):
 
     def _finish(self, job: Job, answer: Answer) -> None:
         """Take what became of a job. It is answered now, or once its memory is durable. On the loop."""
-        if self._memory.durable and answer[0] is Outcome.OK:
+        if self._memory.durable and answer[0] is Outcome.OK and not job.durable:
             self._flusher.hold(job, answer)
         else:
             self._settle(job, answer)

@@ -1,7 +1,8 @@
 """Holds answers back until what their queries left in memory is durable.
 
 The disk is waited for on a thread of its own: handler and loop go on meanwhile, and one commit
-serves all the answers that have come in the time of the one before it.
+serves all the answers that have come in the time of the one before it. A handler's own thread, when
+it has come to the end of a batch, waits itself: that spares it two hand-overs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import asyncio
 import contextlib
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Final
 
@@ -21,7 +22,7 @@ from shared.logs import Folded
 from worker.jobs import Answer, Job
 from worker.memory import Memory, MemoryFault
 
-_TAKEN_BACK: Final = (Outcome.HANDLER_FAILED, b"the memory of this query could not be written")
+_NOT_WRITTEN: Final = "the memory of this query could not be written"
 
 
 class Flusher:
@@ -38,6 +39,7 @@ class Flusher:
         self._waiting: list[tuple[Job, Answer]] = []
         self._work: SimpleQueue[list[tuple[Job, Answer]] | None] = SimpleQueue()
         self._busy = False
+        self._fault = _NOT_WRITTEN
         self._folded = Folded()
         self._log = structlog.get_logger("worker.dispatch")
 
@@ -59,6 +61,13 @@ class Flusher:
         if not self._busy:
             self._flush()
 
+    def flush_here(self, jobs: Iterable[Job]) -> None:
+        """Flush on this thread, and note which of these jobs left a memory that is durable now."""
+        self._try()
+        generation = self._memory.generation
+        for job in jobs:
+            job.durable = job.generation == generation
+
     def _flush(self) -> None:
         batch, self._waiting = self._waiting, []
         self._busy = True
@@ -66,17 +75,20 @@ class Flusher:
 
     def _serve(self) -> None:
         while (batch := self._work.get()) is not None:
-            fault: Answer | None = None
-            try:
-                self._memory.flush()
-            except MemoryFault as exc:
-                fault = (Outcome.HANDLER_FAILED, str(exc).encode())
-                if (held := self._folded.admit("flush")) is not None:
-                    self._log.error("memory_not_written", error=str(exc), like_it_before=held)
+            self._try()
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is leaving
-                self._loop.call_soon_threadsafe(self._flushed, batch, self._memory.generation, fault)
+                self._loop.call_soon_threadsafe(self._flushed, batch, self._memory.generation)
 
-    def _flushed(self, batch: list[tuple[Job, Answer]], generation: int, fault: Answer | None) -> None:
+    def _try(self) -> None:
+        """Flush; a failure changes the memory's generation, and is told to those whose commits it took back."""
+        try:
+            self._memory.flush()
+        except MemoryFault as exc:
+            self._fault = str(exc)
+            if (held := self._folded.admit("flush")) is not None:
+                self._log.error("memory_not_written", error=self._fault, like_it_before=held)
+
+    def _flushed(self, batch: list[tuple[Job, Answer]], generation: int) -> None:
         """Let the answers go. `generation` is the one that was flushed: the next flush may have failed already."""
         self._busy = False
         if self._waiting:
@@ -84,4 +96,4 @@ class Flusher:
         for job, answer in batch:
             # A commit of an earlier generation was taken back by a flush that failed.
             lost = job.generation != generation
-            self._settle(job, fault or (_TAKEN_BACK if lost else answer))
+            self._settle(job, (Outcome.HANDLER_FAILED, self._fault.encode()) if lost else answer)

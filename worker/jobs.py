@@ -25,10 +25,10 @@ class Job:
     """One query. `ticket` is whatever its source needs to know it again, `size` its text's length.
 
     `cancelled` is set by a source that wants it no more; `begun` when the handler gets it; `settled`
-    when it is answered.
+    when it is answered. `generation` is that of the memory it left, `durable` whether that is on disk.
     """
 
-    __slots__ = ("begun", "body", "cancelled", "generation", "settled", "size", "source", "ticket")
+    __slots__ = ("begun", "body", "cancelled", "durable", "generation", "settled", "size", "source", "ticket")
 
     def __init__(self, source: Source, ticket: Any, body: str, size: int = 0) -> None:
         self.source = source
@@ -36,6 +36,7 @@ class Job:
         self.body = body
         self.size = size
         self.generation = 0
+        self.durable = False
         self.begun = False
         self.cancelled = False
         self.settled = False

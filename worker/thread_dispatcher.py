@@ -119,6 +119,8 @@ class ThreadDispatcher(Dispatcher):
                 if lane.since_s > slice_ends:
                     self._to_loop(self._deliver)
                     slice_ends = lane.since_s + SLICE_S
+            if self._memory.durable:
+                self._flusher.flush_here(item)
             self._to_loop(self._batch_done, item)
 
     def _run(self, job: Job) -> Answer:
