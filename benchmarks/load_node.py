@@ -8,6 +8,7 @@ one write.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import select
@@ -110,10 +111,8 @@ class Peer:
     def flush(self) -> None:
         """Send what the socket takes."""
         if self.unsent:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 self.unsent = self.unsent[self.sock.send(self.unsent) :]
-            except BlockingIOError:
-                pass
 
     def readable(self) -> None:
         """Take what has come."""

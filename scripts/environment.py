@@ -29,8 +29,8 @@ LOCK: Final = ROOT / ".venv.lock"
 CONSTRAINTS: Final = "constraints.txt"
 OLDEST: Final = (3, 11)
 
-WHAT: Final = {"runtime": ".", "test": ".[test]"}
-"""What pip is asked for. What is made for `test` serves as `runtime` too."""
+WHAT: Final = {"runtime": ".", "test": ".[test]", "bench": ".[test,bench]"}
+"""What pip is asked for, each with all that the ones before it are asked for: it serves for those too."""
 
 PROGRESS_S: Final = 5.0
 _IS_VENV: Final = "import sys; assert sys.prefix != sys.base_prefix; print(*sys.version_info[:3])"
@@ -76,7 +76,8 @@ def is_ready(kind: str) -> bool:
     version = venv_version()
     if version is None or not is_wanted(version):
         return False
-    return stamp in ([fingerprint(version), kind], [fingerprint(version), "test"])
+    kinds = list(WHAT)
+    return any(stamp == [fingerprint(version), each] for each in kinds[kinds.index(kind) :])
 
 
 def fingerprint(version: tuple[int, ...]) -> str:
@@ -132,7 +133,8 @@ def is_whole(info: Path) -> bool:
 
 def install(kind: str, lock: int) -> None:
     """Run pip, telling now and then how far it is; what it says goes to a log."""
-    say(f"installing what em-runner needs to {'run' if kind == 'runtime' else 'be tested'}; this is done once")
+    purpose = {"runtime": "run", "test": "be tested", "bench": "be measured"}[kind]
+    say(f"installing what em-runner needs to {purpose}; this is done once")
     command: list[str | Path] = [PYTHON, "-I", "-m", "pip", "install", "-c", CONSTRAINTS, "-e", WHAT[kind]]
     # pip keeps the lock as well: should this process be killed, nobody meddles while pip goes on.
     with (

@@ -44,7 +44,7 @@ class Direct(BaseHTTPRequestHandler):
 
     memory: dict[str, Any] = {}  # noqa: RUF012 - shared by all threads, as there
 
-    def do_POST(self) -> None:  # noqa: N802 - http.server's name
+    def do_POST(self) -> None:
         """Answer one query."""
         asked = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))))
         result, Direct.memory = handle(asked["query"], Direct.memory)
@@ -55,7 +55,7 @@ class Direct(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - http.server's name
+    def log_message(self, format: str, *arguments: Any) -> None:
         """Log nothing."""
 
 
