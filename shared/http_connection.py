@@ -265,11 +265,14 @@ class HttpConnection(HttpToolsProtocol):
         return len(piece)
 
     def _go_on_without_upgrade(self, used: int) -> int:
-        if any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers):
+        if self._has_a_body():
             # httptools does not parse the body of such a request. Nobody may take it for the next request.
             self.cycle.keep_alive = False
             self._refused = True
         return used
+
+    def _has_a_body(self) -> bool:
+        return any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
 
     # --- what the parser calls ---
 
@@ -284,17 +287,20 @@ class HttpConnection(HttpToolsProtocol):
             raise HeadTooLarge
         self._unheard_bytes = 0
         self._begin_to_read("body")
-        if self._direct is not None and not (self.parser.should_upgrade() and self._should_upgrade()):
+        upgrades = self.parser.should_upgrade()
+        if self._direct is not None and not (upgrades and self._should_upgrade()):
             exchange = self._direct(self)
             if exchange is not None:
+                if upgrades and self._has_a_body():
+                    exchange.keep_alive = False  # see `_go_on_without_upgrade`: it may be answered before that
                 self._enqueue(exchange)
                 return
         super().on_headers_complete()
 
     def _enqueue(self, exchange: DirectExchange) -> None:
-        """Begin to answer, or wait for the requests before it: as uvicorn does with those for ASGI."""
+        """Begin to answer, or wait for the requests before it, or until the client has read their answers."""
         before, self.cycle = self.cycle, cast(RequestResponseCycle, exchange)
-        if before is None or before.response_complete:
+        if (before is None or before.response_complete) and not (self.pipeline or self.flow.write_paused):
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.flow.pause_reading()

@@ -1,4 +1,7 @@
-"""The HTTP server against clients that send too slowly, too much, or do not read: with small limits."""
+"""The HTTP server against clients that send too slowly, too much, or do not read: with small limits.
+
+Each test runs twice: what answers is an ASGI application, then a direct exchange, as direct queries are.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from shared.http_connection import PIECE_BYTES, HttpConnection
+from shared.http_direct import DirectExchange
 from shared.http_server import HttpLimits, HttpServer, listen, resolve
 from tests.cluster import until
 
@@ -22,6 +26,14 @@ pytestmark = pytest.mark.anyio
 
 GET = b"GET /%b HTTP/1.1\r\nhost: x\r\n\r\n"
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+KINDS = ("ASGI", "direct")
+_kind = KINDS[0]
+
+
+@pytest.fixture(params=KINDS, autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `served` answer in this way."""
+    monkeypatch.setattr(f"{__name__}._kind", request.param)
 
 
 class Served:
@@ -55,6 +67,10 @@ class Served:
             body = b"x" * int(scope["path"][1:])
         await Response(body or b"ok")(scope, receive, send)
 
+    def take(self, connection: HttpConnection) -> DirectExchange:
+        """Do what `app` does, without ASGI."""
+        return Answering(self, connection)
+
     @property
     def connections(self) -> list[HttpConnection]:
         return self.server._http_connections()
@@ -74,12 +90,46 @@ class Served:
         return not self.connections and not self.server._state.tasks
 
 
+class Answering(DirectExchange):
+    """One request that is answered as `Served.app` answers it."""
+
+    def __init__(self, known: Served, connection: HttpConnection) -> None:
+        parser = connection.parser
+        keep_alive = parser.get_http_version() != "1.0" and parser.should_keep_alive()
+        super().__init__(connection, keep_alive=keep_alive, expects_continue=connection.expect_100_continue)
+        self.known = known
+        self.path = connection.url.decode()
+        self.left = False
+        self.waiting: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.known.asked.append(self.path)
+        super().start()
+
+    def proceed(self) -> None:
+        if self.disconnected:
+            self.known.left_early += not self.left and (self.more_body or self.path == "/gone")
+            self.left = True
+        elif self.more_body:
+            self.ask_for_body()
+        elif self.path == "/wait" and not self.known.gate.is_set():
+            self.waiting = self.waiting or asyncio.ensure_future(self.wait())
+        elif self.path != "/gone":
+            body = b"x" * int(self.path[1:]) if self.path[1:].isdigit() else bytes(self.body)
+            self.answer(200, b"", body or b"ok")
+
+    async def wait(self) -> None:
+        await self.known.gate.wait()
+        self.set()
+
+
 @asynccontextmanager
 async def served(**limits: Any) -> AsyncIterator[Served]:
     known = Served()
     listener = listen(resolve("127.0.0.1", 0, hint=""), hint="")
     known.port = listener.getsockname()[1]
-    known.server = HttpServer(known.app, listener, limits=HttpLimits(**limits))
+    direct = known.take if _kind == "direct" else None
+    known.server = HttpServer(known.app, listener, limits=HttpLimits(**limits), direct=direct)
     await known.server.start()
     try:
         yield known
@@ -292,7 +342,8 @@ async def test_pipelined_flood_waits_as_bytes_and_is_answered_in_order() -> None
         for number in range(count):
             most = max(most, *(len(each.pipeline) for each in known.connections))
             assert await answer(reader) == (200, b"x" * (1 + number % 7))
-        assert 1 < most <= PIECE_BYTES // len(GET % b"1") + 1
+        assert most <= PIECE_BYTES // len(GET % b"1") + 1
+        assert most > 1 or _kind == "direct", "what is answered at once waits for nothing"
 
 
 async def test_what_follows_a_whole_request_does_not_take_its_answer_away() -> None:
@@ -301,7 +352,8 @@ async def test_what_follows_a_whole_request_does_not_take_its_answer_away() -> N
         writer.write(GET % b"3" + GET % b"4" + b"\x00 nonsense\r\n\r\n")
         assert await answer(reader) == (200, b"xxx")
         assert await answer(reader) == (200, b"xxxx")
-        assert await ended(reader) == b""
+        rest = await ended(reader)
+        assert rest == b"" if _kind == "ASGI" else rest.startswith(b"HTTP/1.1 400 ")
 
 
 async def test_upgrade_that_is_not_taken_neither_drops_nor_makes_up_a_request() -> None:
