@@ -1,0 +1,215 @@
+"""Direct queries however HTTP lets them be written: whole, in pieces, pipelined, by name, to a connection's end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from disco import Node
+from tests.cluster import Cluster, agent, cluster, until
+
+pytestmark = pytest.mark.anyio
+
+HANDLERS = """
+import asyncio, pathlib
+async def handle(body, memory):
+    if body == "wait":
+        while not pathlib.Path("gate").exists():
+            await asyncio.sleep(0.005)
+    if body.startswith("large"):
+        return body[5:] * 3_000_000, memory
+    return body, memory
+"""
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def results(self) -> object:
+        assert self.status == 200, self
+        return json.loads(self.body)["results"]
+
+
+class Client:
+    """One connection, and what is written to it byte by byte."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, *parts: bytes) -> None:
+        self.writer.write(b"".join(parts))
+
+    async def answer(self) -> Answer:
+        head = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 10)).decode()
+        status, _, rest = head.partition("\r\n")
+        headers = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in rest.split("\r\n") if line)
+        }
+        body = await asyncio.wait_for(self.reader.readexactly(int(headers.get("content-length", 0))), 10)
+        return Answer(int(status.split()[1]), headers, body)
+
+    async def ended(self) -> bool:
+        return await asyncio.wait_for(self.reader.read(), 10) == b""
+
+
+@asynccontextmanager
+async def client(running: Cluster) -> AsyncIterator[Client]:
+    url = running.http.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port, limit=1 << 26)
+    try:
+        yield Client(reader, writer)
+    finally:
+        writer.transport.abort()
+
+
+def query(text: str, path: str = "/agent/query", version: str = "1.1", **headers: str) -> bytes:
+    body = json.dumps({"query": text}).encode()
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    head = f"POST {path} HTTP/{version}\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n{lines}\r\n"
+    return head.encode() + body
+
+
+@asynccontextmanager
+async def running_agent(tmp_path: Path, node: Node, **options: str) -> AsyncIterator[Cluster]:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS, **options) as running:
+        await running.wait_ready()
+        yield running
+
+
+async def test_query_means_the_same_however_it_is_written(tmp_path: Path, node: Node) -> None:
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        for byte in query("byte by byte"):
+            one.send(bytes([byte]))
+            await one.writer.drain()
+            await asyncio.sleep(0)
+        answer = await one.answer()
+        assert answer.results == "byte by byte"
+        assert answer.headers["content-type"] == "application/json"
+        assert answer.headers["x-worker"] == "a_server"
+        assert "GMT" in answer.headers["date"]
+
+        for path in (
+            "/agents/a/query",
+            "/workers/a_server/query",
+            "/agent/query?by=whom",
+            "/%61gents/%61/query",
+            "http://localhost/agent/query",
+        ):
+            one.send(query("x", path))
+            assert (await one.answer()).results == "x", path
+        one.send(query("x", "/agents/zz/query"))
+        assert (await one.answer()).status == 404
+        one.send(query("x", "/agents//query"))
+        assert (await one.answer()).status == 404
+        one.send(query("x", "/agent/query/"))
+        assert (await one.answer()).status == 404
+
+        head = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        one.send(head, b'9\r\n{"query":\r\n', b'5\r\n"in p\r\n', b'7\r\nieces"}\r\n0\r\n\r\n')
+        assert (await one.answer()).results == "in pieces"
+
+
+async def test_pipelined_queries_are_answered_in_their_order(tmp_path: Path, node: Node) -> None:
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        one.send(query("wait"), *(query(f"q{number}") for number in range(200)), query("x", "/nowhere"), query("last"))
+        await asyncio.sleep(0.05)
+        (tmp_path / "gate").touch()
+        assert (await one.answer()).results == "wait"
+        for number in range(200):
+            assert (await one.answer()).results == f"q{number}"
+        assert (await one.answer()).status == 404, "one for Starlette, in its turn"
+        assert (await one.answer()).results == "last"
+
+
+async def test_errors_that_are_known_at_once_are_told_in_their_turn(tmp_path: Path, node: Node) -> None:
+    wrong = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        one.send(query("wait"), wrong * 300, query("last"))
+        await asyncio.sleep(0.05)
+        (tmp_path / "gate").touch()
+        assert (await one.answer()).results == "wait"
+        for _ in range(300):
+            assert (await one.answer()).status == 400
+        assert (await one.answer()).results == "last"
+
+
+async def test_connection_is_kept_or_closed_as_the_client_asks(tmp_path: Path, node: Node) -> None:
+    async with running_agent(tmp_path, node) as running:
+        for request, kept in (
+            (query("x"), True),
+            (query("x", connection="close"), False),
+            (query("x", version="1.0"), False),
+            (b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999\r\n\r\n", False),
+        ):
+            async with client(running) as one:
+                one.send(request)
+                answer = await one.answer()
+                assert (answer.headers.get("connection") == "close") or kept or answer.status == 413
+                if kept:
+                    one.send(query("again"))
+                    assert (await one.answer()).results == "again"
+                else:
+                    assert await one.ended()
+
+
+async def test_client_that_waits_for_leave_to_send_the_body_gets_it_unless_it_is_refused(
+    tmp_path: Path, node: Node
+) -> None:
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        head, _, body = query("x", expect="100-continue").partition(b"\r\n\r\n")
+        one.send(head, b"\r\n\r\n")
+        assert (await one.answer()).status == 100
+        one.send(body)
+        assert (await one.answer()).results == "x"
+        head = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 99999\r\n\r\n"
+        one.send(head)
+        assert (await one.answer()).status == 413, "it is spared the sending"
+
+
+async def test_large_answers_are_whole_and_others_are_answered_between_them(tmp_path: Path, node: Node) -> None:
+    async with running_agent(tmp_path, node) as running, client(running) as large, client(running) as small:
+        large.send(*(query(f"large{letter}") for letter in "abcdef"))
+        reading = asyncio.ensure_future(asyncio.wait_for(_read_large(large), 30))
+        answered = 0
+        while not reading.done():
+            small.send(query("small"))
+            assert (await small.answer()).results == "small"
+            answered += 1
+        assert reading.result() == [letter * 3_000_000 for letter in "abcdef"]
+        assert answered > 3
+
+
+async def _read_large(one: Client) -> list[object]:
+    return [(await one.answer()).results for _ in range(6)]
+
+
+async def test_clients_that_hang_up_in_any_moment_leave_nothing_behind(tmp_path: Path, node: Node) -> None:
+    async with running_agent(tmp_path, node, runner="max_in_flight = 40") as running:
+        request = query("wait")
+        for cut in range(0, len(request) + 1, 7):
+            async with client(running) as one:
+                one.send(request[:cut] if cut < len(request) - 7 else request)
+                await one.writer.drain()
+
+        async def free() -> bool:
+            async with client(running) as one:
+                one.send(query("x"))
+                (tmp_path / "gate").touch()
+                return (await one.answer()).status == 200
+
+        await until(free, "the places of those that left are free")
+        async with client(running) as one:
+            one.send(*(query(f"q{number}") for number in range(39)))
+            for number in range(39):
+                assert (await one.answer()).results == f"q{number}"
+        assert "Traceback" not in running.log
