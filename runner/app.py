@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import time
@@ -82,6 +83,7 @@ class Runner:
                 tasks.start_soon(self._reloader.run)
                 await self._server.start()
                 self._announce(on_started)
+                gc.freeze()  # what is there by now stays: no collection has to look at it while queries wait
                 await self._supervisor.run()
                 # What was in flight is answered by now, by its worker or in its stead; what was held is not.
                 self._router.refuse_all()

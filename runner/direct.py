@@ -193,6 +193,7 @@ class QueryExchange(DirectExchange):
             asked = _decode_body(self.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return _BAD_BODY
+        self.body.clear()  # the connection may be kept for long after it
         agent, worker = asked.agent, asked.worker
         if self._named != (None, None):
             for what, in_path, in_body in zip(("agent", "worker"), self._named, (agent, worker), strict=True):

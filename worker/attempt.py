@@ -202,6 +202,8 @@ class Attempt(asyncio.Protocol):
 
     def _govern(self) -> None:
         """Read no more while the node is ahead of the handler or leaves its answers unread, and read on after it."""
+        if self._over or self._transport.is_closing():
+            return
         behind = self._handler_is_behind()
         if behind or self._unsent_bytes >= MAX_PENDING_BYTES:
             # A pong may lie behind queries that we do not read yet: that is our delay, not the node's.
@@ -209,7 +211,7 @@ class Attempt(asyncio.Protocol):
             if not self._paused:
                 self._paused = True
                 self._transport.pause_reading()
-        elif self._paused and not self._over:
+        elif self._paused:
             self._paused = False
             self._transport.resume_reading()
 
@@ -218,7 +220,11 @@ class Attempt(asyncio.Protocol):
 
     @property
     def _unsent_bytes(self) -> int:
-        return self._answer_bytes + self._transport.get_write_buffer_size()
+        return self._answer_bytes + self._buffered_bytes
+
+    @property
+    def _buffered_bytes(self) -> int:
+        return 0 if self._closed.is_set() else self._transport.get_write_buffer_size()
 
     def _tell_state(self) -> None:
         if self._session.state == "registering" or (self._session.state == "ready" and not self._draining):
@@ -300,7 +306,7 @@ class Attempt(asyncio.Protocol):
     @property
     def _left_bytes(self) -> int:
         """How much has left for the node since the begin."""
-        return self._written_bytes - self._transport.get_write_buffer_size()
+        return self._written_bytes - self._buffered_bytes
 
     async def _wait_until(self, reached: Callable[[], bool], timeout_ms: int, failure: str) -> None:
         with anyio.move_on_after(timeout_ms / 1000):
