@@ -1,0 +1,137 @@
+"""`benchmarks`: a generator that counts wrong answers as right would make every figure worthless."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+
+from benchmarks import targets
+from benchmarks.load_node import LoadNode, Workload, WrongAnswer
+from benchmarks.measure import Figure, Results, interleave, quantile
+from benchmarks.raw_http import parse
+
+Answer = Callable[[ClientConnection, dict[str, Any], int], None]
+
+
+def right(ws: ClientConnection, query: dict[str, Any], number: int) -> None:
+    ws.send(json.dumps({"action": "result", "id": query["id"], "data": query["body"]}))
+
+
+def twice(ws: ClientConnection, query: dict[str, Any], number: int) -> None:
+    right(ws, query, number)
+    if number == 50:
+        right(ws, query, number)
+
+
+def unasked(ws: ClientConnection, query: dict[str, Any], number: int) -> None:
+    right(ws, query | {"id": "99999999"} if number == 50 else query, number)
+
+
+def wrong(ws: ClientConnection, query: dict[str, Any], number: int) -> None:
+    right(ws, query | {"body": "another"} if number >= 250 else query, number)
+
+
+def never(ws: ClientConnection, query: dict[str, Any], number: int) -> None:
+    if number != 50:
+        right(ws, query, number)
+
+
+def goodbye(ws: ClientConnection, query: dict[str, Any], number: int) -> None:
+    if number == 50:
+        ws.close()
+    else:
+        right(ws, query, number)
+
+
+@contextmanager
+def agent(address: str, answer: Answer) -> Iterator[None]:
+    def serve() -> None:
+        with contextlib.suppress(ConnectionClosed, OSError), connect(f"ws://{address}/ws", proxy=None) as ws:
+            ws.send('{"action":"register","name":"a"}')
+            ws.send('{"action":"agent_hello","capabilities":[]}')
+            number = 0
+            for text in ws:
+                query = json.loads(text)
+                if query["action"] == "query":
+                    number += 1
+                    answer(ws, query, number)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield
+    thread.join()
+
+
+@pytest.mark.parametrize("size", [40, 1000, 70_000])
+def test_load_node_counts_answers_of_any_size(size: int) -> None:
+    body = "x" * size
+    with contextlib.ExitStack() as stack:
+        node = LoadNode()
+        stack.enter_context(agent(node.addresses[0], right))
+        stack.enter_context(node)
+        node.wait_registered()
+        node.blast_count(Workload(body, lambda data: data == body), 8, 300, 10)
+        found = node.blast(Workload(body, lambda data: data == body), 8, 0.1, 0.0)
+        assert found.answers > 0
+        assert node.peers[0].in_flight == 0
+
+
+@pytest.mark.parametrize("answer", [twice, unasked, wrong, never, goodbye])
+def test_load_node_takes_no_wrong_answer_for_a_right_one(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.load_node.PATIENCE_S", 0.5)
+    with contextlib.ExitStack() as stack:
+        node = LoadNode()
+        stack.enter_context(agent(node.addresses[0], answer))
+        stack.enter_context(node)
+        node.wait_registered(patience_s=10)
+        with pytest.raises(WrongAnswer):
+            node.blast_count(Workload("x", lambda data: data == "x"), 8, 600, 2)
+
+
+def test_systems_take_turns_and_keep_the_order_of_their_runs() -> None:
+    turns: list[str] = []
+
+    def once(name: str) -> dict[str, float]:
+        turns.append(name)
+        return {"rate": float(len(turns))}
+
+    found = interleave({"a": lambda: once("a"), "b": lambda: once("b")}, 3, lambda line: None)
+    assert turns == ["a", "b"] * 3
+    assert found == {"a": {"rate": [1, 3, 5]}, "b": {"rate": [2, 4, 6]}}
+
+
+def test_targets_compare_medians_of_one_run() -> None:
+    def figure(system: str, *runs: float) -> Figure:
+        return Figure(suite="ws", name="W=64, 40 B", system=system, unit="queries/s", runs=list(runs))
+
+    found = [figure("em-runner, async", 90, 100, 400), figure("SDK technique", 19, 20, 21)]
+    results = Results(date="", machine={}, versions={}, figures=found)
+    table = targets.table(results)
+    assert "| WebSocket, W=64, async echo / the SDK's technique | 5 x | 8 x | 5 x | kept |" in table
+    assert table.count("not measured") == len(targets.TARGETS) - 1
+    assert targets.TARGETS[0].verdict(8.0) == "reached"
+    assert targets.TARGETS[0].verdict(4.9) == "MISSED"
+    assert "| ws | W=64, 40 B | em-runner, async | 100 queries/s | 90 | 400 |" in targets.medians(results)
+
+
+def test_quantile_is_a_value_that_was_found() -> None:
+    assert quantile([5, 1, 3], 0.5) == 3
+    assert quantile(list(range(1, 101)), 0.99) in (99, 100)
+
+
+def test_http_answer_is_whole_or_not_yet_there() -> None:
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    answer = parse(whole + b"HTTP/1.1")
+    assert answer is not None
+    assert (answer.status, answer.body, answer.size) == (200, b"ok", len(whole))
+    assert parse(whole[:-1]) is None
+    with pytest.raises(ValueError, match="content-length"):
+        parse(b"HTTP/1.1 200 OK\r\n\r\n")
