@@ -7,6 +7,7 @@ for a `backoff`, and the next attempt follows.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import random
 import socket
@@ -119,18 +120,27 @@ class Connection:
         node, loop = self._spec.node, asyncio.get_running_loop()
         # A new context each time: the CA file may have been renewed since.
         tls = ssl.create_default_context(cafile=self._options.tls_ca_file) if node.tls else None
-        name = node.host if node.tls else None
         with anyio.fail_after(self._options.connect_timeout_ms / 1000):
-            addresses = await loop.getaddrinfo(node.host, node.port, type=socket.SOCK_STREAM)
-            where: dict[str, Any] = {"host": node.host, "port": node.port}
-            if len(addresses) > 1:
-                sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                where = {"sock": sock}
             _, attempt = await loop.create_connection(
-                lambda: self._begin(token), **where, ssl=tls, server_hostname=name
+                lambda: self._begin(token),
+                **await self._way(),
+                ssl=tls,
+                server_hostname=node.host if node.tls else None,
             )
         return attempt
+
+    async def _way(self) -> dict[str, Any]:
+        """Return what leads to the node: its address, or for a name a socket that is connected to one of its own."""
+        node = self._spec.node
+        if _is_address(node.host):  # no resolver is needed, and none of its threads
+            return {"host": node.host, "port": node.port}
+        sock = await aiohappyeyeballs.start_connection(await self._resolve(), happy_eyeballs_delay=NEXT_ADDRESS_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return {"sock": sock}
+
+    async def _resolve(self) -> list[tuple[Any, ...]]:
+        node, loop = self._spec.node, asyncio.get_running_loop()
+        return list(await loop.getaddrinfo(node.host, node.port, type=socket.SOCK_STREAM))
 
     def _begin(self, token: str | None) -> Attempt:
         spec, options = self._spec, self._options
@@ -146,6 +156,14 @@ class Connection:
         held = self._folded.admit(reason)
         if held is not None:
             self._log.warning("frames_ignored", reason=reason, more=held)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _describe(exc: Exception, authority: str, timeout_ms: int) -> str:
