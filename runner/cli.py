@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import anyio
 import typer
@@ -68,7 +68,7 @@ def _give_up_output() -> None:
         os.close(nowhere)
 
 
-def _leave(message: str, status: int) -> None:
+def _leave(message: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):
         print(f"em-runner: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
@@ -223,6 +223,45 @@ def query(
     if answer.status == 200:
         _leave(f"what answers at {base} is not em-runner", EXIT_FAILED)
     _leave(f"{answer.status}: {message}", client.exit_status(answer.status))
+
+
+@cli.command("status")
+def show_status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what GET /workers answers.")] = False,
+    interval_s: Annotated[
+        float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between two looks.")
+    ] = 1.0,
+    url: Annotated[str | None, typer.Option(help="The runner, such as http://127.0.0.1:9600.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="A file with the runner's HTTP token.")] = None,
+    state_dir: StateDir = Path(DEFAULT_STATE_DIR),
+) -> None:
+    """Show the workers of a running runner, each with its state, its counts and its last error.
+
+    Exit status: 0 when all workers are ready, 1 when not all are, 2 when no runner answers.
+
+    Example: em-runner status --watch
+    """
+    from runner import status
+
+    if watch and as_json:
+        raise typer.BadParameter("--watch is for people and --json for programs; give one of them")
+    secret = None if token_file is None else tokens.read_secret_file(token_file)
+    try:
+        base = client.find(url, state_dir.expanduser())
+        if watch:
+            with contextlib.suppress(KeyboardInterrupt):
+                status.watch(_out, base, secret, interval_s)
+            return
+        table = status.fetch(base, secret)
+    except (StartError, status.NotAnswered) as exc:
+        _leave(str(exc), status.EXIT_NO_RUNNER)
+    if as_json:
+        _print_json(table)
+    else:
+        _out.print(status.grid(table.workers, fitted=_on_terminal))
+        _out.print(status.summary(table.workers))
+    raise typer.Exit(status.exit_status(table.workers))
 
 
 def _overridden(config: Config, http: str | None, state_dir: Path | None) -> Config:

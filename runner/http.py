@@ -15,7 +15,7 @@ from runner.answers import JSON, Refusal
 from runner.direct import DirectQueries
 from runner.guard import BearerToken, Guard, Guarded, LocalOnly
 from runner.router import Router
-from runner.supervisor import WorkerRow
+from runner.table import WorkerRow
 from shared.config import HttpAddress
 from shared.tokens import Secret
 

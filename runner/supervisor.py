@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final
 
 import anyio
 import msgspec
@@ -19,23 +19,11 @@ from runner.incarnation import Incarnation
 from runner.process import ForkServer, SpawnError
 from runner.restarts import RestartHistory, RestartPolicy
 from runner.router import Router
+from runner.table import ChildState, WorkerRow
 from shared import ipc
 from shared.config import WorkerSpec
 from shared.ipc import KEY_BYTES, Counters, Launch
 
-ChildState = Literal[
-    "starting",
-    "standby",
-    "connecting",
-    "registering",
-    "ready",
-    "backoff",
-    "draining",
-    "stopped",
-    "crashed",
-    "restarting",
-    "failed",
-]
 START_TIMEOUT_S: Final = 60.0
 """How long a worker may take to load its handler and set it up."""
 
@@ -44,27 +32,6 @@ REPLACED_AT_ONCE: Final = 4
 
 KILL_GRACE_S: Final = 0.5
 """How much longer than its own time for draining a worker gets before it is killed."""
-
-
-class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the table of workers, as operators see it; `uptime_s` is its process's, 0 without one."""
-
-    name: str
-    agent: str
-    node: str
-    state: ChildState
-    detail: str
-    pid: int | None
-    incarnation: int
-    uptime_s: float
-    restarts: int
-    queries: int
-    queries_node: int
-    queries_http: int
-    errors: int
-    reconnects: int
-    ignored: dict[str, int]
-    last_error: str
 
 
 class Child:

@@ -1,0 +1,96 @@
+"""`em-runner status` against a real runner, and without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+from disco import NodeSettings, serve
+from tests.cluster import ROOT, agent, cluster, until
+
+pytestmark = pytest.mark.anyio
+
+
+async def status(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return await anyio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [sys.executable, "-m", "runner", "status", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+    )
+
+
+async def test_status_tells_people_programs_and_scripts_how_it_stands(tmp_path: Path, anyio_backend: object) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("let-me-in")
+    secret.chmod(0o600)
+    async with serve(NodeSettings(port=0)) as node:
+        agents = [agent("a", [node.url]), agent("b", ["127.0.0.1:9"])]
+        async with cluster(tmp_path, *agents, runner='http_token_file = "token"') as running:
+            running.http.headers["authorization"] = "Bearer let-me-in"
+            await running.wait_state("a_server", "ready")
+            await running.wait_state("b_server", "backoff")
+            where = ("--state-dir", str(running.state_dir))
+            known = (*where, "--token-file", str(secret))
+
+            told = await status(*known)
+            assert told.returncode == 1
+            assert "1 of 2 workers ready" in told.stdout
+            (line,) = [line for line in told.stdout.splitlines() if line.startswith("b_server")]
+            assert "backoff" in line
+            assert "Connection refused" in line
+
+            answer = await status(*known, "--json")
+            assert (answer.returncode, answer.stderr) == (1, "")
+            rows = {row["name"]: row["state"] for row in json.loads(answer.stdout)["workers"]}
+            assert rows == {"a_server": "ready", "b_server": "backoff"}
+
+            refused = await status(*where)
+            assert refused.returncode == 2
+            assert "--token-file" in refused.stderr
+            assert "Traceback" not in refused.stderr
+    gone = await status(*known)
+    assert gone.returncode == 2
+    assert "no runner is known" in gone.stderr
+
+
+async def test_watch_goes_on_until_ctrl_c_and_says_when_the_runner_is_gone(
+    tmp_path: Path, anyio_backend: object
+) -> None:
+    async with serve(NodeSettings(port=0)) as node, cluster(tmp_path, agent("a", [node.url])) as running:
+        await running.wait_ready()
+        seen = tmp_path / "seen"
+        with seen.open("wb") as sink:
+            watching = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
+                [
+                    sys.executable,
+                    "-m",
+                    "runner",
+                    "status",
+                    "-w",
+                    "--interval",
+                    "0.1",
+                    "--state-dir",
+                    str(running.state_dir),
+                ],
+                cwd=ROOT,
+                stdout=sink,
+                stderr=sink,
+                env={"TTY_COMPATIBLE": "1", "TERM": "xterm", "PATH": ""},
+            )
+        try:
+            await until(lambda: b"1 of 1 worker ready" in seen.read_bytes(), "the table is shown")
+            await running.stop()
+            await until(
+                lambda: b"no runner is known" in seen.read_bytes() or b"is the runner up?" in seen.read_bytes(),
+                "it is gone",
+            )
+        finally:
+            watching.send_signal(2)
+            await anyio.to_thread.run_sync(watching.wait)
+        assert watching.returncode == 0
+        assert b"Traceback" not in seen.read_bytes()
