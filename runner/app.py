@@ -19,6 +19,7 @@ from runner.http import Api
 from runner.process import ForkServer
 from runner.reload import ReadConfig, Reloader, policy_of, workers_by_agent
 from runner.router import Router
+from runner.service_manager import ServiceManager
 from runner.start import OnStarted, Surroundings
 from runner.state_dir import StateDir
 from runner.supervisor import Supervisor
@@ -48,6 +49,7 @@ class Runner:
         fork_server: ForkServer,
         state: StateDir,
         listener: socket.socket,
+        service_manager: ServiceManager,
     ) -> None:
         self._config = config
         self._fork_server = fork_server
@@ -68,6 +70,7 @@ class Runner:
         )
         self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
         self._server = HttpServer(self._api.app, listener, direct=self._api.queries.take)
+        self._service_manager = service_manager
         self._leaving_since_s: float | None = None
         self._log = structlog.get_logger("runner")
 
@@ -81,6 +84,7 @@ class Runner:
             async with (around or _nothing_around)(), anyio.create_task_group() as tasks:
                 await tasks.start(self._obey_signals)
                 tasks.start_soon(self._reloader.run)
+                tasks.start_soon(self._service_manager.report, lambda: self._supervisor.rows)
                 await self._server.start()
                 self._announce(on_started)
                 gc.freeze()  # what is there by now stays: no collection has to look at it while queries wait
@@ -117,6 +121,7 @@ class Runner:
         elif self._leaving_since_s is None:
             self._leaving_since_s = time.monotonic()
             self._supervisor.retire()
+            self._service_manager.leave()
             self._log.info("draining", why=number.name)
             tasks.start_soon(self._drain)
         elif time.monotonic() - self._leaving_since_s > SAME_SIGNAL_S:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from runner.process import ForkServer
+from runner.service_manager import ServiceManager
 from shared.config import Config, HttpAddress, worker_specs
 from shared.errors import StartError
 
@@ -55,6 +56,7 @@ def run(
     _require_descriptors(len(worker_specs(config)))
     signal.signal(signal.SIGTERM, _leave_early)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
+    service_manager = ServiceManager()  # before the fork server: no worker inherits the way to it
     fork_server = ForkServer()
     fork_server.start()
     from runner.app import Runner
@@ -65,7 +67,7 @@ def run(
     place = resolve(config.http.host, config.http.port, hint=PORT_HINT)
     with hold(config.state_dir) as state, listen(place, hint=PORT_HINT) as listener:
         check_handlers(config.agents, fork_server)
-        runner = Runner(config, read_again, fork_server, state, listener)
+        runner = Runner(config, read_again, fork_server, state, listener, service_manager)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
 
 
