@@ -17,7 +17,7 @@ from rich.text import Text
 from runner import client
 from shared import logs, tokens
 from shared.config import Config, HttpAddress, load, parse_http_address
-from shared.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, StartError
+from shared.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_HANDLER_FAILED, ConfigError, StartError
 from shared.schema import DEFAULT_HTTP, DEFAULT_STATE_DIR, LogFormat, LogLevel
 from shared.tokens import Secret, TokenError
 
@@ -180,6 +180,27 @@ def run_disco(
         lambda: disco.main.run(settings, announce=lambda node: print(f"em_disco node at {node.url}", flush=True)),
         backend_options={"use_uvloop": True},
     )
+
+
+@cli.command("try")
+def try_out(
+    handler: Annotated[str, typer.Argument(help="module:attribute or path/to/file.py:attribute.")],
+    text: Annotated[str, typer.Argument(help="The query.")],
+    memory: Annotated[str, typer.Option(help="What it remembers before, a JSON object.")] = "{}",
+    timeout_s: Annotated[float, typer.Option(min=0.01, max=3600, help="How long it may take, in seconds.")] = 30.0,
+) -> None:
+    """Call a handler once, without a node or a runner, and print its result, its memory and the time it took.
+
+    Exit status: 0 when it answered, 3 when it failed, 78 when it cannot be loaded.
+
+    Example: em-runner try agents.py:handle "what is new?" --memory '{"asked": 3}'
+    """
+    from runner import trials
+
+    report = trials.try_out(handler, text, memory, timeout_s)
+    print(report.text)
+    if report.failed:
+        _leave(report.failed, EXIT_HANDLER_FAILED)
 
 
 @cli.command()

@@ -25,7 +25,8 @@ import anyio.to_thread
 from shared.errors import ConfigError, StartError
 from shared.handlers import HandlerRef
 from shared.ipc import Launch
-from worker.entry import probe, run  # the worker's entry points: the only line of the runner that knows them
+from shared.trial import Trial
+from worker.entry import probe, run, trial  # the worker's entry points: the only line of the runner that knows them
 
 PRELOAD: Final = "worker.preload"
 SAFE_PATH: Final = "PYTHONSAFEPATH"
@@ -80,15 +81,30 @@ class ForkServer:
         Raises:
             ConfigError: when it cannot be loaded, or takes more than a minute.
         """
+        return tuple(self._ask(probe, (ref,), f"the handler {ref} is not imported after", PROBE_TIMEOUT_S))
+
+    def try_out(self, ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float) -> Trial:
+        """Call a handler once in a process of its own.
+
+        Raises:
+            ConfigError: when it cannot be loaded, or ends its process.
+        """
+        late = f"the handler {ref} has not answered after"
+        found: Trial = self._ask(trial, (ref, text, memory, timeout_s), late, PROBE_TIMEOUT_S + timeout_s)
+        return found
+
+    def _ask(self, target: Callable[..., None], arguments: tuple[Any, ...], late: str, timeout_s: float) -> Any:
+        """Run `target` in a process that loads a handler, and return what it sends."""
+        ref: HandlerRef = arguments[0]
         receiver, sender = self._context.Pipe(duplex=False)
         try:
-            process = self._start_process(probe, (ref, sender), f"probe {ref}")
+            process = self._start_process(target, (*arguments, sender), f"probe {ref}")
             self._probes.add(process)
             sender.close()
             try:
-                if not receiver.poll(PROBE_TIMEOUT_S):
-                    raise ConfigError(f"the handler {ref} is not imported after {PROBE_TIMEOUT_S:.0f} s")
-                capabilities, error = receiver.recv()
+                if not receiver.poll(timeout_s):
+                    raise ConfigError(f"{late} {timeout_s:.0f} s")
+                found, error = receiver.recv()
             except BaseException:  # Ctrl-C too: multiprocessing would wait for the import at the end
                 process.kill()
                 raise
@@ -101,7 +117,7 @@ class ForkServer:
         self._probes.discard(process)
         if error is not None:
             raise ConfigError(error)
-        return tuple(capabilities)
+        return found
 
     def abandon_probes(self) -> None:
         """End the processes that still load handlers: nobody waits for what they find."""

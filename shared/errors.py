@@ -5,6 +5,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_HANDLER_FAILED = 3
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 
 

@@ -33,6 +33,7 @@ from worker.memories import memory_for
 from worker.memory import Memory, MemoryFault
 from worker.orphan import leave_with_parent
 from worker.results import HandlerFault
+from worker.trial import attempt
 
 _KIND: Final = re.compile("[:(]")
 """What ends the part of a reason that is ours: what a node says comes after it."""
@@ -77,6 +78,21 @@ def probe(ref: HandlerRef, pipe: Pipe) -> None:
     except ConfigError as exc:
         pipe.send(((), str(exc)))
     pipe.close()
+    os._exit(EXIT_DONE)
+
+
+def trial(ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float, pipe: Pipe) -> None:
+    """Call a handler once and send `(trial, error)`. The target of a process that ends after it."""
+    leave_with_parent()
+    logs.configure("error")
+    try:
+        pipe.send((attempt(ref, text, memory, timeout_s), None))
+    except ConfigError as exc:
+        pipe.send((None, str(exc)))
+    pipe.close()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(EXIT_DONE)
 
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "disco": {"disco", "shared"},
     "shared": {"shared"},
 }
-ENTRY_POINT = ("runner/process.py", "worker.entry", ("probe", "run"))
+ENTRY_POINT = ("runner/process.py", "worker.entry", ("probe", "run", "trial"))
 MAX_LINES = 450
 
 
