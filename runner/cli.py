@@ -182,6 +182,24 @@ def run_disco(
     )
 
 
+@cli.command("new")
+def write_new(
+    name: Annotated[str, typer.Argument(help="The agent's name, a Python name such as weather_report.")],
+    folder: Annotated[Path, typer.Option(help="Where its own folder is made.")] = Path(),
+) -> None:
+    """Write a new agent: a handler, its test and its configuration, which run as they are.
+
+    Example: em-runner new weather_report
+    """
+    from runner import new
+
+    written = new.write(name, folder)
+    inside = written[0].parent
+    _out.print("\n".join(f"wrote {path}" for path in written))
+    _out.print(f"\nTry it:\n\n  cd {inside}\n  em-runner try {written[0].name}:handle 'red fish'\n  pytest")
+    _out.print("  em-runner check")
+
+
 @cli.command("try")
 def try_out(
     handler: Annotated[str, typer.Argument(help="module:attribute or path/to/file.py:attribute.")],

@@ -40,12 +40,20 @@ def load(ref: HandlerRef) -> Handler:
         ConfigError: one line that says what failed and where.
     """
     try:
-        found = _attribute(_import(ref), ref)
-        target = found() if inspect.isclass(found) else found
+        return examined(_attribute(_import(ref), ref), ref)
     except ConfigError:
         raise
     except BaseException as exc:  # noqa: BLE001 - a module may raise anything, SystemExit too, while it is imported
         raise ConfigError(f"the handler {ref} cannot be imported: {_describe(exc)}") from None
+
+
+def examined(found: Any, ref: HandlerRef) -> Handler:
+    """Check that an object can be called as a handler; a class is instantiated. `ref` is what errors call it.
+
+    Raises:
+        ConfigError: one line that says what is wrong with it.
+    """
+    target = found() if inspect.isclass(found) else found
     handle = getattr(target, "handle", target)
     if not callable(handle):
         raise ConfigError(

@@ -182,7 +182,7 @@ async def test_disco_command_runs_a_node_alone(tmp_path: Path) -> None:
     assert status == 0
 
 
-@pytest.mark.parametrize("name", ["run", "reload", "status", "check", "try", "demo", "disco", "token", "query"])
+@pytest.mark.parametrize("name", ["run", "reload", "status", "check", "try", "new", "demo", "disco", "token", "query"])
 async def test_help_of_every_command_has_an_example(name: str) -> None:
     found = await command(name, "--help")
     assert found.returncode == 0

@@ -1,0 +1,137 @@
+"""For your own tests: a handler at an embedded node, run as a worker runs it, from plain pytest.
+
+    from worker.testing import running
+
+    def test_counts():
+        with running("agents.py:handle") as agent:
+            assert agent.ask("fish") == [{"type": "count", "properties": {"number": 1}}]
+            assert agent.memory == {"count": 1}
+
+No process, no port to choose, no token: the node listens on loopback, where the kernel finds a port, and
+is gone at the end of the `with`. What a worker does to a query is done here too: the WebSocket, the
+handler's thread or loop, its time-out, what its result and memory must be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from disco import Node, NodeSettings, serve
+from shared.config import Agent, Connection, WorkerSpec
+from shared.handlers import HandlerRef, parse_handler
+from shared.ipc import Counters
+from shared.nodes import NodeAddress
+from shared.schema import MemoryKind
+from worker.connection import Connection as Line
+from worker.dispatchers import dispatcher_for
+from worker.handler import Handler, examined, load
+from worker.memories import memory_for
+from worker.memory import Memory
+
+NAME: Final = "agent_under_test"
+_REF: Final = HandlerRef("the handler under test", None, "handle", Path())
+_PATIENCE_S: Final = 10.0
+
+
+class HandlerFailed(AssertionError):
+    """The handler failed at a query, or took too long; the text says why."""
+
+
+class AgentUnderTest:
+    """A handler that answers at an embedded node; `running` makes one."""
+
+    def __init__(self, portal: BlockingPortal, node: Node, memory: Memory, counters: Counters) -> None:
+        self._portal = portal
+        self._node = node
+        self._memory = memory
+        self._counters = counters
+
+    @property
+    def memory(self) -> dict[Any, Any]:
+        """What the next query will get."""
+        return dict(self._memory.checkout())
+
+    def ask(self, text: str) -> list[Any]:
+        """Ask through the node and return what it makes of the answer: a list of embryos.
+
+        Raises:
+            HandlerFailed: when the handler failed, or took longer than its time.
+        """
+        errors = self._counters.errors
+        found: list[Any] = self._portal.call(self._node.query, text)
+        if self._counters.errors > errors:
+            raise HandlerFailed(self._counters.last_error)
+        return found
+
+
+@contextmanager
+def running(
+    handler: str | Callable[..., Any] | type,
+    *,
+    memory: MemoryKind = "ram",
+    folder: Path | None = None,
+    timeout_s: float = 5.0,
+) -> Iterator[AgentUnderTest]:
+    """Run a handler at an embedded node for as long as the `with` lasts.
+
+    Args:
+        handler: `module:attribute` or `file.py:attribute`, as in a configuration, or the function or class itself.
+        memory: as in a configuration; `disk` needs a `folder`, where its file is made.
+        folder: where a handler's file or module is looked for, and a disk memory kept; else the current folder.
+        timeout_s: how long one query may take.
+
+    Raises:
+        ConfigError: when it cannot be loaded.
+        HandlerFault: when its `setup` fails.
+    """
+    if memory == "disk" and folder is None:
+        raise ValueError("a disk memory needs a folder, such as pytest's tmp_path")
+    here = folder or Path.cwd()
+    loaded = load(parse_handler(handler, here)) if isinstance(handler, str) else examined(handler, _REF)
+    with start_blocking_portal(backend_options={"use_uvloop": True}) as portal:
+        life = portal.wrap_async_context_manager(_running(portal, loaded, memory, here, timeout_s))
+        try:
+            agent = life.__enter__()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        try:
+            yield agent  # a test that fails here fails as it is: the task groups within never see it
+        finally:
+            life.__exit__(None, None, None)
+
+
+@asynccontextmanager
+async def _running(
+    portal: BlockingPortal, handler: Handler, kind: MemoryKind, folder: Path, timeout_s: float
+) -> AsyncIterator[AgentUnderTest]:
+    counters, memory = Counters(), memory_for(kind, NAME, folder)
+    async with serve(NodeSettings(port=0, query_timeout_ms=round((timeout_s + _PATIENCE_S) * 1000))) as node:
+        address = NodeAddress(node.host, node.port, False)
+        agent = Agent(name=NAME, handler=_REF, nodes=(address,), connection=Connection(reconnect_interval_ms=100))
+        spec = WorkerSpec(name=NAME, agent=agent, node=address, index=1)
+        dispatcher = dispatcher_for(handler, memory, counters, 1, timeout_s)
+        line = Line(spec, handler.capabilities, dispatcher, counters, lambda state, detail: None)
+        memory.open()
+        try:
+            async with anyio.create_task_group() as tasks, dispatcher.running():
+                await dispatcher.set_up()
+                tasks.start_soon(line.run)
+                await node.wait_for(NAME, _PATIENCE_S)
+                yield AgentUnderTest(portal, node, memory, counters)
+                with anyio.move_on_after(timeout_s):
+                    await line.drain()
+                    await dispatcher.tear_down()
+                tasks.cancel_scope.cancel()
+        finally:
+            memory.close()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
