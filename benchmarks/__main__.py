@@ -8,15 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from benchmarks import endurance, fanout, http, isolation, mixed, plot, recovery, targets, ws
-from benchmarks.load_node import WrongAnswer
 from benchmarks.measure import Figure, Results, machine, today, versions
-from benchmarks.systems import StartFailed
 
 SUITES: Final = {
     "ws": ws.run,
@@ -28,6 +27,7 @@ SUITES: Final = {
     "endurance": endurance.run,
 }
 RESULTS: Final = Path(__file__).parent / "results"
+PARTIAL: Final = RESULTS / "partial"
 
 
 def main() -> int:
@@ -40,11 +40,13 @@ def main() -> int:
         _tell(f"{name}:")
         try:
             found += SUITES[name](options.runs, options.quick, _tell)
-        except (WrongAnswer, StartFailed, OSError) as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, half an hour's figures are not lost to it
             failed = 1
-            _tell(f"{name} failed: {exc}\n" + "\n".join(getattr(exc, "__notes__", [])))
+            _tell(f"{name} failed: " + "".join(traceback.format_exception(exc)))
         _tell(f"{name} took {time.monotonic() - began_s:.0f} s")
     results = Results(date=today(), machine=machine(), versions=versions(), figures=found)
+    if failed and options.out == RESULTS:
+        options.out = PARTIAL
     _write(results, options.out)
     print(targets.table(results))
     return failed
@@ -59,7 +61,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.out is None:  # only a whole run replaces what the README shows
         whole = options.only == list(SUITES) and options.runs >= 5 and not options.quick
-        options.out = RESULTS if whole else RESULTS / "partial"
+        options.out = RESULTS if whole else PARTIAL
     return options
 
 

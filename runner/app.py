@@ -66,7 +66,12 @@ class Runner:
             specs, policy_of(config), fork_server, self._router, config.supervision.shutdown_timeout_ms / 1000
         )
         self._api = Api(
-            self._router, workers_by_agent(specs), lambda: self._supervisor.rows, config.http, config.http_token
+            self._router,
+            workers_by_agent(specs),
+            lambda: self._supervisor.rows,
+            lambda: self._supervisor.samples,
+            config.http,
+            config.http_token,
         )
         self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
         self._server = HttpServer(self._api.app, listener, direct=self._api.queries.take)

@@ -145,27 +145,28 @@ class DirectQueries:
 class QueryExchange(DirectExchange):
     """One direct query."""
 
-    __slots__ = ("_named", "_queries", "_sequence")
+    __slots__ = ("_named", "_queries", "_refusal", "_sequence")
 
     def __init__(self, queries: DirectQueries, connection: HttpConnection, named: Named) -> None:
         parser = connection.parser
         super().__init__(
             connection,
             keep_alive=parser.get_http_version() != "1.0" and parser.should_keep_alive(),
-            expects_continue=connection.expect_100_continue,
+            expects_continue=connection.expect_100_continue and parser.get_http_version() == "1.1",
         )
         self._queries = queries
         self._named = named
         self._sequence: int | None = None
+        # Judged now, though it may have to wait for its turn: by then the parser has other requests' headers,
+        # or this one's trailers, which must count for nothing here (RFC 9110, 6.5.1).
+        self._refusal = queries.guard.objection(connection.headers)
+        if self._refusal is None and _declared_too_large(connection.headers):
+            self._refusal = _TOO_LARGE
 
     def start(self) -> None:
-        """Look who asks, before the body is read."""
-        headers = self.connection.headers
-        refusal = self._queries.guard.objection(headers)
-        if refusal is None and _declared_too_large(headers):
-            refusal = _TOO_LARGE
-        if refusal is not None:
-            self._refuse(refusal)
+        """Answer who must not ask before the body is read."""
+        if self._refusal is not None:
+            self._refuse(self._refusal)
         else:
             super().start()
 
@@ -229,5 +230,6 @@ def _declared_too_large(headers: list[tuple[bytes, bytes]]) -> bool:
     """Return whether a client says that it will send too much: that is not read."""
     for name, value in headers:
         if name == b"content-length":
-            return value.isdigit() and int(value) > MAX_BODY_BYTES
+            declared = value.strip()
+            return declared.isdigit() and int(declared) > MAX_BODY_BYTES
     return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -20,6 +21,7 @@ from shared.tokens import Secret
 
 OPEN_PATH: Final = "/health"
 _MOST_HOSTS: Final = 64
+_HOST: Final = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]@]*?)\.?)(?::\d*)?")
 _NO_TOKEN: Final = Refusal(
     401, "a bearer token is needed: Authorization: Bearer TOKEN", (("www-authenticate", "Bearer"),)
 )
@@ -43,7 +45,7 @@ class BearerToken:
     """Asks every request but those to /health for `Authorization: Bearer`, compared in constant time."""
 
     def __init__(self, token: Secret) -> None:
-        self._expected = b"Bearer " + token.reveal().encode()
+        self._expected = token.reveal().encode()
 
     def objection(self, headers: Headers, path: str = "") -> Refusal | None:
         """Return why a request is refused, or None."""
@@ -51,7 +53,9 @@ class BearerToken:
             return None
         for name, value in headers:
             if name == b"authorization":
-                return None if hmac.compare_digest(value, self._expected) else _NO_TOKEN
+                scheme, _, given = value.strip().partition(b" ")
+                right = hmac.compare_digest(given.strip(), self._expected)
+                return None if right and scheme.lower() == b"bearer" else _NO_TOKEN
         return _NO_TOKEN
 
 
@@ -71,15 +75,15 @@ class LocalOnly:
         host = origin = b""
         for name, value in headers:
             if name == b"host":
-                host = value
+                host = value.strip()
             elif name == b"origin":
-                origin = value
+                origin = value.strip()
         if host not in self._known:
             if not self._is_ours(host):
                 return _NOT_OURS
             if len(self._known) < _MOST_HOSTS:  # any address will do, and there are many
                 self._known.add(host)
-        if origin and origin.partition(b"://")[2] != host:
+        if origin and origin != b"http://" + host:
             return _ELSEWHERE
         return None
 
@@ -87,8 +91,10 @@ class LocalOnly:
         # HTTP/1.0 clients may send none; browsers always do.
         if not host:
             return True
-        text = host.decode("latin-1").lower()
-        name = text[1:].partition("]")[0] if text.startswith("[") else text.partition(":")[0]
+        found = _HOST.fullmatch(host.decode("latin-1").lower())
+        if found is None:
+            return False
+        name = found[1] or found[2]
         return name in self._names or _is_address(name)
 
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from runner.answers import JSON, Refusal
 from runner.direct import DirectQueries
 from runner.guard import BearerToken, Guard, Guarded, LocalOnly
+from runner.metrics import CONTENT_TYPE, Sample, exposition
 from runner.router import Router
 from runner.table import WorkerRow
 from shared.config import HttpAddress
@@ -29,6 +30,7 @@ class Api:
         router: what carries queries to workers.
         agents: each agent's workers, its primary first.
         table: returns the table of workers.
+        samples: returns what they counted.
         address: where the runner listens.
         token: what every route but /health asks for, or None: then only programs of this machine may ask.
     """
@@ -38,11 +40,13 @@ class Api:
         router: Router,
         agents: Mapping[str, tuple[str, ...]],
         table: Table,
+        samples: Callable[[], Sequence[Sample]],
         address: HttpAddress,
         token: Secret | None = None,
     ) -> None:
         self._agents = agents
         self._table = table
+        self._samples = samples
         guard: Guard = LocalOnly(address) if token is None else BearerToken(token)
         self.queries = DirectQueries(router, agents, guard)
         routes = [
@@ -53,6 +57,7 @@ class Api:
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/workers", self._workers),
+            Route("/metrics", self._metrics),
         ]
         routed = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
         routed.router.redirect_slashes = False
@@ -84,6 +89,9 @@ class Api:
 
     async def _workers(self, request: Request) -> Response:
         return JSON({"workers": list(self._table())})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(exposition(self._samples()), media_type=CONTENT_TYPE)
 
 
 def _state_in_words(row: WorkerRow) -> str:

@@ -26,7 +26,7 @@ class Incarnation:
     """A running process: what it says of itself, and how it can be ended.
 
     Attributes:
-        failure: why it cannot go on, in its own words or in ours; empty while it can.
+        failure: why it cannot go on, in its own words or in ours; empty while it can. `cause` is that in a word.
         wants_successor: why it wants one, empty while it does not.
         legacy: what it remembered, once it has handed that over.
         successor: what takes its place when it ends; until then an end is a death.
@@ -39,6 +39,7 @@ class Incarnation:
         self.state: WorkerState = "starting"
         self.detail = ""
         self.failure = ""
+        self.cause = ""
         self.wants_successor = ""
         self.legacy: bytes | None = None
         self.successor: Incarnation | None = None
@@ -88,7 +89,7 @@ class Incarnation:
             while self.state == "starting":  # its loop is busy with the handler's import: no heartbeats yet
                 await self.changed.wait()
         if scope.cancelled_caught:
-            self.kill(f"it was not up within {start_timeout_s:.0f} s of its start")
+            self.kill(f"it was not up within {start_timeout_s:.0f} s of its start", "not_up")
             return
         self._router.pardon(self.launch)
         silent_s = 0.0
@@ -104,7 +105,7 @@ class Incarnation:
                 self._router.pardon(self.launch)
                 silent_s = 0.0
             elif silent_s >= liveness_timeout_s:
-                self.kill(f"nothing was heard of it for {round(liveness_timeout_s * 1000)} ms")
+                self.kill(f"nothing was heard of it for {round(liveness_timeout_s * 1000)} ms", "silent")
                 return
 
     async def reached(self, state: WorkerState) -> bool:
@@ -135,8 +136,14 @@ class Incarnation:
         self.kill()
         await self.over.wait()
 
-    def kill(self, why: str = "") -> None:
-        """End the process at once."""
+    @property
+    def silent_s(self) -> float:
+        """Since when nothing was heard of it."""
+        return self._router.silent_for_s(self.launch)
+
+    def kill(self, why: str = "", cause: str = "") -> None:
+        """End the process at once; `cause` is the reason in a word."""
+        self.cause = self.cause or cause
         if why:
             self._log.error("worker_killed", pid=self.process.pid, why=why)
         self.failure = self.failure or why

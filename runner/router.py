@@ -237,6 +237,11 @@ class Router:
         """How many queries wait for a reply."""
         return len(self._pending)
 
+    def in_flight_at(self, name: str) -> int:
+        """How many of them a worker has, or will have once it is up."""
+        line = self._by_name.get(name)
+        return (0 if line is None else len(line.in_flight)) + len(self._held.get(name, ()))
+
     def _place(self, pending: Pending, line: Line) -> None:
         """Give a query to a worker."""
         pending.line = line

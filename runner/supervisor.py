@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,6 +17,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from runner.incarnation import Incarnation
+from runner.metrics import Sample
 from runner.process import ForkServer, SpawnError
 from runner.restarts import RestartHistory, RestartPolicy
 from runner.router import Router
@@ -47,7 +49,8 @@ class Child:
         self._current: Incarnation | None = None
         self._incarnations: dict[int, Incarnation] = {}
         self._numbers = 0
-        self._restarts = 0
+        self._restarts: Counter[str] = Counter()
+        self._cause = ""
         self._before = Counters()
         self._stopping = anyio.Event()
         self._ended = anyio.Event()
@@ -56,11 +59,8 @@ class Child:
 
     @property
     def row(self) -> WorkerRow:
-        """The worker as operators see it now. Counters go on where a dead process's ended."""
-        current = self._current
-        now = current.counters if current is not None else Counters()
-        node = self._before.queries_node + now.queries_node
-        http = self._before.queries_http + now.queries_http
+        """The worker as operators see it now."""
+        current, counted = self._current, self.counted
         return WorkerRow(
             name=self.spec.name,
             agent=self.spec.agent.name,
@@ -70,15 +70,36 @@ class Child:
             pid=current.process.pid if current is not None else None,
             incarnation=self._numbers if current is None else current.launch.incarnation,
             uptime_s=round(time.monotonic() - current.started_s, 3) if current is not None else 0.0,
-            restarts=self._restarts,
-            queries=node + http,
-            queries_node=node,
-            queries_http=http,
-            errors=self._before.errors + now.errors,
-            reconnects=self._before.reconnects + now.reconnects,
-            ignored=_sum(self._before.ignored, now.ignored),
-            last_error=now.last_error or self._last_error,
+            restarts=self._restarts.total(),
+            queries=counted.queries_node + counted.queries_http,
+            queries_node=counted.queries_node,
+            queries_http=counted.queries_http,
+            errors=counted.errors,
+            reconnects=counted.reconnects,
+            ignored=counted.ignored,
+            last_error=self._last_words,
         )
+
+    @property
+    def counted(self) -> Counters:
+        """What all its processes counted together: it goes on where a dead one's ended."""
+        counted = Counters()
+        counted.add(self._before)
+        if self._current is not None:
+            counted.add(self._current.counters)
+        return counted
+
+    @property
+    def sample(self) -> Sample:
+        """The worker as monitoring sees it now."""
+        current = self._current
+        silent_s = 0.0 if current is None else current.silent_s
+        return Sample(self.row, self.counted, self._restarts, self._router.in_flight_at(self.spec.name), silent_s)
+
+    @property
+    def _last_words(self) -> str:
+        now = self._current.counters.last_error if self._current is not None else ""
+        return now or self._last_error
 
     @property
     def _detail(self) -> str:
@@ -105,6 +126,7 @@ class Child:
         try:
             current: Incarnation | None = await self._fork(self.spec, standby=False)
         except SpawnError as exc:
+            self._cause = "not_started"
             return str(exc)
         how = ""
         while current is not None:
@@ -150,15 +172,18 @@ class Child:
             self._current = None
             self._state = "crashed"
         self._router.drop(incarnation.launch, "the worker died")
-        how = incarnation.failure or f"the process ended: {await incarnation.process.how()}"
+        ended = await incarnation.process.how()
+        how = incarnation.failure or f"the process ended: {ended}"
+        self._cause = incarnation.cause or _cause(ended)
+        self._last_error = incarnation.counters.last_error or self._last_error
         incarnation.process.release()
-        self._add_up(incarnation.counters)
+        self._before.add(incarnation.counters)
         return how
 
     async def _pause(self, how: str, up_s: float) -> None:
         """Decide about a death, and wait as long as that says."""
         decision = self._history.died(time.monotonic(), up_s)
-        self._restarts += 1
+        self._restarts[self._cause] += 1
         self._last_error = how
         self._state = "failed" if decision.failed else "restarting"
         if decision.failed:
@@ -167,13 +192,6 @@ class Child:
         say("worker_" + self._state, why=how, again_in_s=decision.delay_s)
         with anyio.move_on_after(decision.delay_s):
             await self._stopping.wait()
-
-    def _add_up(self, counters: Counters) -> None:
-        before = self._before
-        for name in ("queries_node", "queries_http", "errors", "late", "reconnects"):
-            setattr(before, name, getattr(before, name) + getattr(counters, name))
-        before.ignored = _sum(before.ignored, counters.ignored)
-        self._last_error = counters.last_error or self._last_error
 
     # --- one process takes another's place ---
 
@@ -255,7 +273,7 @@ class Child:
     def on_failed(self, incarnation: int, reason: str) -> None:
         """Take the reason why a worker cannot go on; its process ends by itself."""
         if (heard := self._incarnations.get(incarnation)) is not None:
-            heard.failure = reason
+            heard.failure, heard.cause = reason, "gave_up"
 
     def on_recycle(self, incarnation: int, reason: str) -> None:
         """Take a worker's wish for a successor."""
@@ -337,6 +355,11 @@ class Supervisor:
         """The table of workers."""
         return [child.row for child in self._children.values()]
 
+    @property
+    def samples(self) -> list[Sample]:
+        """The workers with all that they counted."""
+        return [child.sample for child in self._children.values()]
+
     def __len__(self) -> int:
         return len(self._children)
 
@@ -404,5 +427,8 @@ class Supervisor:
             child.kill()
 
 
-def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    return {key: one.get(key, 0) + other.get(key, 0) for key in one.keys() | other.keys()}
+def _cause(ended: str) -> str:
+    """Return in a word how a process ended that said nothing of it before."""
+    if ended.startswith("killed"):
+        return "killed"
+    return "exited" if ended.startswith("exit") else "unknown"

@@ -21,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from shared.http_direct import DirectExchange
+from shared.http_head import BadHead, settled, without_upgrade
 
 LINGER_S: Final = 1.0
 """How long the rest of a request that is already answered is read and dropped."""
@@ -124,6 +125,7 @@ class HttpConnection(HttpToolsProtocol):
         self._relieve = relieve
         self._direct = direct
         self._turning = False
+        self._declined = False
         self._reads: Literal["head", "body", "nothing"] = "head"
         self.waits_since_s = self.stuck_since_s = self.loop.time()
         self._begins = False
@@ -250,29 +252,38 @@ class HttpConnection(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as exc:
-            if not self._should_upgrade():  # it is served as if it had not asked for one: RFC 9110, 7.8
-                return self._go_on_without_upgrade(cast(int, exc.args[0]))
+            if not self._should_upgrade():
+                self._begin_again_without_upgrade()
+                return cast(int, exc.args[0])
             self._refused = True  # for this protocol there is nothing more to read
             self.handle_websocket_upgrade()
         except httptools.HttpParserError as exc:
-            if isinstance(exc.__context__, HeadTooLarge):
-                self._refuse_head()
-            else:
-                self._refuse(400, "that is not an HTTP request")
+            self._refuse_for(exc)
         else:
             if self._head_is_too_large() and not self._refused:
                 self._refuse_head()
         return len(piece)
 
-    def _go_on_without_upgrade(self, used: int) -> int:
-        if self._has_a_body():
-            # httptools does not parse the body of such a request. Nobody may take it for the next request.
-            self.cycle.keep_alive = False
-            self._refused = True
-        return used
+    def _begin_again_without_upgrade(self) -> None:
+        """Serve a request as if it had not asked for an upgrade: RFC 9110, 7.8. httptools has dropped its body."""
+        parser = self.parser
+        head = without_upgrade(parser.get_method(), self.url, parser.get_http_version(), self.headers)
+        self._declined = False
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._feed_piece(head)
 
-    def _has_a_body(self) -> bool:
-        return any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
+    def _refuse_for(self, exc: httptools.HttpParserError) -> None:
+        cause = exc.__context__
+        if isinstance(cause, HeadTooLarge):
+            self._refuse_head()
+        elif isinstance(cause, BadHead):
+            self._refuse(400, str(cause))
+        elif isinstance(exc, httptools.HttpParserCallbackError):
+            self.logger.error("A request could not be taken", exc_info=cause)
+            self._refuse(500, "internal_error")
+        else:
+            self._refuse(400, "that is not an HTTP request")
 
     # --- what the parser calls ---
 
@@ -287,14 +298,16 @@ class HttpConnection(HttpToolsProtocol):
             raise HeadTooLarge
         self._unheard_bytes = 0
         self._begin_to_read("body")
-        upgrades = self.parser.should_upgrade()
-        if self._direct is not None and not (upgrades and self._should_upgrade()):
-            exchange = self._direct(self)
-            if exchange is not None:
-                if upgrades and self._has_a_body():
-                    exchange.keep_alive = False  # see `_go_on_without_upgrade`: it may be answered before that
-                self._enqueue(exchange)
-                return
+        self.url = settled(self.url, self.parser.get_http_version(), self.headers)
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise BadHead("CONNECT is for proxies, and this is none")
+            self._declined = not self._should_upgrade()
+            if self._declined:
+                return  # and it begins again
+        elif self._direct is not None and (exchange := self._direct(self)) is not None:
+            self._enqueue(exchange)
+            return
         super().on_headers_complete()
 
     def _enqueue(self, exchange: DirectExchange) -> None:
@@ -321,6 +334,8 @@ class HttpConnection(HttpToolsProtocol):
             raise HeadTooLarge
         self._unheard_bytes = 0
         self._begin_to_read("nothing")
+        if self._declined:
+            return
         cycle: object = self.cycle
         if isinstance(cycle, DirectExchange):
             cycle.more_body = False

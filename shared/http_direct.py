@@ -91,6 +91,9 @@ class DirectExchange:
         """Answer; `headers` are whole lines, those of HTTP itself are added."""
         self.response_started = self.response_complete = True
         connection = self.connection
+        if self.waiting_for_100_continue:
+            # The client may send the body that it announced, or its next request: nobody could tell which.
+            self.keep_alive = False
         if not (self.disconnected or connection.transport.is_closing()):
             length = sum(map(len, body))
             ends = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"

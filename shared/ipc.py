@@ -8,10 +8,12 @@ incarnation: a reply of a dead process is never taken for one of its successor.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, Literal
 
 import msgspec
+from msgspec import field
 
 from shared.config import WorkerSpec
 
@@ -93,16 +95,62 @@ class Replies(msgspec.Struct, array_like=True, tag=2):
     items: list[tuple[int, int, bytes]]
 
 
-class Counters(msgspec.Struct, kw_only=True):
-    """What a worker counted since its process began, and the last thing that went wrong in it."""
+OUTCOMES: Final = len(Outcome)
+BUCKETS: Final = 64
 
-    queries_node: int = 0
-    queries_http: int = 0
+
+def _none_yet(length: int) -> Callable[[], list[int]]:
+    return lambda: [0] * length
+
+
+class Counters(msgspec.Struct, kw_only=True):
+    """What a worker counted since its process began, and the last thing that went wrong in it.
+
+    Attributes:
+        node, http: answers by `Outcome`, to the node and to direct queries.
+        errors: handlers that failed or took too long.
+        late: answers that came after their connection had gone.
+        reconnects: connections that were lost or not had.
+        ignored: frames that meant nothing, by reason.
+        durations: how long handlers took: a count for each power of two, the exponent as `math.frexp` gives it,
+            in seconds, as an index; negative ones count from the end. `busy_s` is the sum.
+        last_error: the last thing that went wrong.
+    """
+
+    node: list[int] = field(default_factory=_none_yet(OUTCOMES))
+    http: list[int] = field(default_factory=_none_yet(OUTCOMES))
     errors: int = 0
     late: int = 0
     reconnects: int = 0
     ignored: dict[str, int] = {}
+    durations: list[int] = field(default_factory=_none_yet(BUCKETS))
+    busy_s: float = 0.0
     last_error: str = ""
+
+    @property
+    def queries_node(self) -> int:
+        """How many queries of the node were answered."""
+        return sum(self.node)
+
+    @property
+    def queries_http(self) -> int:
+        """How many direct queries were answered."""
+        return sum(self.http)
+
+    def add(self, other: Counters) -> None:
+        """Count on from what another process of this worker had counted."""
+        self.node = [one + more for one, more in zip(self.node, other.node, strict=True)]
+        self.http = [one + more for one, more in zip(self.http, other.http, strict=True)]
+        self.durations = [one + more for one, more in zip(self.durations, other.durations, strict=True)]
+        self.errors += other.errors
+        self.late += other.late
+        self.reconnects += other.reconnects
+        self.busy_s += other.busy_s
+        self.ignored = {
+            reason: self.ignored.get(reason, 0) + other.ignored.get(reason, 0)
+            for reason in self.ignored | other.ignored
+        }
+        self.last_error = other.last_error or self.last_error
 
 
 class Status(msgspec.Struct, array_like=True, tag=3):

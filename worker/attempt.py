@@ -143,7 +143,7 @@ class Attempt(asyncio.Protocol):
         finally:
             self._over = True
             for job in self._jobs:  # nobody can be sent their answers: they must not pile up, loss after loss
-                job.cancelled, job.body = True, ""
+                job.cancelled, job.body, job.ticket = True, "", b""
             with anyio.CancelScope(shield=True):
                 await self._leave()
         return self._lost_because or self._session.ended or "the connection was lost"
@@ -193,7 +193,7 @@ class Attempt(asyncio.Protocol):
             for query_id, _ in queries:
                 self._session.answer(query_id, b"null")
             return
-        jobs = [Job(self, query_id, body, len(body)) for query_id, body in queries]
+        jobs = [Job(self, query_id, body, len(body) + len(query_id)) for query_id, body in queries]
         self._jobs.update(jobs)
         for job in jobs:
             self._waiting_bytes += job.size
@@ -249,11 +249,11 @@ class Attempt(asyncio.Protocol):
         self._waiting_bytes -= job.size
         if outcome is Outcome.CANCELLED:
             return
-        self._counters.queries_node += 1
+        self._counters.node[outcome] += 1
         if self._over or not self._session.answer(job.ticket, payload if outcome is Outcome.OK else b"null"):
             self._counters.late += 1
             return
-        self._answer_bytes += len(payload)
+        self._answer_bytes += len(payload) + len(job.ticket)
         if not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections import deque
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,8 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 _EMPTY: Final = _encode({})
 _SIDE_FILES: Final = ("-wal", "-shm")
 _BUSY_TIMEOUT_S: Final = 5.0
+LOST_REMEMBERED: Final = 1024
+"""How many failed flushes are remembered: a commit's fate is asked within one or two."""
 
 
 class DiskMemory:
@@ -41,8 +44,11 @@ class DiskMemory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.generation = 0
+        self._generation = 0
         self._checked_out = 0
+        self._last = self._durable = 0  # the numbers of the last commit, and of the last that is on disk
+        # After which commit, and up to which, a failed flush took all back. Few are looked at: the newest first.
+        self._lost: deque[tuple[int, int]] = deque(maxlen=LOST_REMEMBERED)
         self._database: sqlite3.Connection | None = None
         self._flushed = self._blob = _EMPTY
         self._current: dict[Any, Any] = {}
@@ -69,11 +75,11 @@ class DiskMemory:
 
     def checkout(self) -> dict[Any, Any]:
         """Return the current dict."""
-        self._checked_out = self.generation  # first: taken back between the two, the commit is refused
+        self._checked_out = self._generation  # first: taken back between the two, the commit is refused
         return self._current
 
     def commit(self, new: dict[Any, Any]) -> int:
-        """Keep `new` for the next query; return the generation that it belongs to.
+        """Keep `new` for the next query; return the commit's number.
 
         Raises:
             MemoryFault: when it holds what msgpack cannot, or what it was made from was taken back meanwhile.
@@ -83,10 +89,25 @@ class DiskMemory:
         except Exception as exc:
             raise MemoryFault(f"the memory holds what msgpack cannot: {exc}") from exc
         with self._lock:
-            if self._checked_out != self.generation:
+            if self._checked_out != self._generation:
                 raise MemoryFault("the memory that this query began with could not be written")
             self._blob, self._current = blob, new
-            return self.generation
+            self._last += 1
+            return self._last
+
+    def kept(self, number: int) -> bool:
+        """Return whether a commit is durable. One that is not was taken back, or is still to be flushed."""
+        if number > self._durable:
+            return False
+        if not self._lost:
+            return True
+        with self._lock:
+            for before, last in reversed(self._lost):
+                if number > last:
+                    return True
+                if number > before:
+                    return False
+        return True
 
     def rollback(self) -> None:
         """Bring back the last commit."""
@@ -100,7 +121,8 @@ class DiskMemory:
             MemoryFault: when it cannot be written; the memory is what was last flushed then.
         """
         with self._flushing:
-            blob = self._blob
+            with self._lock:
+                blob, last = self._blob, self._last
             if blob is self._flushed:
                 return
             assert self._database is not None
@@ -108,11 +130,12 @@ class DiskMemory:
                 self._database.execute("UPDATE memory SET data = ?", (blob,))  # a transaction of its own
             except sqlite3.Error as exc:
                 with self._lock:
-                    self.generation += 1
+                    self._generation += 1
+                    self._lost.append((self._durable, self._last))
                     self._blob = self._flushed
                     self._current = _decode(self._blob)
                 raise MemoryFault(f"the memory {self.path} cannot be written: {exc}") from None
-            self._flushed = blob
+            self._flushed, self._durable = blob, last
 
     def close(self) -> None:
         """Let the file go; the log is folded into it."""

@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from math import inf
 from time import perf_counter
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ import anyio
 import anyio.abc
 import structlog
 
-from shared.ipc import Counters, Outcome
+from shared.ipc import BUCKETS, Counters, Outcome
 from shared.logs import Folded
 from worker.flusher import Flusher
 from worker.handler import Handler
@@ -39,14 +38,20 @@ SUSPENDED_S: Final = 1.0
 
 
 class Lane:
-    """A place where the handler runs one query at a time: what it runs, since when (`perf_counter`)."""
+    """A place where the handler runs one query at a time: what it runs, since when (`perf_counter`).
 
-    __slots__ = ("job", "since_s", "timed_out")
+    `durations` and `busy_s` are as `Counters` has them, of this lane alone: lanes may be threads.
+    """
+
+    __slots__ = ("busy_s", "durations", "hung", "job", "since_s", "timed_out")
 
     def __init__(self) -> None:
         self.job: Job | None = None
         self.since_s = 0.0
         self.timed_out = False
+        self.hung = False
+        self.durations = [0] * BUCKETS
+        self.busy_s = 0.0
 
 
 class Dispatcher(ABC):
@@ -151,6 +156,13 @@ class Dispatcher(ABC):
         except (Exception, SystemExit) as exc:
             raise HandlerFault(f"the handler's {name}() failed: {type(exc).__name__}: {_words(exc)}") from exc
 
+    def count(self) -> None:
+        """Put into the counters how long the handler has taken."""
+        self._counters.durations = [
+            sum(counts) for counts in zip(*(lane.durations for lane in self._lanes), strict=True)
+        ]
+        self._counters.busy_s = sum(lane.busy_s for lane in self._lanes)
+
     async def idle(self) -> None:
         """Wait until every job that was submitted is answered."""
         while self.pending:
@@ -201,7 +213,7 @@ class Dispatcher(ABC):
         if job.settled:  # it came too late, and was answered without it
             self._memory.rollback()
             return CANCELLED
-        job.generation = self._memory.commit(memory)
+        job.commit = self._memory.commit(memory)
         return Outcome.OK, encoded
 
     def _fail(self, job: Job, exc: BaseException) -> Answer:
@@ -225,7 +237,7 @@ class Dispatcher(ABC):
         """Hold every lane to the time-out. Costs one timer, however many queries there are."""
         while True:
             now = perf_counter()
-            since = min((lane.since_s for lane in self._lanes if lane.job is not None), default=now)
+            since = min((lane.since_s for lane in self._lanes if lane.job is not None and not lane.hung), default=now)
             due = min(max(since + timeout_s, now + 0.001), now + timeout_s)
             await anyio.sleep(due - now)
             now = perf_counter()
@@ -234,7 +246,7 @@ class Dispatcher(ABC):
                     lane.since_s += late_s
                 continue
             for lane in self._lanes:
-                if lane.job is not None and now - lane.since_s >= timeout_s:
+                if lane.job is not None and not lane.hung and now - lane.since_s >= timeout_s:
                     self._time_out(lane, lane.job, now)
 
     def _time_out(self, lane: Lane, job: Job, now: float) -> None:
@@ -247,7 +259,7 @@ class Dispatcher(ABC):
             if self._interrupt(lane):
                 lane.since_s = now - self._timeout_s + STOP_GRACE_S
                 return
-        lane.since_s = inf  # said once
+        lane.hung = True  # said once
         self.on_hung(f"{words} and cannot be stopped")
 
 

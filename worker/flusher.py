@@ -64,9 +64,8 @@ class Flusher:
     def flush_here(self, jobs: Iterable[Job]) -> None:
         """Flush on this thread, and note which of these jobs left a memory that is durable now."""
         self._try()
-        generation = self._memory.generation
         for job in jobs:
-            job.durable = job.generation == generation
+            job.durable = self._memory.kept(job.commit)
 
     def _flush(self) -> None:
         batch, self._waiting = self._waiting, []
@@ -77,10 +76,10 @@ class Flusher:
         while (batch := self._work.get()) is not None:
             self._try()
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is leaving
-                self._loop.call_soon_threadsafe(self._flushed, batch, self._memory.generation)
+                self._loop.call_soon_threadsafe(self._flushed, batch)
 
     def _try(self) -> None:
-        """Flush; a failure changes the memory's generation, and is told to those whose commits it took back."""
+        """Flush; a failure is told to those whose commits it takes back."""
         try:
             self._memory.flush()
         except MemoryFault as exc:
@@ -88,12 +87,11 @@ class Flusher:
             if (held := self._folded.admit("flush")) is not None:
                 self._log.error("memory_not_written", error=self._fault, like_it_before=held)
 
-    def _flushed(self, batch: list[tuple[Job, Answer]], generation: int) -> None:
-        """Let the answers go. `generation` is the one that was flushed: the next flush may have failed already."""
+    def _flushed(self, batch: list[tuple[Job, Answer]]) -> None:
+        """Let the answers go: each of their commits is durable now, or was taken back."""
         self._busy = False
         if self._waiting:
             self._flush()
         for job, answer in batch:
-            # A commit of an earlier generation was taken back by a flush that failed.
-            lost = job.generation != generation
-            self._settle(job, (Outcome.HANDLER_FAILED, self._fault.encode()) if lost else answer)
+            kept = self._memory.kept(job.commit)
+            self._settle(job, answer if kept else (Outcome.HANDLER_FAILED, self._fault.encode()))

@@ -22,20 +22,20 @@ class Source(Protocol):
 
 
 class Job:
-    """One query. `ticket` is whatever its source needs to know it again, `size` its text's length.
+    """One query. `ticket` is whatever its source needs to know it again, `size` the length of its text and ticket.
 
     `cancelled` is set by a source that wants it no more; `begun` when the handler gets it; `settled`
-    when it is answered. `generation` is that of the memory it left, `durable` whether that is on disk.
+    when it is answered. `commit` is the number of the memory it left, `durable` whether that is on disk.
     """
 
-    __slots__ = ("begun", "body", "cancelled", "durable", "generation", "settled", "size", "source", "ticket")
+    __slots__ = ("begun", "body", "cancelled", "commit", "durable", "settled", "size", "source", "ticket")
 
     def __init__(self, source: Source, ticket: Any, body: str, size: int = 0) -> None:
         self.source = source
         self.ticket = ticket
         self.body = body
         self.size = size
-        self.generation = 0
+        self.commit = 0
         self.durable = False
         self.begun = False
         self.cancelled = False

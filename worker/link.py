@@ -161,7 +161,7 @@ class Link:
         if outcome is Outcome.CANCELLED:
             return
         if outcome is not Outcome.RETURNED:
-            self._counters.queries_http += 1
+            self._counters.http[outcome] += 1
         self._replies.append((job.ticket, int(outcome), payload))
         if not self._flush_due:
             self._flush_due = True
@@ -180,6 +180,8 @@ class Link:
                 size, begin = 0, end
 
     def _send_status(self) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.count()
         self._told = ipc.encode(ipc.Status(self._state, self._detail, self._counters))
         self._send_encoded(self._told)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from math import frexp
 from time import perf_counter
 from typing import Any
 
@@ -39,7 +40,8 @@ class LoopDispatcher(Dispatcher):
         added = len(self._queue) - before
         self.pending += added
         for _ in range(min(added, len(self._sleepers))):
-            self._sleepers.pop().set_result(None)
+            if not (sleeper := self._sleepers.pop()).done():
+                sleeper.set_result(None)
 
     def _start(self, tasks: anyio.abc.TaskGroup) -> None:
         for _ in range(self._concurrency):
@@ -65,7 +67,7 @@ class LoopDispatcher(Dispatcher):
         slice_ends = 0.0
         while True:
             if not queue:
-                await self._sleep()
+                await self._undisturbed(lane, self._sleep())
                 lane.since_s = perf_counter()
                 slice_ends = lane.since_s + SLICE_S
                 continue
@@ -84,10 +86,14 @@ class LoopDispatcher(Dispatcher):
                 self._forgive(lane)
             self._finish(job, answer)
             lane.job = None
-            lane.since_s = perf_counter()
+            now = perf_counter()
+            took_s = now - lane.since_s
+            lane.durations[frexp(took_s)[1]] += 1
+            lane.busy_s += took_s
+            lane.since_s = now
             # A handler that never waits would keep the loop from reading, writing and ponging.
-            if lane.since_s > slice_ends:
-                await asyncio.sleep(0)
+            if now > slice_ends:
+                await self._undisturbed(lane, asyncio.sleep(0))
                 lane.since_s = perf_counter()
                 slice_ends = lane.since_s + SLICE_S
 
@@ -95,6 +101,15 @@ class LoopDispatcher(Dispatcher):
         """Have the lane go on after a query that was cancelled for its time-out."""
         lane.timed_out = False
         if lane.task is not None:
+            lane.task.uncancel()
+
+    async def _undisturbed(self, lane: TaskLane, waiting: Coroutine[Any, Any, None]) -> None:
+        """Wait; a cancellation that a handler has left behind is not the lane's."""
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            if self._stopping or lane.task is None:
+                raise
             lane.task.uncancel()
 
     async def _sleep(self) -> None:

@@ -21,12 +21,10 @@ class MemoryFault(Exception):
 class Memory(Protocol):
     """One worker's memory. Every `checkout` is followed by one `commit` or one `rollback`.
 
-    A `durable` memory must be flushed before the answers of its commits may leave. `generation`
-    changes when a failed flush takes back commits that were not flushed yet.
+    A `durable` memory must be flushed before the answers of its commits may leave.
     """
 
     durable: bool
-    generation: int
 
     def open(self, legacy: bytes | None = None) -> None:
         """Get ready for the first query; `legacy` is what the predecessor's `legacy` returned.
@@ -46,11 +44,14 @@ class Memory(Protocol):
         """Return the dict to hand to the handler."""
 
     def commit(self, new: dict[Any, Any]) -> int:
-        """Keep `new` for the next query; return the generation that it belongs to.
+        """Keep `new` for the next query; return the commit's number.
 
         Raises:
             MemoryFault: when it cannot be kept; the memory is as `checkout` found it then.
         """
+
+    def kept(self, number: int) -> bool:
+        """Return whether a commit is durable. One that is not was taken back, or is still to be flushed."""
 
     def rollback(self) -> None:
         """Bring back what `checkout` found."""
@@ -70,7 +71,6 @@ class NoMemory:
     """`memory = "none"`: every query gets `{}`, what it returns is dropped."""
 
     durable = False
-    generation = 0
 
     def open(self, legacy: bytes | None = None) -> None:
         """Nothing is needed."""
@@ -86,6 +86,10 @@ class NoMemory:
         """Drop it."""
         return 0
 
+    def kept(self, number: int) -> bool:
+        """Nothing is durable."""
+        return False
+
     def rollback(self) -> None:
         """Nothing was kept."""
 
@@ -100,7 +104,6 @@ class RamMemory:
     """`memory = "ram"`: a dict in this process."""
 
     durable = False
-    generation = 0
 
     def __init__(self) -> None:
         self._current: dict[Any, Any] = {}
@@ -139,6 +142,10 @@ class RamMemory:
         """Keep `new`, which may be the dict that `checkout` returned."""
         self._current = new
         return 0
+
+    def kept(self, number: int) -> bool:
+        """Nothing is durable."""
+        return False
 
     def rollback(self) -> None:
         """Bring back the snapshot; a dict whose pickled contents cannot be read back stays as it is."""

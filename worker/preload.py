@@ -5,6 +5,7 @@ Never a user's handler: that is loaded in the worker, where its faults belong.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing.spawn  # noqa: F401 - the child's own entry imports it otherwise
 import os
@@ -24,7 +25,8 @@ os.environ.pop("PYTHONSAFEPATH", None)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-rehearse()
+with contextlib.suppress(Exception):  # it spares time and memory, and must never cost a start
+    rehearse()
 
 # What is imported here never becomes garbage; keeping the collector off it keeps its pages shared.
 gc.collect()

@@ -74,6 +74,7 @@ class Session:
         self._text_frames = TextFrames()
         self._output: list[bytes] = []
         self._head_end = b""
+        self._leaving = False
         query = f"?token={quote(token, safe='', errors='surrogateescape')}" if token else ""
         self._protocol = ClientProtocol(parse_uri(node.url + query), max_size=max_frame_bytes, logger=_SILENT)
         self._protocol.send_request(self._protocol.connect())
@@ -98,6 +99,7 @@ class Session:
     def close(self, code: int, reason: str = "") -> None:
         """Begin the closing handshake."""
         if self._protocol.state is OPEN:
+            self._leaving = True
             self._protocol.send_close(code, reason)
             self._put_output()
 
@@ -122,8 +124,11 @@ class Session:
                 self._take_events(queries)
             elif self._protocol.state is OPEN:
                 self._receive_frames(data, queries)
-            else:
+            elif self.state == "connecting":
                 self._receive_head(data, queries)
+            else:  # we are about to leave: what matters is the node's own close, wherever it comes
+                self._protocol.receive_data(self._splitter.take_rest() + data)
+                self._take_events(queries)
         except Exception as exc:  # noqa: BLE001 - whatever a node provokes ends its session, not the worker
             self._end(f"the node's bytes could not be read: {_cut(exc)}")
         self._put_output()
@@ -271,7 +276,7 @@ class Session:
             self._end(_refusal(protocol.handshake_exc))
         elif protocol.close_rcvd is not None:
             self._end(f"the node closed the connection ({_cut(protocol.close_rcvd)})")
-        elif protocol.close_sent is not None:
+        elif protocol.close_sent is not None and not self._leaving:
             self._end(f"the connection was closed ({_cut(protocol.close_sent)})")
         elif eof:
             self._end("the node cut the connection")

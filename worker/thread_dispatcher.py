@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from math import frexp
 from queue import SimpleQueue
 from time import perf_counter
 from types import CoroutineType
@@ -115,10 +116,14 @@ class ThreadDispatcher(Dispatcher):
                 job.begun = True
                 self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
                 lane.job = None
-                lane.since_s = perf_counter()
-                if lane.since_s > slice_ends:
+                now = perf_counter()
+                took_s = now - lane.since_s
+                lane.durations[frexp(took_s)[1]] += 1
+                lane.busy_s += took_s
+                lane.since_s = now
+                if now > slice_ends:
                     self._to_loop(self._deliver)
-                    slice_ends = lane.since_s + SLICE_S
+                    slice_ends = now + SLICE_S
             if self._memory.durable:
                 self._flusher.flush_here(item)
             self._to_loop(self._batch_done, item)

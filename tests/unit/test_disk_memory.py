@@ -100,18 +100,34 @@ def let_it_hold(memory: DiskMemory, pages: int) -> None:
 def test_flush_that_fails_takes_back_what_was_not_flushed_and_the_memory_goes_on(
     memory: DiskMemory, path: Path
 ) -> None:
-    keep(memory, {"n": 1})
+    first = keep(memory, {"n": 1})
+    assert not memory.kept(first)
     memory.flush()
+    assert memory.kept(first)
     let_it_hold(memory, 4)
     before = [keep(memory, {"n": 2, "big": "x" * 100_000}), keep(memory, {"n": 3, "big": "x" * 100_000})]
     with pytest.raises(MemoryFault, match=f"the memory {path} cannot be written"):
         memory.flush()
-    assert memory.generation not in before, "their answers must not leave"
+    assert not any(map(memory.kept, before)), "their answers must not leave"
     assert memory.checkout() == {"n": 1}
     memory.rollback()
-    assert keep(memory, {"n": 2}) == memory.generation
+    after = keep(memory, {"n": 2})
     memory.flush()
     assert found_in(path) == {"n": 2}
+    assert [memory.kept(number) for number in (first, *before, after)] == [True, False, False, True]
+
+
+def test_fate_of_a_commit_is_known_however_many_flushes_failed_after_it(memory: DiskMemory) -> None:
+    kept, lost = [], []
+    for number in range(20):
+        kept += [keep(memory, {"n": number}), keep(memory, {"n": number})]
+        memory.flush()
+        let_it_hold(memory, 4)
+        lost.append(keep(memory, {"n": number, "big": "x" * 100_000}))
+        with pytest.raises(MemoryFault):
+            memory.flush()
+    assert all(map(memory.kept, kept))
+    assert not any(map(memory.kept, lost))
 
 
 def test_query_that_began_with_what_a_failed_flush_took_back_cannot_be_kept(memory: DiskMemory) -> None:

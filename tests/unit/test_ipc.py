@@ -20,7 +20,11 @@ from shared.tokens import Secret, TokenSource
 numbers = st.integers(0, 2**63 - 1)
 words = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 counters = st.builds(
-    Counters, queries_node=numbers, errors=numbers, ignored=st.dictionaries(words, numbers), last_error=words
+    Counters,
+    node=st.lists(numbers, min_size=5, max_size=5),
+    errors=numbers,
+    ignored=st.dictionaries(words, numbers),
+    last_error=words,
 )
 states = st.sampled_from(["starting", "connecting", "registering", "ready", "backoff", "draining", "stopped"])
 from_runner = st.one_of(

@@ -20,20 +20,23 @@ def limits(**options: Any) -> Limits:
 
 
 def test_worker_without_limits_reaches_none() -> None:
-    assert limits().reached(Counters(queries_node=1 << 40, queries_http=1 << 40)) == ""
+    assert limits().reached(Counters(node=[1 << 40, 0, 0, 0, 0], http=[1 << 40, 0, 0, 0, 0])) == ""
 
 
 def test_queries_of_both_kinds_count_and_the_limit_is_told_once() -> None:
     found = limits(max_queries=100)
-    assert found.reached(Counters(queries_node=40, queries_http=40)) == ""
-    assert found.reached(Counters(queries_node=50, queries_http=50)) == "it has answered 100 queries (max_queries)"
-    assert found.reached(Counters(queries_node=60, queries_http=60)) == ""
+    assert found.reached(Counters(node=[40, 0, 0, 0, 0], http=[40, 0, 0, 0, 0])) == ""
+    assert (
+        found.reached(Counters(node=[50, 0, 0, 0, 0], http=[50, 0, 0, 0, 0]))
+        == "it has answered 100 queries (max_queries)"
+    )
+    assert found.reached(Counters(node=[60, 0, 0, 0, 0], http=[60, 0, 0, 0, 0])) == ""
 
 
 def test_limit_is_reached_early_by_a_tenth_at_the_most_and_not_by_all_at_once() -> None:
     def reached_at() -> int:
         found = limits(max_queries=1000)
-        return next(queries for queries in range(1001) if found.reached(Counters(queries_http=queries)))
+        return next(queries for queries in range(1001) if found.reached(Counters(http=[queries, 0, 0, 0, 0])))
 
     reached = [reached_at() for _ in range(100)]
     assert min(reached) >= 1000 * (1 - JITTER)
@@ -67,8 +70,8 @@ def test_successor_that_did_not_come_is_asked_for_again(monkeypatch: pytest.Monk
     found = limits(max_queries=1)
     now = 0.0
     monkeypatch.setattr("worker.limits.time.monotonic", lambda: now)
-    assert found.reached(Counters(queries_http=2))
+    assert found.reached(Counters(http=[2, 0, 0, 0, 0]))
     now = ASK_AGAIN_S - 1
-    assert not found.reached(Counters(queries_http=2))
+    assert not found.reached(Counters(http=[2, 0, 0, 0, 0]))
     now = ASK_AGAIN_S
-    assert found.reached(Counters(queries_http=2))
+    assert found.reached(Counters(http=[2, 0, 0, 0, 0]))

@@ -1,0 +1,168 @@
+"""GET /metrics: what the workers counted, as Prometheus reads it (https://prometheus.io/docs/practices/naming/).
+
+Counted is in the workers; here it is put together when somebody asks. A counter goes on where that of
+a worker's last process ended, so that none ever goes backwards.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runner.table import WorkerRow
+from shared.ipc import Counters, Outcome
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+# `math.frexp` gives the exponent e of a duration in [2**(e-1), 2**e): 2**e is its bucket's bound.
+SMALLEST: Final = -19
+LARGEST: Final = 6
+"""The exponents of the buckets, 2 us to 64 s; what is shorter counts in the first, what is longer in +Inf alone."""
+
+_OUTCOMES: Final = {
+    Outcome.OK: "ok",
+    Outcome.HANDLER_FAILED: "failed",
+    Outcome.TIMED_OUT: "timed_out",
+    Outcome.RETURNED: "unanswered",
+}
+_PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
+_WORKER: Final = ("worker", "agent", "node")
+
+
+class Sample(NamedTuple):
+    """One worker, as it is now."""
+
+    row: WorkerRow
+    counted: Counters
+    restarts: Mapping[str, int]
+    in_flight: int
+    silent_s: float
+
+
+def exposition(samples: Sequence[Sample]) -> bytes:
+    """Return the workers' metrics, and those of the runner's own process."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collected(samples))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+class _Collected(Collector):
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics."""
+        yield from _queries(self._samples)
+        yield from _counts(self._samples)
+        yield from _gauges(self._samples)
+        build = GaugeMetricFamily("em_runner_build_info", "Always 1; what is running.", labels=("version", "python"))
+        build.add_metric((_version(), platform.python_version()), 1)
+        yield build
+
+
+def _labels(row: WorkerRow) -> tuple[str, str, str]:
+    return row.name, row.agent, row.node
+
+
+def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
+    queries = CounterMetricFamily(
+        "em_runner_queries", "Queries that were answered.", labels=(*_WORKER, "transport", "outcome")
+    )
+    durations = HistogramMetricFamily(
+        "em_runner_handler_duration_seconds", "How long the handler took for one query.", labels=_WORKER
+    )
+    for row, counted, *_ in samples:
+        for transport, counts in (("websocket", counted.node), ("http", counted.http)):
+            for outcome, name in _OUTCOMES.items():
+                queries.add_metric((*_labels(row), transport, name), counts[outcome])
+        durations.add_metric(_labels(row), _buckets(counted.durations), counted.busy_s)
+    yield queries
+    yield durations
+
+
+def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Return the counts of powers of two as Prometheus has them: each bucket with those below it."""
+    buckets: list[tuple[str, float]] = []
+    below = sum(counts[exponent] for exponent in range(-len(counts) // 2, SMALLEST))
+    for exponent in range(SMALLEST, LARGEST + 1):
+        below += counts[exponent]
+        buckets.append((str(2.0**exponent), below))
+    return [*buckets, ("+Inf", sum(counts))]
+
+
+def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
+    restarts = CounterMetricFamily(
+        "em_runner_worker_restarts", "Processes that ended unplanned, by how.", labels=(*_WORKER, "reason")
+    )
+    reconnects = CounterMetricFamily(
+        "em_runner_reconnects", "Connections to the node that were lost, or not had.", labels=_WORKER
+    )
+    late = CounterMetricFamily(
+        "em_runner_late_answers", "Answers that came after their connection had gone.", labels=_WORKER
+    )
+    ignored = CounterMetricFamily(
+        "em_runner_frames_ignored", "Frames of the node that meant nothing, by reason.", labels=(*_WORKER, "reason")
+    )
+    for sample in samples:
+        labels, counted = _labels(sample.row), sample.counted
+        for reason, number in sorted(sample.restarts.items()):
+            restarts.add_metric((*labels, reason), number)
+        reconnects.add_metric(labels, counted.reconnects)
+        late.add_metric(labels, counted.late)
+        for reason, number in sorted(counted.ignored.items()):
+            ignored.add_metric((*labels, reason), number)
+    yield from (restarts, reconnects, late, ignored)
+
+
+def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
+    registered = GaugeMetricFamily(
+        "em_runner_worker_registered", "Whether the node has the agent registered.", labels=_WORKER
+    )
+    state = GaugeMetricFamily("em_runner_worker_state", "1 for the state it is in.", labels=(*_WORKER, "state"))
+    in_flight = GaugeMetricFamily(
+        "em_runner_queries_in_flight", "Direct queries that the worker has not answered yet.", labels=_WORKER
+    )
+    age = GaugeMetricFamily(
+        "em_runner_worker_heartbeat_age_seconds", "Since when nothing was heard of it.", labels=_WORKER
+    )
+    uptime = GaugeMetricFamily("em_runner_worker_uptime_seconds", "How long its process runs.", labels=_WORKER)
+    memory = GaugeMetricFamily(
+        "em_runner_worker_resident_memory_bytes", "Its process's resident memory.", labels=_WORKER
+    )
+    for sample in samples:
+        row, labels = sample.row, _labels(sample.row)
+        registered.add_metric(labels, row.state == "ready")
+        state.add_metric((*labels, row.state), 1)
+        in_flight.add_metric(labels, sample.in_flight)
+        if row.pid is not None:
+            age.add_metric(labels, sample.silent_s)
+            uptime.add_metric(labels, row.uptime_s)
+            if resident := _resident_bytes(row.pid):
+                memory.add_metric(labels, resident)
+    yield from (registered, state, in_flight, age, uptime, memory)
+
+
+def _resident_bytes(pid: int) -> int:
+    """Return a process's resident memory, 0 when it has just ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+@cache
+def _version() -> str:
+    try:
+        return metadata.version("em-runner")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,97 @@
+"""GET /metrics of a real runner: every figure is one that happened, and no counter goes backwards."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from disco import Node
+from tests.cluster import Cluster, agent, cluster, until
+
+pytestmark = pytest.mark.anyio
+
+HANDLERS = """
+import time
+def handle(body, memory):
+    if body == "fail":
+        raise ValueError(body)
+    time.sleep(0.02 if body == "slow" else 0)
+    return [{"type": "t"}], memory
+"""
+Value = Callable[..., Awaitable[float]]
+
+
+def values(running: Cluster) -> Value:
+    async def value(metric: str, **labels: str) -> float:
+        """The sum of the samples of that name which have these labels."""
+        answer = await running.http.get("/metrics")
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+            if sample.name == metric and labels.items() <= sample.labels.items()
+        )
+
+    return value
+
+
+async def test_figures_are_those_of_what_happened_and_go_on_after_a_worker_is_replaced(
+    tmp_path: Path, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        value = values(running)
+        await running.wait_ready()
+        assert await value("em_runner_worker_registered", worker="a_server") == 1
+        for text in ("x", "x", "slow", "fail"):
+            await running.ask(text)
+        await node.query("x")
+
+        async def counted() -> bool:
+            return await value("em_runner_queries_total") == 5
+
+        await until(counted, "a heartbeat has told of them")
+        assert await value("em_runner_queries_total", transport="http", outcome="ok") == 3
+        assert await value("em_runner_queries_total", transport="http", outcome="failed") == 1
+        assert await value("em_runner_queries_total", transport="websocket", outcome="ok") == 1
+        assert await value("em_runner_handler_duration_seconds_count") == 5
+        assert 4 <= await value("em_runner_handler_duration_seconds_bucket", le="0.015625") < 5
+        assert await value("em_runner_handler_duration_seconds_sum") >= 0.02
+        assert await value("em_runner_worker_resident_memory_bytes") > 10e6
+        assert 0 <= await value("em_runner_worker_heartbeat_age_seconds") < 5
+
+        os.kill(await running.worker_pid("a_server"), signal.SIGKILL)
+        lowest = 5.0
+
+        async def replaced() -> bool:
+            nonlocal lowest
+            lowest = min(lowest, await value("em_runner_queries_total"))
+            return await value("em_runner_worker_restarts_total", reason="killed") == 1 and await running.ready()
+
+        await until(replaced, "another process has taken its place")
+        await running.ask("x")
+
+        async def more() -> bool:
+            nonlocal lowest
+            lowest = min(lowest, await value("em_runner_queries_total"))
+            return await value("em_runner_queries_total") == 6
+
+        await until(more, "it counts on")
+        assert lowest == 5, "and never went back"
+
+
+async def test_metrics_ask_for_the_token_where_there_is_one(tmp_path: Path, node: Node) -> None:
+    (tmp_path / "token").write_text("let-me-in\n")
+    (tmp_path / "token").chmod(0o600)
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=HANDLERS, runner='http_token_file = "token"'
+    ) as running:
+        assert (await running.http.get("/metrics")).status_code == 401
+        running.http.headers["authorization"] = "Bearer let-me-in"
+        assert (await running.http.get("/metrics")).status_code == 200

@@ -1,0 +1,94 @@
+"""`runner.metrics`: what the workers counted, as Prometheus reads it."""
+
+from __future__ import annotations
+
+from math import frexp
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from runner.metrics import Sample, exposition
+from shared.ipc import Counters, Outcome
+from tests.unit.test_status import row
+
+
+def exposed(*samples: Sample) -> dict[str, float]:
+    """Return each sample line but for the runner's own process, by its name and its labels without worker and node."""
+    found = {}
+    for family in text_string_to_metric_families(exposition(samples).decode()):
+        assert family.documentation, family.name
+        for sample in family.samples:
+            assert sample.labels.get("worker", "a_server") == "a_server"
+            labels = {name: value for name, value in sample.labels.items() if name not in ("worker", "agent", "node")}
+            found[f"{sample.name}{dict(sorted(labels.items())) or ''}"] = sample.value
+    return found
+
+
+def sample(counted: Counters, **more: Any) -> Sample:
+    values: dict[str, Any] = {"row": row(), "restarts": {}, "in_flight": 0, "silent_s": 0.0}
+    return Sample(counted=counted, **values | more)
+
+
+def test_queries_are_told_by_transport_and_outcome() -> None:
+    counted = Counters()
+    counted.node[Outcome.OK] = 7
+    counted.http[Outcome.HANDLER_FAILED] = 2
+    counted.http[Outcome.TIMED_OUT] = 1
+    found = exposed(sample(counted))
+    assert found["em_runner_queries_total{'outcome': 'ok', 'transport': 'websocket'}"] == 7
+    assert found["em_runner_queries_total{'outcome': 'ok', 'transport': 'http'}"] == 0
+    assert found["em_runner_queries_total{'outcome': 'failed', 'transport': 'http'}"] == 2
+    assert found["em_runner_queries_total{'outcome': 'timed_out', 'transport': 'http'}"] == 1
+
+
+def test_durations_are_in_the_bucket_that_holds_them_and_in_all_above() -> None:
+    counted = Counters()
+    for duration_s in (1e-7, 0.9e-6, 3e-6, 0.01, 0.02, 63.0, 65.0, 1000.0):
+        counted.durations[frexp(duration_s)[1]] += 1
+        counted.busy_s += duration_s
+    found = exposed(sample(counted))
+    name = "em_runner_handler_duration_seconds"
+    buckets = {float(key.split("'")[3]): value for key, value in found.items() if key.startswith(f"{name}_bucket")}
+    assert buckets[2.0**-19] == 2, "what is too short for any is in the first"
+    assert buckets[2.0**-18] == 3
+    assert buckets[2.0**-7] == 3
+    assert buckets[2.0**-6] == 4
+    assert buckets[2.0**-5] == 5
+    assert buckets[64.0] == 6
+    assert buckets[float("inf")] == found[f"{name}_count"] == 8
+    assert found[f"{name}_sum"] == counted.busy_s
+    assert list(buckets.values()) == sorted(buckets.values())
+
+
+def test_what_a_worker_is_at_is_told_as_gauges() -> None:
+    found = exposed(sample(Counters(), in_flight=3, silent_s=0.5, restarts={"killed": 2}, row=row(uptime_s=9.0)))
+    assert found["em_runner_worker_registered"] == 1
+    assert found["em_runner_worker_state{'state': 'ready'}"] == 1
+    assert found["em_runner_queries_in_flight"] == 3
+    assert found["em_runner_worker_heartbeat_age_seconds"] == 0.5
+    assert found["em_runner_worker_uptime_seconds"] == 9
+    assert found["em_runner_worker_restarts_total{'reason': 'killed'}"] == 2
+    assert any(name.startswith("em_runner_build_info") for name in found)
+    gone = exposed(sample(Counters(), row=row(state="restarting", pid=None)))
+    assert gone["em_runner_worker_registered"] == 0
+    assert "em_runner_worker_heartbeat_age_seconds" not in gone
+    assert "process_resident_memory_bytes" in gone, "and the runner's own"
+
+
+def test_counters_of_successive_processes_add_up() -> None:
+    before, now = Counters(), Counters()
+    before.node[Outcome.OK] = 5
+    before.ignored = {"binary": 1}
+    before.durations[-10] = 5
+    before.busy_s = 1.0
+    now.node[Outcome.OK] = 2
+    now.ignored = {"binary": 1, "malformed": 2}
+    now.durations[-10] = 2
+    now.busy_s = 0.5
+    both = Counters()
+    both.add(before)
+    both.add(now)
+    assert both.node[Outcome.OK] == 7
+    assert both.ignored == {"binary": 2, "malformed": 2}
+    assert (both.durations[-10], both.busy_s) == (7, 1.5)
+    assert (before.node[Outcome.OK], before.ignored) == (5, {"binary": 1}), "what was added is as it was"
