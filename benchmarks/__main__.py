@@ -27,6 +27,7 @@ SUITES: Final = {
     "endurance": endurance.run,
 }
 RESULTS: Final = Path(__file__).parent / "results"
+NAME: Final = "results.json"
 PARTIAL: Final = RESULTS / "partial"
 
 
@@ -44,6 +45,11 @@ def main() -> int:
             failed = 1
             _tell(f"{name} failed: " + "".join(traceback.format_exception(exc)))
         _tell(f"{name} took {time.monotonic() - began_s:.0f} s")
+    if options.amend:
+        measured = {each.suite for each in found}
+        before = msgspec.json.decode((options.out / NAME).read_bytes(), type=Results)
+        found = [each for each in before.figures if each.suite not in measured] + found
+        found.sort(key=lambda each: list(SUITES).index(each.suite))
     results = Results(date=today(), machine=machine(), versions=versions(), figures=found)
     if failed and options.out == RESULTS:
         options.out = PARTIAL
@@ -57,10 +63,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", type=_suites, default=list(SUITES), help=f"of: {', '.join(SUITES)}")
     parser.add_argument("--runs", type=int, default=5, help="how often each system is measured (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a few cases, to see that it works")
+    parser.add_argument("--amend", action="store_true", help="keep the other suites' figures of the folder")
     parser.add_argument("--out", type=Path, default=None, help="where results.json, .svg and .md go")
     options = parser.parse_args()
     if options.out is None:  # only a whole run replaces what the README shows
-        whole = options.only == list(SUITES) and options.runs >= 5 and not options.quick
+        whole = (options.only == list(SUITES) or options.amend) and options.runs >= 5 and not options.quick
         options.out = RESULTS if whole else PARTIAL
     return options
 
@@ -74,7 +81,7 @@ def _suites(text: str) -> list[str]:
 
 def _write(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+    (folder / NAME).write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
     text = f"{targets.table(results)}\n\n{targets.medians(results)}\n"
     (folder / "results.md").write_text(text)
     plot.draw(results, folder / "results.svg")

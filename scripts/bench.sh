@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: scripts/bench.sh [--quick] [--only SUITES] [--runs N] [--out FOLDER]
+usage: scripts/bench.sh [--quick] [--only SUITES [--amend]] [--runs N] [--out FOLDER]
 
 Without arguments: every suite, five runs each, about half an hour; what it finds replaces
 benchmarks/results, which the README shows. Everything else goes to benchmarks/results/partial,
@@ -12,6 +12,7 @@ or where --out says.
 
   scripts/bench.sh --quick              a few cases of each suite, two minutes: does it work here?
   scripts/bench.sh --only ws,http       ws, http, mixed, fanout, recovery, isolation, endurance
+  scripts/bench.sh --only http --amend  measures one suite anew in benchmarks/results
 
 Prints the targets beside what was found. wrk is used where it is installed. Everything listens on
 loopback, and ends with the script. Exit status 1 when something could not be measured.

@@ -213,3 +213,72 @@ async def test_clients_that_hang_up_in_any_moment_leave_nothing_behind(tmp_path:
             for number in range(39):
                 assert (await one.answer()).results == f"q{number}"
         assert "Traceback" not in running.log
+
+
+async def test_query_that_waits_for_its_turn_is_judged_by_its_own_head(tmp_path: Path, node: Node) -> None:
+    (tmp_path / "token").write_text("sekrit")
+    (tmp_path / "token").chmod(0o600)
+    good = {"authorization": "Bearer sekrit"}
+    chunked = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    trailed = b'c\r\n{"query":"x"\r\n1\r\n}\r\n0\r\nauthorization: Bearer sekrit\r\n\r\n'
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=HANDLERS, runner='http_token_file = "token"'
+    ) as running:
+        running.http.headers.update(good)
+        await running.wait_ready()
+        async with client(running) as one:
+            one.send(query("wait", **good), query("x"), query("y", **good), chunked, trailed, query("z", **good))
+            await asyncio.sleep(0.05)
+            (tmp_path / "gate").touch()
+            assert [(await one.answer()).status for _ in range(5)] == [200, 401, 200, 401, 200]
+
+
+async def test_request_that_a_web_page_made_is_refused_wherever_it_stands(tmp_path: Path, node: Node) -> None:
+    evil = b"POST /agent/query HTTP/1.1\r\nhost: evil.example\r\ncontent-length: 13\r\n\r\n" + b'{"query":"x"}'
+    absolute = evil.replace(b"host: evil.example", b"host: localhost").replace(
+        b" /agent", b" http://evil.example/agent"
+    )
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        one.send(query("wait"), evil, query("x"), absolute, query("y"), query("z", origin="https://localhost"))
+        await asyncio.sleep(0.05)
+        (tmp_path / "gate").touch()
+        assert [(await one.answer()).status for _ in range(6)] == [200, 403, 200, 403, 200, 403]
+
+
+@pytest.mark.parametrize(
+    "hosts", [b"", b"host: localhost\r\nhost: localhost\r\n", b"host: evil\r\nhost: localhost\r\n"]
+)
+async def test_request_names_its_host_once(hosts: bytes, tmp_path: Path, node: Node) -> None:
+    body = b'{"query":"x"}'
+    async with running_agent(tmp_path, node) as running:
+        for path in (b"/agent/query", b"/workers"):
+            async with client(running) as one:
+                one.send(b"POST %b HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n%b" % (path, hosts, len(body), body))
+                answer = await one.answer()
+                assert answer.status == 400
+                assert b"one Host header" in answer.body
+                assert await one.ended()
+
+
+async def test_offer_of_an_upgrade_is_declined_and_the_query_answered(tmp_path: Path, node: Node) -> None:
+    h2c = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        one.send(query("first"), query("as curl --http2 asks", **h2c), query("last"))
+        for words in ("first", "as curl --http2 asks", "last"):
+            assert (await one.answer()).results == words
+        one.send(query("in pieces", **h2c)[:-5])
+        await asyncio.sleep(0.02)
+        one.send(query("in pieces", **h2c)[-5:])
+        assert (await one.answer()).results == "in pieces"
+        one.send(query("x", connection="upgrade, close", upgrade="websocket"))
+        assert (await one.answer()).results == "x"
+        assert await one.ended()
+
+
+async def test_refusal_of_an_announced_body_closes_the_connection(tmp_path: Path, node: Node) -> None:
+    head = b"POST /agent/query HTTP/1.1\r\nhost: evil.example\r\nexpect: 100-continue\r\ncontent-length: 200\r\n\r\n"
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        one.send(head)
+        answer = await one.answer()
+        assert (answer.status, answer.headers["connection"]) == (403, "close")
+        assert await one.ended(), "or its next request would be taken for that body"

@@ -456,6 +456,28 @@ async def test_query_cancelled_while_another_blocks_the_thread_is_not_run() -> N
     assert answers[1] == ("q1", Outcome.CANCELLED, b"")
 
 
+@pytest.mark.parametrize("when", ["at once", "soon", "later"])
+@pytest.mark.parametrize("concurrency", [1, 3])
+async def test_cancellation_that_a_handler_leaves_behind_costs_nobody_else(when: str, concurrency: int) -> None:
+    async def handle(body: str, memory: dict[Any, Any]) -> Any:
+        if body == "cancel":
+            task = asyncio.current_task()
+            assert task is not None
+            if when == "at once":
+                task.cancel()
+            elif when == "soon":
+                asyncio.get_running_loop().call_soon(task.cancel)
+            else:
+                asyncio.get_running_loop().call_later(0.01, task.cancel)
+        return body, memory
+
+    async with bench(Handler(handle=handle, is_async=True), "none", concurrency) as table:
+        for _ in range(5):
+            await table.ask("cancel")
+            await asyncio.sleep(0.02 if when == "later" else 0)
+            assert await table.ask("x") == [ok("x")]
+
+
 @KINDS
 async def test_idle_waits_until_all_is_answered_for_everyone_who_waits(kind: str) -> None:
     async with bench(handler_of(kind, echo)) as table:

@@ -469,6 +469,22 @@ def test_own_close_is_sent_once_and_ends_the_session_once_the_node_echoes_it() -
     assert peer.client.ended.startswith("the node closed the connection (1001")
 
 
+@pytest.mark.parametrize("cut", [0, 1, 2, 20])
+def test_what_a_node_sends_after_our_close_does_not_end_the_session_before_its_own(cut: int) -> None:
+    peer = ready()
+    late = text_frame({"action": "query", "id": "1", "body": "x"})
+    if cut:
+        assert peer.client.receive(late[:cut]) == []
+    peer.client.close(CloseCode.GOING_AWAY, "the agent leaves")
+    assert peer.client.receive(late[cut:] + Frame(Opcode.PING, b"p").serialize(mask=False)) in ([], [(b'"1"', "x")])
+    assert peer.client.ended is None, "its answers may still lie unread at the node"
+    heard = [frame.opcode for frame in peer.heard()]
+    assert heard == [Opcode.CLOSE]
+    peer.client.receive(peer.output())
+    assert peer.client.ended is not None
+    assert "1001" in peer.client.ended
+
+
 def test_socket_that_ends_without_a_close_is_a_cut() -> None:
     peer = ready()
     peer.client.receive(b"")
