@@ -53,6 +53,7 @@ COLOURS: Final = {
     "em-runner": BLUE,
     "em-runner, async": BLUE,
     "em-runner, sync": LIGHT_BLUE,
+    "em-runner, ram counter": "#79a8d9",
     "em-runner, disk": "#a5c8ec",
     "em-runner, 2 workers": LIGHT_BLUE,
     "SDK technique": ORANGE,
