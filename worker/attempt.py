@@ -258,6 +258,11 @@ class Attempt(asyncio.Protocol):
             self._flush_due = True
             self._loop.call_soon(self._flush)
 
+    def flush(self) -> None:
+        """Write the answers that wait for the loop's next turn."""
+        if self._flush_due:
+            self._flush()
+
     def _flush(self) -> None:
         """Write what the session wants sent."""
         self._flush_due = False

@@ -95,3 +95,4 @@ class Flusher:
         for job, answer in batch:
             kept = self._memory.kept(job.commit)
             self._settle(job, answer if kept else (Outcome.HANDLER_FAILED, self._fault.encode()))
+        batch[-1][0].source.flush()

@@ -20,6 +20,9 @@ class Source(Protocol):
     def answer(self, job: Job, answer: Answer) -> None:
         """Take the answer. Called once a job, on the event loop."""
 
+    def flush(self) -> None:
+        """Send the answers now rather than with the loop's next turn: for the moment there are no others."""
+
 
 class Job:
     """One query. `ticket` is whatever its source needs to know it again, `size` the length of its text and ticket.

@@ -167,6 +167,11 @@ class Link:
             self._flush_due = True
             self._loop.call_soon(self._flush)
 
+    def flush(self) -> None:
+        """Send the answers that wait for the loop's next turn."""
+        if self._flush_due:
+            self._flush()
+
     def _flush(self) -> None:
         self._flush_due = False
         if not self._replies:

@@ -65,8 +65,12 @@ class LoopDispatcher(Dispatcher):
         lane.task = asyncio.current_task()
         queue = self._queue
         slice_ends = 0.0
+        last: Job | None = None
         while True:
             if not queue:
+                if last is not None:
+                    last.source.flush()
+                    last = None
                 await self._undisturbed(lane, self._sleep())
                 lane.since_s = perf_counter()
                 slice_ends = lane.since_s + SLICE_S
@@ -85,7 +89,7 @@ class LoopDispatcher(Dispatcher):
             if lane.timed_out:
                 self._forgive(lane)
             self._finish(job, answer)
-            lane.job = None
+            lane.job, last = None, job
             now = perf_counter()
             took_s = now - lane.since_s
             lane.durations[frexp(took_s)[1]] += 1

@@ -63,6 +63,9 @@ class _Nobody:
     def answer(self, job: Job, answer: Answer) -> None:
         """Drop it."""
 
+    def flush(self) -> None:
+        """There is nothing."""
+
 
 async def _echo(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return body, memory

@@ -142,6 +142,7 @@ class ThreadDispatcher(Dispatcher):
         self._batches.remove(batch)
         self._feed()
         self._deliver()
+        batch[-1].source.flush()
 
     def _look(self, waited_s: float) -> None:
         """Deliver what is finished while the thread goes on, for its next query may take long.

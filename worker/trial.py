@@ -40,6 +40,9 @@ class _Asker:
     def answer(self, job: Job, answer: Answer) -> None:
         self.answered.set_result(answer)
 
+    def flush(self) -> None:
+        pass
+
 
 async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: float) -> Trial:
     memory = RamMemory()

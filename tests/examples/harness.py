@@ -48,6 +48,9 @@ class Collector:
     def answer(self, job: Job, answer: Answer) -> None:
         job.ticket.set_result(answer)
 
+    def flush(self) -> None:
+        pass
+
 
 async def ask_example(reference: str, *queries: str, memory: MemoryKind = "ram") -> list[Any]:
     """Run one worker's worth of an example: load, set up, ask, close. Return the decoded results."""

@@ -51,6 +51,9 @@ class Asker:
         self._more.set()
         self._more = anyio.Event()
 
+    def flush(self) -> None:
+        pass
+
     async def have(self, number: int) -> list[tuple[Any, Outcome, bytes]]:
         with anyio.fail_after(LIMIT_S):
             while len(self.answers) < number:
