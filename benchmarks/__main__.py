@@ -27,6 +27,9 @@ SUITES: Final = {
     "endurance": endurance.run,
 }
 RESULTS: Final = Path(__file__).parent / "results"
+README: Final = Path(__file__).parent.parent / "README.md"
+BEGIN: Final = "<!-- targets: written by scripts/bench.sh -->"
+END: Final = "<!-- /targets -->"
 NAME: Final = "results.json"
 PARTIAL: Final = RESULTS / "partial"
 
@@ -85,6 +88,11 @@ def _write(results: Results, folder: Path) -> None:
     text = f"{targets.table(results)}\n\n{targets.medians(results)}\n"
     (folder / "results.md").write_text(text)
     plot.draw(results, folder / "results.svg")
+    if folder == RESULTS:
+        text = README.read_text()
+        before, begin, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        README.write_text(f"{before}{begin}\n{targets.table(results)}\n{end}{after}")
     _tell(f"written to {folder}")
 
 

@@ -7,8 +7,10 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
@@ -120,6 +122,16 @@ def test_targets_compare_medians_of_one_run() -> None:
     assert targets.TARGETS[0].verdict(8.0) == "reached"
     assert targets.TARGETS[0].verdict(4.9) == "MISSED"
     assert "| ws | W=64, 40 B | em-runner, async | 100 queries/s | 90 | 400 |" in targets.medians(results)
+
+
+def test_readme_shows_what_was_found() -> None:
+    root = Path(__file__).parents[2]
+    results = msgspec.json.decode((root / "benchmarks" / "results" / "results.json").read_bytes(), type=Results)
+    table = targets.table(results)
+    assert table in (root / "README.md").read_text()
+    assert table in (root / "benchmarks" / "results" / "results.md").read_text()
+    assert "not measured" not in table
+    assert all(len(figure.runs) >= 5 for figure in results.figures if figure.suite != "endurance")
 
 
 def test_quantile_is_a_value_that_was_found() -> None:
