@@ -7,28 +7,10 @@ from __future__ import annotations
 
 import sys
 
-import msgspec
 import uvloop
 from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
-
-class Query(msgspec.Struct):
-    """A node's frame."""
-
-    action: str
-    id: str = ""
-    body: str = ""
-
-
-class Result(msgspec.Struct, tag_field="action", tag="result"):
-    """The answer to a query."""
-
-    id: str
-    data: str
-
-
-decode = msgspec.json.Decoder(Query).decode
-encode = msgspec.json.Encoder().encode
+from benchmarks.baselines.frames import Result, decode, encode
 
 
 class Agent(WSListener):
