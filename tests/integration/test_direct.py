@@ -20,6 +20,7 @@ HANDLERS = """
 import asyncio, pathlib
 async def handle(body, memory):
     if body == "wait":
+        pathlib.Path("began").touch()
         while not pathlib.Path("gate").exists():
             await asyncio.sleep(0.005)
     if body.startswith("large"):
@@ -122,7 +123,7 @@ async def test_query_means_the_same_however_it_is_written(tmp_path: Path, node: 
 async def test_pipelined_queries_are_answered_in_their_order(tmp_path: Path, node: Node) -> None:
     async with running_agent(tmp_path, node) as running, client(running) as one:
         one.send(query("wait"), *(query(f"q{number}") for number in range(200)), query("x", "/nowhere"), query("last"))
-        await asyncio.sleep(0.05)
+        await until((tmp_path / "began").exists, "the others wait for their turn")
         (tmp_path / "gate").touch()
         assert (await one.answer()).results == "wait"
         for number in range(200):
@@ -135,7 +136,7 @@ async def test_errors_that_are_known_at_once_are_told_in_their_turn(tmp_path: Pa
     wrong = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
     async with running_agent(tmp_path, node) as running, client(running) as one:
         one.send(query("wait"), wrong * 300, query("last"))
-        await asyncio.sleep(0.05)
+        await until((tmp_path / "began").exists, "the others wait for their turn")
         (tmp_path / "gate").touch()
         assert (await one.answer()).results == "wait"
         for _ in range(300):
@@ -228,7 +229,7 @@ async def test_query_that_waits_for_its_turn_is_judged_by_its_own_head(tmp_path:
         await running.wait_ready()
         async with client(running) as one:
             one.send(query("wait", **good), query("x"), query("y", **good), chunked, trailed, query("z", **good))
-            await asyncio.sleep(0.05)
+            await until((tmp_path / "began").exists, "the others wait for their turn")
             (tmp_path / "gate").touch()
             assert [(await one.answer()).status for _ in range(5)] == [200, 401, 200, 401, 200]
 
@@ -240,7 +241,7 @@ async def test_request_that_a_web_page_made_is_refused_wherever_it_stands(tmp_pa
     )
     async with running_agent(tmp_path, node) as running, client(running) as one:
         one.send(query("wait"), evil, query("x"), absolute, query("y"), query("z", origin="https://localhost"))
-        await asyncio.sleep(0.05)
+        await until((tmp_path / "began").exists, "the others wait for their turn")
         (tmp_path / "gate").touch()
         assert [(await one.answer()).status for _ in range(6)] == [200, 403, 200, 403, 200, 403]
 
@@ -267,7 +268,8 @@ async def test_offer_of_an_upgrade_is_declined_and_the_query_answered(tmp_path: 
         for words in ("first", "as curl --http2 asks", "last"):
             assert (await one.answer()).results == words
         one.send(query("in pieces", **h2c)[:-5])
-        await asyncio.sleep(0.02)
+        await one.writer.drain()
+        await running.ready()  # a round trip: what was sent before it has been read
         one.send(query("in pieces", **h2c)[-5:])
         assert (await one.answer()).results == "in pieces"
         one.send(query("x", connection="upgrade, close", upgrade="websocket"))
