@@ -8,7 +8,6 @@ cross-site form or fetch. The first shows in `Host`, the second in `Origin`.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import re
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -17,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runner.answers import Refusal
 from shared.config import HttpAddress
+from shared.nodes import is_address
 from shared.tokens import Secret
 
 OPEN_PATH: Final = "/health"
@@ -95,7 +95,7 @@ class LocalOnly:
         if found is None:
             return False
         name = found[1] or found[2]
-        return name in self._names or _is_address(name)
+        return name in self._names or is_address(name)  # nobody can point an address elsewhere
 
 
 class Guarded:
@@ -111,12 +111,3 @@ class Guarded:
             await refusal.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-
-def _is_address(text: str) -> bool:
-    """Return whether a host is an IP address: nobody can point that elsewhere."""
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

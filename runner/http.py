@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runner.answers import JSON, Refusal
 from runner.direct import DirectQueries
@@ -51,9 +51,9 @@ class Api:
         self.queries = DirectQueries(router, agents, guard)
         routes = [
             # Here are those that ask in another way than by POST.
-            Route("/agent/query", _only_by_post, methods=None),
-            Route("/agents/{agent}/query", _only_by_post, methods=None),
-            Route("/workers/{worker}/query", _only_by_post, methods=None),
+            Route("/agent/query", _OnlyByPost()),
+            Route("/agents/{agent}/query", _OnlyByPost()),
+            Route("/workers/{worker}/query", _OnlyByPost()),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/workers", self._workers),
@@ -98,8 +98,11 @@ def _state_in_words(row: WorkerRow) -> str:
     return f"{row.state}: {row.detail}" if row.detail else row.state
 
 
-async def _only_by_post(request: Request) -> Response:
-    raise HTTPException(405, headers={"allow": "POST"})
+class _OnlyByPost:
+    """Refuses every method. An application and no function: Starlette would take a function for GET alone."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise HTTPException(405, headers={"allow": "POST"})
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:

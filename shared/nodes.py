@@ -49,6 +49,15 @@ class NodeAddress(msgspec.Struct, frozen=True, order=True):
         return f"{'wss' if self.tls else 'ws'}://{self.authority}"
 
 
+def is_address(host: str) -> bool:
+    """Return whether a host is written as an IP address, and so needs no resolver."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class NodeList(NamedTuple):
     """An agent's nodes, and the place that named them, for messages."""
 

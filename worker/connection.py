@@ -7,7 +7,6 @@ for a `backoff`, and the next attempt follows.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import random
 import socket
@@ -22,6 +21,7 @@ import structlog
 from shared.config import WorkerSpec
 from shared.ipc import Counters, WorkerState
 from shared.logs import Folded
+from shared.nodes import is_address
 from shared.tokens import TokenError, redact
 from worker.attempt import Attempt
 from worker.dispatch import Dispatcher
@@ -132,7 +132,7 @@ class Connection:
     async def _way(self) -> dict[str, Any]:
         """Return what leads to the node: its address, or for a name a socket that is connected to one of its own."""
         node = self._spec.node
-        if _is_address(node.host):  # no resolver is needed, and none of its threads
+        if is_address(node.host):  # no resolver is needed, and none of its threads
             return {"host": node.host, "port": node.port}
         sock = await aiohappyeyeballs.start_connection(await self._resolve(), happy_eyeballs_delay=NEXT_ADDRESS_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -156,14 +156,6 @@ class Connection:
         held = self._folded.admit(reason)
         if held is not None:
             self._log.warning("frames_ignored", reason=reason, more=held)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _describe(exc: Exception, authority: str, timeout_ms: int) -> str:

@@ -87,7 +87,10 @@ async def test_every_wrong_request_gets_its_status_and_a_json_error(tmp_path: Pa
             answer = await http.request(method, path)
             assert answer.status_code == status
             assert "error" in answer.json()
-        assert "POST" in (await http.get("/agent/query")).headers["allow"]
+        for method in ("GET", "HEAD", "DELETE", "PUT", "OPTIONS", "PROPFIND"):
+            for path in ("/agent/query", "/agents/a/query", "/workers/a_server/query"):
+                answer = await http.request(method, path)
+                assert (answer.status_code, answer.headers["allow"]) == (405, "POST"), (method, path)
         assert (await http.get("/health")).json() == {"status": "ok"}
         fits = await http.post("/agent/query", json={"query": "x" * 60_000})
         assert fits.status_code == 200
