@@ -70,6 +70,7 @@ class Runner:
             workers_by_agent(specs),
             lambda: self._supervisor.rows,
             lambda: self._supervisor.samples,
+            lambda: self._supervisor.rates,
             config.http,
             config.http_token,
         )
@@ -89,6 +90,7 @@ class Runner:
             async with (around or _nothing_around)(), anyio.create_task_group() as tasks:
                 await tasks.start(self._obey_signals)
                 tasks.start_soon(self._reloader.run)
+                tasks.start_soon(self._supervisor.observe)
                 tasks.start_soon(self._service_manager.report, lambda: self._supervisor.rows)
                 await self._server.start()
                 self._announce(on_started)
@@ -96,6 +98,7 @@ class Runner:
                 await self._supervisor.run()
                 # What was in flight is answered by now, by its worker or in its stead; what was held is not.
                 self._router.refuse_all()
+                self._api.end_streams()
                 await self._server.stop(REPLY_GRACE_S)
                 tasks.cancel_scope.cancel()
         finally:

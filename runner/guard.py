@@ -1,12 +1,17 @@
-"""Who may ask the runner: its own user's programs, or whoever has the token. Never a web page.
+"""Who may ask the runner: its own user's programs, or whoever has the token. Never another site's web page.
 
 Without a token the runner listens on loopback only, but a browser on this machine can reach that
 too, on behalf of any page: by a name that its owner points at 127.0.0.1 (DNS rebinding), or by a
 cross-site form or fetch. The first shows in `Host`, the second in `Origin`.
+
+With a token a person's browser gives it as the password of HTTP's Basic scheme, which it asks for
+itself. As it then sends it along whoever's page makes the request, `Origin` counts there too.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
 import re
 from collections.abc import Sequence
@@ -15,6 +20,7 @@ from typing import Final, Protocol
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runner.answers import Refusal
+from runner.dashboard import PATHS
 from shared.config import HttpAddress
 from shared.nodes import is_address
 from shared.tokens import Secret
@@ -24,6 +30,11 @@ _MOST_HOSTS: Final = 64
 _HOST: Final = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]@]*?)\.?)(?::\d*)?")
 _NO_TOKEN: Final = Refusal(
     401, "a bearer token is needed: Authorization: Bearer TOKEN", (("www-authenticate", "Bearer"),)
+)
+_NO_PASSWORD: Final = Refusal(
+    401,
+    "a token is needed: as a password in a browser, or Authorization: Bearer TOKEN",
+    (("www-authenticate", 'Basic realm="em-runner: the token is the password", charset="UTF-8"'),),
 )
 _NOT_OURS: Final = Refusal(
     403, "the Host of this request is not this runner's; ask by address, such as 127.0.0.1, or use a token"
@@ -42,7 +53,10 @@ class Guard(Protocol):
 
 
 class BearerToken:
-    """Asks every request but those to /health for `Authorization: Bearer`, compared in constant time."""
+    """Asks every request but those to /health for the token, compared in constant time.
+
+    Programs send `Authorization: Bearer`, browsers `Basic` with the token as the password and any name.
+    """
 
     def __init__(self, token: Secret) -> None:
         self._expected = token.reveal().encode()
@@ -54,9 +68,27 @@ class BearerToken:
         for name, value in headers:
             if name == b"authorization":
                 scheme, _, given = value.strip().partition(b" ")
-                right = hmac.compare_digest(given.strip(), self._expected)
-                return None if right and scheme.lower() == b"bearer" else _NO_TOKEN
-        return _NO_TOKEN
+                if scheme.lower() == b"basic" and self._is_right(_password(given)):
+                    host, origin = _host_and_origin(headers)
+                    # Before us may stand a proxy that speaks TLS.
+                    ours = not origin or origin in (b"http://" + host, b"https://" + host)
+                    return None if ours else _ELSEWHERE
+                right = self._is_right(given.strip())
+                if right and scheme.lower() == b"bearer":
+                    return None
+                break
+        return _NO_PASSWORD if path in PATHS else _NO_TOKEN
+
+    def _is_right(self, given: bytes) -> bool:
+        return hmac.compare_digest(given, self._expected)
+
+
+def _password(credentials: bytes) -> bytes:
+    """Return the password of RFC 7617's credentials, or nothing."""
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except (binascii.Error, ValueError):
+        return b""
 
 
 class LocalOnly:
@@ -72,12 +104,7 @@ class LocalOnly:
 
     def objection(self, headers: Headers, path: str = "") -> Refusal | None:
         """Return why a request is refused, or None."""
-        host = origin = b""
-        for name, value in headers:
-            if name == b"host":
-                host = value.strip()
-            elif name == b"origin":
-                origin = value.strip()
+        host, origin = _host_and_origin(headers)
         if host not in self._known:
             if not self._is_ours(host):
                 return _NOT_OURS
@@ -96,6 +123,16 @@ class LocalOnly:
             return False
         name = found[1] or found[2]
         return name in self._names or is_address(name)  # nobody can point an address elsewhere
+
+
+def _host_and_origin(headers: Headers) -> tuple[bytes, bytes]:
+    host = origin = b""
+    for name, value in headers:
+        if name == b"host":
+            host = value.strip()
+        elif name == b"origin":
+            origin = value.strip()
+    return host, origin
 
 
 class Guarded:

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runner.answers import JSON, Refusal
+from runner.dashboard.routes import Dashboard
 from runner.direct import DirectQueries
 from runner.guard import BearerToken, Guard, Guarded, LocalOnly
 from runner.metrics import CONTENT_TYPE, Sample, exposition
@@ -31,6 +32,7 @@ class Api:
         agents: each agent's workers, its primary first.
         table: returns the table of workers.
         samples: returns what they counted.
+        rates: returns their queries a second in the last five minutes, by name.
         address: where the runner listens.
         token: what every route but /health asks for, or None: then only programs of this machine may ask.
     """
@@ -41,6 +43,7 @@ class Api:
         agents: Mapping[str, tuple[str, ...]],
         table: Table,
         samples: Callable[[], Sequence[Sample]],
+        rates: Callable[[], Mapping[str, Sequence[float]]],
         address: HttpAddress,
         token: Secret | None = None,
     ) -> None:
@@ -49,6 +52,7 @@ class Api:
         self._samples = samples
         guard: Guard = LocalOnly(address) if token is None else BearerToken(token)
         self.queries = DirectQueries(router, agents, guard)
+        self._dashboard = Dashboard(table, rates)
         routes = [
             # Here are those that ask in another way than by POST.
             Route("/agent/query", _OnlyByPost()),
@@ -58,6 +62,7 @@ class Api:
             Route("/ready", self._ready),
             Route("/workers", self._workers),
             Route("/metrics", self._metrics),
+            *self._dashboard.routes,
         ]
         routed = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
         routed.router.redirect_slashes = False
@@ -71,6 +76,10 @@ class Api:
     def close(self) -> None:
         """Refuse whatever is asked from now on: the runner is shutting down."""
         self.queries.closing = True
+
+    def end_streams(self) -> None:
+        """End the answers that would go on for as long as the runner does."""
+        self._dashboard.close()
 
     async def _health(self, request: Request) -> Response:
         return JSON({"status": "ok"})

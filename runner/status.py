@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Literal
 
 import msgspec
 from rich.console import Console, Group
@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
-from runner import client
+from runner import client, table
 from runner.table import Table, WorkerRow
 from shared.errors import StartError
 
@@ -20,7 +20,19 @@ EXIT_NOT_READY: Final = 1
 EXIT_NO_RUNNER: Final = 2
 LONGEST_REASON: Final = 120
 _COLOURS: Final = {"ready": "green", "failed": "bold red", "crashed": "red", "restarting": "red", "backoff": "yellow"}
-_UNITS: Final = ((86_400, "d"), (3600, "h"), (60, "m"))
+_HEADINGS: Final[tuple[tuple[str, Literal["left", "right"]], ...]] = (
+    ("worker", "left"),
+    ("state", "left"),
+    ("node", "left"),
+    ("pid", "right"),
+    ("up", "right"),
+    ("queries", "right"),
+    ("a second", "right"),
+    ("p50", "right"),
+    ("p99", "right"),
+    ("errors", "right"),
+    ("restarts", "right"),
+)
 
 
 class NotAnswered(Exception):
@@ -50,76 +62,46 @@ def exit_status(rows: Sequence[WorkerRow]) -> int:
     return 0 if all(row.state == "ready" for row in rows) else EXIT_NOT_READY
 
 
-def grid(rows: Sequence[WorkerRow], rates: Mapping[str, float] | None = None, *, fitted: bool = False) -> Grid:
-    """Return the rows as a table; `rates` are queries a second, where they are known.
-
-    `fitted` to a terminal, a row is one line, and the reason is what is cut.
-    """
-    table = Grid(box=None, pad_edge=False, expand=fitted)
-    for heading in ("worker", "state", "node", "pid", "up", "queries"):
-        table.add_column(heading, justify="right" if heading in ("pid", "up", "queries") else "left", no_wrap=True)
-    if rates is not None:
-        table.add_column("a second", justify="right", no_wrap=True)
-    table.add_column("errors", justify="right", no_wrap=True)
-    table.add_column("restarts", justify="right", no_wrap=True)
-    table.add_column("why, or the last error", overflow="ellipsis", no_wrap=True, ratio=1 if fitted else None)
+def grid(rows: Sequence[WorkerRow], *, fitted: bool = False) -> Grid:
+    """Return the rows as a table. `fitted` to a terminal, a row is one line, and the reason is what is cut."""
+    grid = Grid(box=None, pad_edge=False, expand=fitted)
+    for heading, justify in _HEADINGS:
+        grid.add_column(heading, justify=justify, no_wrap=True)
+    grid.add_column("why, or the last error", overflow="ellipsis", no_wrap=True, ratio=1 if fitted else None)
     for row in rows:
         reason = " ".join((row.detail or row.last_error).split())
-        cells = [
+        grid.add_row(
             Text(row.name),
             Text(row.state, style=_COLOURS.get(row.state, "cyan")),
             Text(row.node),
             Text("" if row.pid is None else str(row.pid)),
-            Text(_duration(row.uptime_s)),
+            Text(table.uptime(row.uptime_s)),
             Text(f"{row.queries:,}"),
-        ]
-        if rates is not None:
-            cells.append(Text(f"{rates[row.name]:,.0f}" if row.name in rates else ""))
-        cells += [Text(f"{row.errors:,}"), Text(str(row.restarts)), Text(reason[:LONGEST_REASON])]
-        table.add_row(*cells)
-    return table
+            Text(table.rate(row.queries_per_s)),
+            Text(table.latency(row.p50_s)),
+            Text(table.latency(row.p99_s)),
+            Text(f"{row.errors:,}"),
+            Text(str(row.restarts)),
+            Text(reason[:LONGEST_REASON]),
+        )
+    return grid
 
 
 def summary(rows: Sequence[WorkerRow]) -> Text:
     """Return one line that says how it stands."""
     ready = sum(row.state == "ready" for row in rows)
-    words = f"{ready} of {len(rows)} worker{'s' if len(rows) != 1 else ''} ready"
-    return Text(words, style="green" if ready == len(rows) else "yellow")
+    return Text(table.summary(ready, len(rows)), style="green" if ready == len(rows) else "yellow")
 
 
 def watch(console: Console, base: str, token: str | None, interval_s: float) -> None:
     """Show the table until interrupted; a runner that is gone is shown as gone, and looked for again."""
-    before: Table | None = None
-    before_s = 0.0
-    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+    fitted = console.is_terminal
+    with Live(console=console, auto_refresh=False, screen=fitted) as live:
         while True:
             try:
-                now, now_s = fetch(base, token), time.monotonic()
+                now = fetch(base, token)
             except (StartError, NotAnswered) as exc:
                 live.update(Text(f"{exc}", style="red"), refresh=True)
-                before = None
             else:
-                rates = {} if before is None else _rates(before, now, now_s - before_s)
-                fitted = console.is_terminal
-                live.update(
-                    Group(grid(now.workers, rates, fitted=fitted), Text(""), summary(now.workers)), refresh=True
-                )
-                before, before_s = now, now_s
+                live.update(Group(grid(now.workers, fitted=fitted), Text(""), summary(now.workers)), refresh=True)
             time.sleep(interval_s)
-
-
-def _rates(before: Table, now: Table, seconds: float) -> dict[str, float]:
-    counts = {row.name: row.queries for row in before.workers}
-    return {row.name: max(row.queries - counts[row.name], 0) / seconds for row in now.workers if row.name in counts}
-
-
-def _duration(seconds: float) -> str:
-    """Return a time in its two largest units, such as `2d 3h`."""
-    left = int(seconds)
-    parts: list[str] = []
-    for size, unit in _UNITS:
-        if left >= size or parts:
-            parts.append(f"{left // size}{unit}")
-            left %= size
-    parts.append(f"{left}s")
-    return " ".join(parts[:2])

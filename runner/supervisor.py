@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 from runner.incarnation import Incarnation
 from runner.metrics import Sample
 from runner.process import ForkServer, SpawnError
+from runner.recent import STEP_S, Recent
 from runner.restarts import RestartHistory, RestartPolicy
 from runner.router import Router
 from runner.table import ChildState, WorkerRow
@@ -52,6 +53,7 @@ class Child:
         self._restarts: Counter[str] = Counter()
         self._cause = ""
         self._before = Counters()
+        self._recent = Recent(time.monotonic())
         self._stopping = anyio.Event()
         self._ended = anyio.Event()
         self._handover = anyio.Lock()
@@ -74,6 +76,9 @@ class Child:
             queries=counted.queries_node + counted.queries_http,
             queries_node=counted.queries_node,
             queries_http=counted.queries_http,
+            queries_per_s=round(self._recent.rate, 3),
+            p50_s=self._recent.quantile(0.5),
+            p99_s=self._recent.quantile(0.99),
             errors=counted.errors,
             reconnects=counted.reconnects,
             ignored=counted.ignored,
@@ -88,6 +93,15 @@ class Child:
         if self._current is not None:
             counted.add(self._current.counters)
         return counted
+
+    @property
+    def rates(self) -> list[float]:
+        """Its queries a second in the last five minutes, see `Recent`."""
+        return self._recent.rates
+
+    def note(self, now_s: float) -> None:
+        """End a step of what is remembered of the last five minutes."""
+        self._recent.note(now_s, self.counted)
 
     @property
     def sample(self) -> Sample:
@@ -359,6 +373,18 @@ class Supervisor:
     def samples(self) -> list[Sample]:
         """The workers with all that they counted."""
         return [child.sample for child in self._children.values()]
+
+    @property
+    def rates(self) -> dict[str, list[float]]:
+        """The workers' queries a second in the last five minutes, by name."""
+        return {name: child.rates for name, child in self._children.items()}
+
+    async def observe(self) -> None:
+        """Remember what the workers did in the last five minutes, until cancelled."""
+        while True:
+            await anyio.sleep(STEP_S)
+            for child in self._children.values():
+                child.note(time.monotonic())
 
     def __len__(self) -> int:
         return len(self._children)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from runner.status import exit_status, grid, summary
-from runner.table import WorkerRow
+from runner.table import WorkerRow, latency, rate
 
 
 def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
@@ -25,6 +25,9 @@ def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
         "queries": 0,
         "queries_node": 0,
         "queries_http": 0,
+        "queries_per_s": 0.0,
+        "p50_s": None,
+        "p99_s": None,
         "errors": 0,
         "reconnects": 0,
         "ignored": {},
@@ -33,9 +36,9 @@ def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
     return WorkerRow(**values | more)
 
 
-def printed(*rows: WorkerRow, width: int = 200, rates: dict[str, float] | None = None) -> list[str]:
+def printed(*rows: WorkerRow, width: int = 200) -> list[str]:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - nobody reads it
-    console.print(grid(rows, rates, fitted=width < 200))
+    console.print(grid(rows, fitted=width < 200))
     console.print(summary(rows))
     console.file.close()
     return console.export_text().splitlines()
@@ -59,11 +62,36 @@ def test_what_a_worker_is_at_goes_before_what_once_went_wrong() -> None:
     assert "long ago" not in line
 
 
-def test_rates_are_shown_where_they_are_known() -> None:
-    heading, first, second, _ = printed(row(), row("b_server"), rates={"a_server": 1234.4})
-    assert "a second" in heading
-    assert "1,234" in first
-    assert "1,234" not in second
+def test_rate_and_times_are_shown() -> None:
+    heading, first, second, _ = printed(row(queries_per_s=1234.4, p50_s=0.0000124, p99_s=0.25), row("b_server"))
+    for word in ("a second", "p50", "p99"):
+        assert word in heading
+    for cell in ("1,234", "12 us", "250 ms"):
+        assert f" {cell} " in first
+    assert "us" not in second.replace("status", ""), "of nothing there is no time"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (None, ""),
+        (2e-7, "0 us"),
+        (0.000999, "999 us"),
+        (0.00123, "1.2 ms"),
+        (0.0456, "46 ms"),
+        (1.26, "1.3 s"),
+        (64.0, "64 s"),
+    ],
+)
+def test_latency_is_told_with_two_digits(seconds: float | None, shown: str) -> None:
+    assert latency(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("per_s", "shown"), [(0.0, "0"), (0.2, "0.2"), (9.94, "9.9"), (10.4, "10"), (54321.0, "54,321")]
+)
+def test_rate_has_a_decimal_place_only_where_it_says_something(per_s: float, shown: str) -> None:
+    assert rate(per_s) == shown
 
 
 def test_narrow_terminal_cuts_the_reason_and_no_name() -> None:

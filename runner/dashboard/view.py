@@ -1,0 +1,101 @@
+"""What the page shows of a worker: every cell as text, for the page as it is served and for its updates alike."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from runner import table
+from runner.recent import STEPS
+from runner.table import WorkerRow
+
+SPARK_WIDTH: Final = 2 * STEPS
+SPARK_HEIGHT: Final = 20
+"""The size of a sparkline's view box; the page's template has it too."""
+
+_LONGEST_BRIEF: Final = 80
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """The cells of one worker. `spark` is the points of a line; `peak` says its height in words."""
+
+    name: str
+    agent: str
+    node: str
+    state: str
+    detail: str
+    uptime: str
+    rate: str
+    spark: str
+    peak: str
+    p50: str
+    p99: str
+    queries: str
+    errors: str
+    restarts: str
+    brief: str
+    last_error: str
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of GET /events.
+
+    Attributes:
+        summary: how it stands, in words.
+        layout: changes when there are other workers than before, or in another order: then the page is asked for anew.
+        changed: the workers whose cells are not those of the event before; at first all.
+    """
+
+    summary: str
+    layout: int
+    changed: list[View]
+
+
+def views(rows: Sequence[WorkerRow], rates: Mapping[str, Sequence[float]]) -> list[View]:
+    """Return what is shown of each worker; `rates` are its queries a second in each step of the last five minutes."""
+    return [_view(row, rates.get(row.name, ())) for row in rows]
+
+
+def layout(rows: Sequence[View]) -> int:
+    """Return a number that stands for which workers there are, and in which order."""
+    return zlib.crc32(" ".join(f"{row.agent}/{row.name}" for row in rows).encode())
+
+
+def summary(rows: Sequence[View]) -> str:
+    """Return how it stands, in words."""
+    return table.summary(sum(row.state == "ready" for row in rows), len(rows))
+
+
+def _view(row: WorkerRow, rates: Sequence[float]) -> View:
+    return View(
+        name=row.name,
+        agent=row.agent,
+        node=row.node,
+        state=row.state,
+        detail=row.detail,
+        uptime="" if row.pid is None else table.uptime(row.uptime_s),
+        rate=table.rate(row.queries_per_s),
+        spark=_spark(rates),
+        peak=f"at most {table.rate(max(rates, default=0.0))} a second in five minutes",
+        p50=table.latency(row.p50_s),
+        p99=table.latency(row.p99_s),
+        queries=f"{row.queries:,}",
+        errors=f"{row.errors:,}",
+        restarts=f"{row.restarts:,}",
+        brief=" ".join(row.last_error.split())[:_LONGEST_BRIEF],
+        last_error=row.last_error,
+    )
+
+
+def _spark(rates: Sequence[float]) -> str:
+    """Return the points of a line that ends at the right, its highest point at the top."""
+    highest = max(rates, default=0.0) or 1.0
+    step = SPARK_WIDTH / STEPS
+    start = SPARK_WIDTH - step * len(rates)
+    return " ".join(
+        f"{start + step * index:.0f},{SPARK_HEIGHT - (SPARK_HEIGHT - 1) * each / highest:.1f}"
+        for index, each in enumerate(rates, 1)
+    )
