@@ -144,9 +144,13 @@ def _json(line: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def launched(
-    folder: Path, *arguments: str, environ: dict[str, str] | None = None, output: Path | None = None
+    folder: Path,
+    *arguments: str,
+    environ: dict[str, str] | None = None,
+    output: Path | None = None,
+    http: str = "127.0.0.1:0",
 ) -> AsyncIterator[Cluster]:
-    """Start `em-runner` with these arguments, plus a free port and a state folder below `folder`.
+    """Start `em-runner` with these arguments, plus a free port (or `http`) and a state folder below `folder`.
 
     Its output goes to the log, or to the file named by `output`.
     """
@@ -155,7 +159,7 @@ async def launched(
     env |= {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | (environ or {})
     with log.open("ab") as sink, (output or log).open("ab") as out:
         process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-            [sys.executable, "-m", "runner", *arguments, "--http", "127.0.0.1:0", "--state-dir", str(state_dir)],
+            [sys.executable, "-m", "runner", *arguments, "--http", http, "--state-dir", str(state_dir)],
             cwd=folder,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -211,6 +215,7 @@ async def cluster(
     connection: str = "reconnect_interval_ms = 100",
     supervision: str = "",
     environ: dict[str, str] | None = None,
+    http: str = "127.0.0.1:0",
 ) -> AsyncIterator[Cluster]:
     """Run these agents, with `handlers` as `handlers.py` beside the configuration."""
     (folder / "handlers.py").write_text(handlers)
@@ -218,7 +223,7 @@ async def cluster(
         f"[runner]\n{runner}\n[connection]\n{connection}\n[supervision]\n{supervision}\n" + "\n".join(agents)
     )
     (folder / "em-runner.toml").chmod(0o600)
-    async with launched(folder, "run", "-c", str(folder / "em-runner.toml"), environ=environ) as running:
+    async with launched(folder, "run", "-c", str(folder / "em-runner.toml"), environ=environ, http=http) as running:
         yield running
 
 

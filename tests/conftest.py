@@ -1,12 +1,14 @@
-"""What all tests share: the event loop that the product runs on."""
+"""What all tests share: the event loop that the product runs on, and nodes for the agents."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+
+from disco import Node, NodeSettings, serve
 
 
 @pytest.fixture
@@ -20,3 +22,17 @@ def private_files() -> Iterator[None]:
     before = os.umask(0o077)
     yield
     os.umask(before)
+
+
+@pytest.fixture
+async def node(anyio_backend: object) -> AsyncIterator[Node]:
+    """A node that asks nobody for a token."""
+    async with serve(NodeSettings(port=0)) as node:
+        yield node
+
+
+@pytest.fixture
+async def other_node(anyio_backend: object) -> AsyncIterator[Node]:
+    """A second one."""
+    async with serve(NodeSettings(port=0)) as node:
+        yield node

@@ -152,6 +152,7 @@ async function onSubmit(event) {
 }
 
 findRows();
+put(byId("link"), "connecting"); // Without a script it says that the page has to be loaded again.
 byId("ask").hidden = false;
 byId("ask").querySelector("form").addEventListener("submit", onSubmit);
 listen();

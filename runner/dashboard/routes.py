@@ -108,7 +108,8 @@ class Dashboard:
         """Yield the table, and then what changes in it."""
         sent: dict[str, View] = {}
         told_s = float("-inf")
-        while not self._over.is_set():
+        while True:
+            over = self._over.is_set()  # what is told after that is the last there is to tell
             rows = self._now()
             changed = [row for row in rows if sent.get(row.name) != row]
             if changed or len(rows) != len(sent) or time.monotonic() - told_s >= QUIET_S:
@@ -116,13 +117,15 @@ class Dashboard:
                 yield b"data: %b\n\n" % msgspec.json.encode(update)
                 told_s = time.monotonic()
                 sent = {row.name: row for row in rows}
+            if over:
+                return
             with anyio.move_on_after(TICK_S):
                 await self._over.wait()
 
     def _now(self) -> list[View]:
         """Return what there is to see: made once for all who look at the same time."""
         now_s = time.monotonic()
-        if now_s - self._viewed_s >= TICK_S / 2:
+        if now_s - self._viewed_s >= TICK_S / 2 or self._over.is_set():
             self._views = views(self._rows(), self._rates())
             self._viewed_s = now_s
         return self._views

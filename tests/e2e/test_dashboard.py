@@ -1,0 +1,266 @@
+"""The status page in a real browser, against a real runner."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.async_playwright import Axe
+from playwright.async_api import Browser, Page, expect
+
+from disco import Node, NodeSettings, serve
+from tests import browser
+from tests.cluster import Cluster, agent, cluster
+
+pytestmark = pytest.mark.anyio
+
+HANDLERS = """
+def handle(body, memory):
+    count = memory.get("count", 0) + 1
+    if body == "fail":
+        raise ValueError("<img src=x onerror='document.title=1'>\\n second line")
+    value = 2 ** 53 + 1 if body == "large" else body
+    return {"type": "count", "properties": {"count": count, "body": value}}, {"count": count}
+"""
+
+
+@pytest.fixture
+async def chromium(anyio_backend: object) -> AsyncIterator[Browser]:
+    if browser.program() is None and "CI" not in os.environ:
+        pytest.skip("no Chromium here: install your distribution's package to run this")
+    async with browser.chromium() as running:
+        yield running
+
+
+class Seen:
+    """A page, and what it did that it should not."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        page.on("console", lambda line: self.complaints.append(line.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+
+    def cell(self, worker: str, field: str) -> Any:
+        return self.page.locator(f"[data-worker={worker}] [data-cell={field}]")
+
+
+async def look(chromium: Browser, running: Cluster, **options: Any) -> Seen:
+    context = await chromium.new_context(**options)
+    context.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
+    seen = Seen(await context.new_page())
+    await seen.page.goto(str(running.http.base_url))
+    if options.get("java_script_enabled", True):
+        await expect(seen.page.locator("#link")).to_have_text("live")
+    return seen
+
+
+async def test_states_change_on_the_page(tmp_path: Path, chromium: Browser) -> None:
+    async with serve(NodeSettings(port=0)) as other:
+        async with AsyncExitStack() as first_life:
+            node = await first_life.enter_async_context(serve(NodeSettings(port=0)))
+            agents = [agent("a", [node.url]), agent("b", [other.url])]
+            async with cluster(tmp_path, *agents, handlers=HANDLERS, supervision="max_restarts = 1") as running:
+                await running.wait_ready()
+                seen = await look(chromium, running)
+                page = seen.page
+                await expect(page.locator("#summary")).to_have_text("2 of 2 workers ready")
+                await expect(page).to_have_title("2 of 2 workers ready - em-runner")
+
+                # A worker is killed, and is back; and killed once too often.
+                first = await running.worker_pid("b_server")
+                os.kill(first, signal.SIGKILL)
+                await expect(seen.cell("b_server", "restarts")).to_have_text("1")
+                await running.wait_state("b_server", "ready")
+                await expect(seen.cell("b_server", "state")).to_have_text("ready")
+                os.kill(await running.worker_pid("b_server"), signal.SIGKILL)
+                await expect(seen.cell("b_server", "state")).to_have_text("failed")
+                await expect(seen.cell("b_server", "detail")).to_contain_text("SIGKILL")
+                await expect(page.locator("#summary")).to_have_text("1 of 2 workers ready")
+                await expect(page.locator("#news")).to_contain_text("b_server: failed")
+                full = seen.cell("b_server", "last_error")
+                await expect(full).not_to_be_visible()
+                await seen.cell("b_server", "brief").click()
+                await expect(full).to_be_visible()
+                await expect(full).to_contain_text("killed by SIGKILL")
+
+                # A node goes away, and comes back.
+                await first_life.aclose()
+                await expect(seen.cell("a_server", "state")).to_have_text("backoff")
+                await expect(page.locator("#summary")).to_have_text("0 of 2 workers ready")
+                async with serve(NodeSettings(port=int(node.url.rpartition(":")[2]))):
+                    await expect(seen.cell("a_server", "state")).to_have_text("ready")
+                    await expect(page.locator("#summary")).to_have_text("1 of 2 workers ready")
+                assert seen.complaints == []
+
+
+async def test_query_is_typed_and_answered(tmp_path: Path, chromium: Browser, node: Node, other_node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url, other_node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        await running.wait_state("a_server_2", "ready")
+        seen = await look(chromium, running)
+        verdict, result = seen.page.locator("#verdict"), seen.page.locator("#result")
+
+        # By keyboard alone.
+        await seen.page.get_by_label("Query", exact=True).focus()
+        await seen.page.keyboard.type("red <fish>")
+        await seen.page.keyboard.press("Enter")
+        await expect(verdict).to_contain_text("a_server answered in ")
+        await expect(verdict).to_contain_text(" ms")
+        shown = json.loads(await result.inner_text())
+        assert shown == {"type": "count", "properties": {"count": 1, "body": "red <fish>"}}
+        await expect(seen.page.get_by_label("Query", exact=True)).to_be_focused()
+
+        await seen.page.get_by_label("Whom").select_option("a_server_2")
+        await seen.page.get_by_label("Whom").focus()
+        await seen.page.keyboard.press("Tab")
+        await seen.page.keyboard.press("Enter")
+        await expect(verdict).to_contain_text("a_server_2 answered in ")
+
+        await seen.page.get_by_label("Query", exact=True).fill("large")
+        await seen.page.keyboard.press("Enter")
+        await expect(result).to_contain_text(str(2**53 + 1))
+
+        await seen.page.get_by_label("Query", exact=True).fill("fail")
+        await seen.page.keyboard.press("Enter")
+        await expect(verdict).to_contain_text("500, a_server_2 after ")
+        await expect(verdict).to_contain_text("handler_failed")
+        await expect(result).to_be_hidden()
+
+        await expect(seen.cell("a_server_2", "errors")).to_have_text("1")
+        await expect(seen.cell("a_server_2", "queries")).to_have_text("3")
+        await expect(seen.cell("a_server_2", "p99")).to_contain_text("s")
+        await expect(seen.cell("a_server_2", "rate")).not_to_have_text("0")
+        # What a handler says is text, here and when the page is served anew.
+        for _ in range(2):
+            await seen.cell("a_server_2", "brief").click()
+            await expect(seen.cell("a_server_2", "last_error")).to_contain_text(
+                "<img src=x onerror='document.title=1'>"
+            )
+            assert await seen.page.locator("img").count() == 0
+            await seen.page.reload()
+        base = str(running.http.base_url).rstrip("/")
+        assert [url for url in seen.asked if not url.startswith(base + "/")] == [], "nothing comes from elsewhere"
+        assert [line for line in seen.complaints if "500" not in line] == []
+
+
+async def test_runner_that_is_gone_is_shown_as_gone(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen = await look(chromium, running)
+        link = seen.page.locator("#link")
+
+        # It hangs: nothing is closed, nothing comes.
+        running.process.send_signal(signal.SIGSTOP)
+        try:
+            await expect(link).to_contain_text("The runner is gone: nothing was heard of it since ")
+            await expect(seen.page).to_have_title("gone - em-runner")
+            await expect(seen.page.locator("body")).to_have_class("gone")
+        finally:
+            running.process.send_signal(signal.SIGCONT)
+        await expect(link).to_have_text("live")
+        await expect(seen.page).to_have_title("1 of 1 worker ready - em-runner")
+
+        assert await running.stop() == 0, "an open page keeps no runner from its end"
+        await expect(link).to_contain_text("The runner is gone")
+        await expect(seen.cell("a_server", "state")).to_be_visible()
+        port = running.http.base_url.port
+    async with cluster(tmp_path, agent("b", [node.url]), handlers=HANDLERS, http=f"127.0.0.1:{port}") as running:
+        await running.wait_ready()
+        await expect(link).to_have_text("live")
+        await expect(seen.cell("b_server", "state")).to_have_text("ready")
+        assert await seen.cell("a_server", "state").count() == 0, "it is another runner"
+
+
+async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen = await look(chromium, running)
+        config = tmp_path / "em-runner.toml"
+        config.write_text(config.read_text() + agent("b", [node.url]))
+        os.kill(running.process.pid, signal.SIGHUP)
+        await expect(seen.cell("b_server", "state")).to_have_text("ready")
+        await expect(seen.page.locator("#summary")).to_have_text("2 of 2 workers ready")
+        await seen.page.get_by_label("Whom").select_option("worker/b_server")
+        await seen.page.get_by_label("Query", exact=True).fill("x")
+        await seen.page.keyboard.press("Enter")
+        await expect(seen.page.locator("#verdict")).to_contain_text("b_server answered in ")
+        assert seen.complaints == []
+
+
+async def test_page_is_a_plain_table_without_a_script(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), agent("b", ["127.0.0.1:9"]), handlers=HANDLERS) as running:
+        await running.wait_state("a_server", "ready")
+        await running.wait_state("b_server", "backoff")
+        seen = await look(chromium, running, java_script_enabled=False)
+        await expect(seen.page.locator("#summary")).to_have_text("1 of 2 workers ready")
+        await expect(seen.page.get_by_text("reload it to look again")).to_be_visible()
+        await expect(seen.cell("b_server", "detail")).to_contain_text("Connection refused")
+        await expect(seen.page.locator("#ask")).to_be_hidden()
+        rows = seen.page.get_by_role("row")
+        assert await rows.count() == 4, "two headings, two workers"
+        await expect(rows.filter(has_text="a_server").get_by_role("cell").nth(1)).to_have_text(node.url)
+
+
+@pytest.mark.parametrize(
+    "screen",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"viewport": {"width": 360, "height": 740}, "is_mobile": True},
+        {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "color_scheme": "dark"},
+    ],
+    ids=("light", "dark", "phone", "dark phone"),
+)
+async def test_page_can_be_used_by_everybody(
+    screen: dict[str, Any], tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    agents = [agent("a", [node.url]), agent("b", ["127.0.0.1:9"])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+        await running.wait_state("a_server", "ready")
+        await running.wait_state("b_server", "backoff")
+        await running.ask("fail", agent="a")
+        seen = await look(chromium, running, bypass_csp=True, **screen)
+        page = seen.page
+        await page.get_by_label("Query", exact=True).fill("x")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#result")).to_be_visible()
+        await seen.cell("a_server", "brief").click()
+        found = await Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+        assert not await page.evaluate(wide), "nothing has to be scrolled sideways"
+        assert await running.stop() == 0
+        await expect(page.locator("body")).to_have_class("gone")
+        found = await Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+
+
+async def test_token_is_the_password(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("let-me-in")
+    secret.chmod(0o600)
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=HANDLERS, runner='http_token_file = "token"'
+    ) as running:
+        refused = await running.http.get("/")
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"].startswith("Basic ")
+        assert (await running.http.get("/workers")).headers["www-authenticate"] == "Bearer"
+        running.http.headers["authorization"] = "Bearer let-me-in"
+        await running.wait_ready()
+        seen = await look(chromium, running, http_credentials={"username": "", "password": "let-me-in"})
+        await seen.page.get_by_label("Query", exact=True).fill("x")
+        await seen.page.keyboard.press("Enter")
+        await expect(seen.page.locator("#verdict")).to_contain_text("a_server answered in ")
