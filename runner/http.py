@@ -11,17 +11,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from runner import openapi
 from runner.answers import JSON, Refusal
 from runner.dashboard.routes import Dashboard
 from runner.direct import DirectQueries
 from runner.guard import BearerToken, Guard, Guarded, LocalOnly
 from runner.metrics import CONTENT_TYPE, Sample, exposition
 from runner.router import Router
-from runner.table import WorkerRow
+from runner.table import Ready, Table, WorkerRow, readiness
 from shared.config import HttpAddress
 from shared.tokens import Secret
-
-Table = Callable[[], Sequence[WorkerRow]]
 
 
 class Api:
@@ -30,7 +29,7 @@ class Api:
     Args:
         router: what carries queries to workers.
         agents: each agent's workers, its primary first.
-        table: returns the table of workers.
+        rows: returns the table of workers.
         samples: returns what they counted.
         rates: returns their queries a second in the last five minutes, by name.
         address: where the runner listens.
@@ -41,18 +40,18 @@ class Api:
         self,
         router: Router,
         agents: Mapping[str, tuple[str, ...]],
-        table: Table,
+        rows: Callable[[], Sequence[WorkerRow]],
         samples: Callable[[], Sequence[Sample]],
         rates: Callable[[], Mapping[str, Sequence[float]]],
         address: HttpAddress,
         token: Secret | None = None,
     ) -> None:
         self._agents = agents
-        self._table = table
+        self._rows = rows
         self._samples = samples
         guard: Guard = LocalOnly(address) if token is None else BearerToken(token)
         self.queries = DirectQueries(router, agents, guard)
-        self._dashboard = Dashboard(table, rates)
+        self._dashboard = Dashboard(rows, rates)
         routes = [
             # Here are those that ask in another way than by POST.
             Route("/agent/query", _OnlyByPost()),
@@ -62,6 +61,7 @@ class Api:
             Route("/ready", self._ready),
             Route("/workers", self._workers),
             Route("/metrics", self._metrics),
+            Route(openapi.PATH, self._openapi),
             *self._dashboard.routes,
         ]
         routed = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
@@ -82,29 +82,21 @@ class Api:
         self._dashboard.close()
 
     async def _health(self, request: Request) -> Response:
-        return JSON({"status": "ok"})
+        return JSON(openapi.Health("ok"))
 
     async def _ready(self, request: Request) -> Response:
-        rows = {row.name: row for row in self._table()}
-        agents = {
-            agent: {
-                "ready": any(rows[name].state == "ready" for name in workers if name in rows),
-                "workers": {name: _state_in_words(rows[name]) for name in workers if name in rows},
-            }
-            for agent, workers in self._agents.items()
-        }
-        ready = not self.queries.closing and all(agent["ready"] for agent in agents.values())
-        return JSON({"ready": ready, "agents": agents}, 200 if ready else 503)
+        agents = readiness(self._rows(), self._agents)
+        ready = not self.queries.closing and all(agent.ready for agent in agents.values())
+        return JSON(Ready(ready, agents), 200 if ready else 503)
 
     async def _workers(self, request: Request) -> Response:
-        return JSON({"workers": list(self._table())})
+        return JSON(Table(list(self._rows())))
 
     async def _metrics(self, request: Request) -> Response:
         return Response(exposition(self._samples()), media_type=CONTENT_TYPE)
 
-
-def _state_in_words(row: WorkerRow) -> str:
-    return f"{row.state}: {row.detail}" if row.detail else row.state
+    async def _openapi(self, request: Request) -> Response:
+        return JSON(openapi.document())
 
 
 class _OnlyByPost:

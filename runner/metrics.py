@@ -66,7 +66,7 @@ class _Collected(Collector):
         yield from _counts(self._samples)
         yield from _gauges(self._samples)
         build = GaugeMetricFamily("em_runner_build_info", "Always 1; what is running.", labels=("version", "python"))
-        build.add_metric((_version(), platform.python_version()), 1)
+        build.add_metric((version(), platform.python_version()), 1)
         yield build
 
 
@@ -161,7 +161,8 @@ def _resident_bytes(pid: int) -> int:
 
 
 @cache
-def _version() -> str:
+def version() -> str:
+    """Return em-runner's version."""
     try:
         return metadata.version("em-runner")
     except metadata.PackageNotFoundError:

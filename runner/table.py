@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Final, Literal
 
 import msgspec
+from msgspec import Meta
 
 ChildState = Literal[
     "starting",
@@ -24,55 +26,69 @@ _SPANS: Final = ((86_400, "d"), (3600, "h"), (60, "m"))
 
 
 class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the table of workers.
+    """One row of the table of workers."""
 
-    Attributes:
-        name: the worker's name.
-        agent: its agent's name.
-        node: its node's address.
-        state: what it is at.
-        detail: why it is in this state, in words; empty when there is nothing to say.
-        pid: its process, null without one.
-        incarnation: the number of its process, from 1.
-        uptime_s: how long its process runs, 0 without one.
-        restarts: how often its process ended unplanned.
-        queries: how many queries it answered since the runner began; of its node and over HTTP together.
-        queries_node: those of its node.
-        queries_http: those over HTTP.
-        queries_per_s: how many a second in the last five seconds.
-        p50_s: in what time the handler did half of the last five minutes' queries; null without any.
-        p99_s: in what time 99 of 100.
-        errors: queries whose handler failed or took too long.
-        reconnects: connections to the node that were lost, or not had.
-        ignored: frames of the node that meant nothing, by reason.
-        last_error: the last thing that went wrong in it.
-    """
-
-    name: str
-    agent: str
-    node: str
-    state: ChildState
-    detail: str
-    pid: int | None
-    incarnation: int
-    uptime_s: float
-    restarts: int
-    queries: int
-    queries_node: int
-    queries_http: int
-    queries_per_s: float
-    p50_s: float | None
-    p99_s: float | None
-    errors: int
-    reconnects: int
-    ignored: dict[str, int]
-    last_error: str
+    name: Annotated[str, Meta(description="The worker's name.")]
+    agent: Annotated[str, Meta(description="Its agent's name.")]
+    node: Annotated[str, Meta(description="Its node's address.")]
+    state: Annotated[ChildState, Meta(description="What it is at.")]
+    detail: Annotated[str, Meta(description="Why it is in this state, in words; empty when there is nothing to say.")]
+    pid: Annotated[int | None, Meta(description="Its process, null without one.")]
+    incarnation: Annotated[int, Meta(description="The number of its process, from 1.")]
+    uptime_s: Annotated[float, Meta(description="How long its process runs, 0 without one.")]
+    restarts: Annotated[int, Meta(description="How often its process ended unplanned.")]
+    queries: Annotated[
+        int,
+        Meta(description="How many queries it answered since the runner began; of its node and over HTTP together."),
+    ]
+    queries_node: Annotated[int, Meta(description="Those of its node.")]
+    queries_http: Annotated[int, Meta(description="Those over HTTP.")]
+    queries_per_s: Annotated[float, Meta(description="How many a second in the last five seconds.")]
+    p50_s: Annotated[
+        float | None,
+        Meta(description="In what time the handler did half of the last five minutes' queries; null without any."),
+    ]
+    p99_s: Annotated[float | None, Meta(description="In what time 99 of 100.")]
+    errors: Annotated[int, Meta(description="Queries whose handler failed or took too long.")]
+    reconnects: Annotated[int, Meta(description="Connections to the node that were lost, or not had.")]
+    ignored: Annotated[dict[str, int], Meta(description="Frames of the node that meant nothing, by reason.")]
+    last_error: Annotated[str, Meta(description="The last thing that went wrong in it.")]
 
 
 class Table(msgspec.Struct, frozen=True):
     """What GET /workers answers."""
 
     workers: list[WorkerRow]
+
+
+class AgentReady(msgspec.Struct, frozen=True):
+    """Whether one of an agent's workers is ready; of each its state, and why it is in it."""
+
+    ready: bool
+    workers: dict[str, str]
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """What GET /ready answers."""
+
+    ready: bool
+    agents: dict[str, AgentReady]
+
+
+def readiness(rows: Sequence[WorkerRow], agents: Mapping[str, Sequence[str]]) -> dict[str, AgentReady]:
+    """Return how each agent stands; `agents` names their workers."""
+    known = {row.name: row for row in rows}
+    return {
+        agent: AgentReady(
+            any(known[name].state == "ready" for name in workers if name in known),
+            {name: _state(known[name]) for name in workers if name in known},
+        )
+        for agent, workers in agents.items()
+    }
+
+
+def _state(row: WorkerRow) -> str:
+    return f"{row.state}: {row.detail}" if row.detail else row.state
 
 
 def summary(ready: int, workers: int) -> str:

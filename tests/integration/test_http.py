@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,10 @@ def handle(body, memory):
         time.sleep(0.005)
     return body, memory
 """
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=handlers, runner="query_timeout_ms = 300") as running:
+    alive = "liveness_timeout_ms = 1000"
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=handlers, runner="query_timeout_ms = 300", supervision=alive
+    ) as running:
         await running.wait_ready()
         answers: list[httpx.Response] = []
 
@@ -137,9 +141,30 @@ def handle(body, memory):
             await until((tmp_path / "ran").exists, "the handler is at it")
             tasks.start_soon(ask, "behind")
         assert {answer.status_code for answer in answers} == {504}
+        for _ in range(2):  # the second one was sent after the worker was told that nobody waits any longer
+            await heartbeat(running)
         (tmp_path / "gate").touch()
         assert await running.results("next") == "next"
         assert (tmp_path / "ran").read_text().split() == ["slow", "next"]
+
+
+async def heartbeat(running: Cluster) -> None:
+    """Wait until the only worker is heard of again."""
+    told = re.compile(r"^em_runner_worker_heartbeat_age_seconds\{.*\} (\S+)$", re.MULTILINE)
+
+    async def silent_s() -> float:
+        found = told.search((await running.http.get("/metrics")).text)
+        assert found is not None
+        return float(found[1])
+
+    before_s = 0.0
+
+    async def heard() -> bool:
+        nonlocal before_s
+        last_s, before_s = before_s, await silent_s()
+        return before_s < last_s
+
+    await until(heard, "a heartbeat")
 
 
 async def test_full_worker_refuses_at_once_with_retry_after(tmp_path: Path, node: Node) -> None:
