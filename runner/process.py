@@ -29,7 +29,7 @@ from shared.trial import Trial
 from worker.entry import probe, run, trial  # the worker's entry points: the only line of the runner that knows them
 
 PRELOAD: Final = "worker.preload"
-PRELOAD_TRACING: Final = "worker.tracing"
+PRELOAD_TRACING: Final = "worker.preload_tracing"
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 PROBE_TIMEOUT_S: Final = 60.0
 _STATUS_TIMEOUT_S: Final = 0.2
