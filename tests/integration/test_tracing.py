@@ -266,14 +266,19 @@ def handle(body, memory):
             config = tmp_path / "em-runner.toml"
             config.write_text(config.read_text() + 'capabilities = ["new"]\n')
             running.process.send_signal(1)
-            await until(lambda: running.events("worker_replaced"), "a successor takes over")
+            await until(lambda: "returned" in outcomes(collector), "the old worker has given it back")
             (tmp_path / "gate").touch()
         (second,) = found
+        await until(lambda: outcomes(collector) == ["ok", "returned"], "both workers' spans have come")
     assert isinstance(second, dict)
     assert second["pid"] != before
     assert second["trace"] == TRACE
-    workers = [span for span in collector.spans if span.name == WORKER and span.trace_id == TRACE]
-    assert sorted(span.attributes["em_runner.outcome"] for span in workers) == ["ok", "returned"]
+
+
+def outcomes(collector: Collector) -> list[str]:
+    """What the workers say became of the client's query."""
+    of_workers = [span for span in collector.spans if span.name == WORKER and span.trace_id == TRACE]
+    return sorted(span.attributes["em_runner.outcome"] for span in of_workers)
 
 
 async def two_in_flight(running: Cluster) -> bool:
