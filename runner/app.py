@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.abc
@@ -26,6 +26,9 @@ from runner.supervisor import Supervisor
 from shared.config import Config, HttpAddress, worker_specs
 from shared.errors import StartError
 from shared.http_server import HttpServer
+
+if TYPE_CHECKING:
+    from runner.tracing import RunnerTracing
 
 REPLY_GRACE_S: Final = 0.5
 """How long clients may take to read the last answers when the runner ends."""
@@ -50,12 +53,13 @@ class Runner:
         state: StateDir,
         listener: socket.socket,
         service_manager: ServiceManager,
+        tracing: RunnerTracing | None = None,
     ) -> None:
         self._config = config
         self._fork_server = fork_server
         self._state = state
         self._listener = listener
-        self._router = Router(
+        self._router = (Router if tracing is None else tracing.router)(
             state.socket_path,
             query_timeout_s=config.query_timeout_ms / 1000,
             max_in_flight=config.max_in_flight,
@@ -74,6 +78,8 @@ class Runner:
             config.http,
             config.http_token,
         )
+        if tracing is not None:
+            self._api.queries.exchange = tracing.exchange
         self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
         self._server = HttpServer(self._api.app, listener, direct=self._api.queries.take)
         self._service_manager = service_manager

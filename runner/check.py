@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from runner.process import ForkServer
 from runner.reload import check_handlers
-from shared import tokens
+from shared import logs, tokens
 from shared.config import Agent, Config, worker_specs
 from shared.tokens import TokenError, TokenSource
 
@@ -23,10 +23,15 @@ def check(config: Config) -> Report:
     """Import every handler and look at every token.
 
     Raises:
-        ConfigError: when a handler cannot be loaded.
+        ConfigError: when a handler cannot be loaded, or tracing not begin.
     """
     fork_server = ForkServer()
     fork_server.start()
+    if config.tracing:
+        from shared.tracing import Tracing
+
+        logs.configure("warning")  # where its library says what it makes of the environment's variables
+        Tracing({}).close(0)
     capabilities = check_handlers(config.agents, fork_server)
     rows = [
         (

@@ -8,7 +8,7 @@ log, never to the client.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 from urllib.parse import unquote
 
@@ -21,6 +21,7 @@ from runner.lines import Ending, Reply
 from runner.router import Router
 from shared.http_connection import HttpConnection
 from shared.http_direct import DirectExchange
+from shared.ipc import NO_TRACE, Trace
 
 MAX_BODY_BYTES: Final = 64 * 1024
 _TOO_LARGE: Final = Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
@@ -128,6 +129,7 @@ class DirectQueries:
         self.router = router
         self.directory = Directory(router, agents)
         self.guard = guard
+        self.exchange: Callable[[DirectQueries, HttpConnection, Named], QueryExchange] = QueryExchange
         self.closing = False
 
     def rename(self, agents: Mapping[str, tuple[str, ...]]) -> None:
@@ -139,13 +141,15 @@ class DirectQueries:
         parser = connection.parser
         if parser.get_method() != b"POST" or (named := self.directory.named_by(connection.url)) is None:
             return None
-        return QueryExchange(self, connection, named)
+        return self.exchange(self, connection, named)
 
 
 class QueryExchange(DirectExchange):
     """One direct query."""
 
     __slots__ = ("_named", "_queries", "_refusal", "_sequence")
+
+    trace: Trace = NO_TRACE
 
     def __init__(self, queries: DirectQueries, connection: HttpConnection, named: Named) -> None:
         parser = connection.parser
@@ -208,7 +212,7 @@ class QueryExchange(DirectExchange):
         if isinstance(chosen, Refusal):
             return chosen
         elsewhere = directory.others(chosen) if worker is None else ()
-        self._sequence = self._queries.router.submit(chosen, asked.query, self._on_reply, elsewhere)
+        self._sequence = self._queries.router.submit(chosen, asked.query, self._on_reply, elsewhere, self.trace)
         return None
 
     def _on_reply(self, reply: Reply) -> None:

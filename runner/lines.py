@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from shared import ipc
-from shared.ipc import Launch
+from shared.ipc import Launch, Trace
 
 
 class Ending(Enum):
@@ -83,10 +83,17 @@ class Line:
 class Pending:
     """One query that waits for its reply: at a worker (`line`), or held for the next one (no line)."""
 
-    __slots__ = ("deadline", "elsewhere", "line", "name", "on_reply", "query", "sequence")
+    __slots__ = ("deadline", "elsewhere", "line", "name", "on_reply", "query", "sequence", "trace")
 
     def __init__(
-        self, sequence: int, name: str, query: str, deadline: float, on_reply: OnReply, elsewhere: Sequence[str]
+        self,
+        sequence: int,
+        name: str,
+        query: str,
+        deadline: float,
+        on_reply: OnReply,
+        elsewhere: Sequence[str],
+        trace: Trace,
     ) -> None:
         self.sequence = sequence
         self.name = name
@@ -94,4 +101,5 @@ class Pending:
         self.deadline = deadline
         self.on_reply = on_reply
         self.elsewhere = elsewhere
+        self.trace = trace
         self.line: Line | None = None

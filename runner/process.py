@@ -29,6 +29,7 @@ from shared.trial import Trial
 from worker.entry import probe, run, trial  # the worker's entry points: the only line of the runner that knows them
 
 PRELOAD: Final = "worker.preload"
+PRELOAD_TRACING: Final = "worker.preload_tracing"
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 PROBE_TIMEOUT_S: Final = 60.0
 _STATUS_TIMEOUT_S: Final = 0.2
@@ -40,11 +41,11 @@ class SpawnError(Exception):
 
 
 class ForkServer:
-    """The one fork server of this runner."""
+    """The one fork server of this runner. With `tracing` it has imported what that needs, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tracing: bool = False) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([PRELOAD])
+        self._context.set_forkserver_preload([PRELOAD_TRACING, PRELOAD] if tracing else [PRELOAD])
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._probes: set[ForkServerProcess] = set()
         self._starting = threading.Lock()  # a reload probes handlers on one thread while another starts a worker

@@ -116,7 +116,7 @@ class Reloader:
 
     async def _apply(self, config: Config) -> tuple[bool, str]:
         # These hold for as long as the runner does: its lock, its socket and its memory files are where they are.
-        kept = {name: getattr(self._config, name) for name in ("http", "http_token", "state_dir")}
+        kept = {name: getattr(self._config, name) for name in ("http", "http_token", "state_dir", "tracing")}
         fixed = [name for name, value in kept.items() if getattr(config, name) != value]
         config = msgspec.structs.replace(config, **kept)
         specs = worker_specs(config)

@@ -20,7 +20,7 @@ import zmq
 
 from runner.lines import Ending, Line, Listener, OnReply, Pending, Reply
 from shared import ipc
-from shared.ipc import Launch, Outcome
+from shared.ipc import NO_TRACE, Launch, Outcome, Trace
 from shared.logs import Folded
 
 MAX_MESSAGE_BYTES: Final = 1 << 30
@@ -189,7 +189,9 @@ class Router:
 
     # --- queries ---
 
-    def submit(self, name: str, query: str, on_reply: OnReply, elsewhere: Sequence[str] = ()) -> int | None:
+    def submit(
+        self, name: str, query: str, on_reply: OnReply, elsewhere: Sequence[str] = (), trace: Trace = NO_TRACE
+    ) -> int | None:
         """Send a query to a worker; `on_reply` is called exactly once, with whatever becomes of it.
 
         Args:
@@ -197,6 +199,7 @@ class Router:
             query: its text.
             on_reply: may be called before this returns.
             elsewhere: workers that may have the query if it comes back unhandled.
+            trace: goes with it, wherever it goes, where queries are traced.
 
         Returns:
             What `withdraw` takes, or None when the query was refused at once.
@@ -216,7 +219,7 @@ class Router:
             on_reply(Reply(Ending.REFUSED, b"the runner has too many queries before it", name))
             return None
         self._sequence = sequence = self._sequence + 1
-        pending = Pending(sequence, name, query, self._loop.time() + self._query_timeout_s, on_reply, elsewhere)
+        pending = Pending(sequence, name, query, self._loop.time() + self._query_timeout_s, on_reply, elsewhere, trace)
         self._pending[sequence] = pending
         if line is None or not line.accepting:
             self._hold(pending)
@@ -321,12 +324,15 @@ class Router:
             waiting, line.outbox = line.outbox, []
             if line.withdrawn:  # some may have been withdrawn before they ever left
                 waiting = [pending for pending in waiting if pending.sequence in line.in_flight]
-            if waiting and not self._send(line, ipc.Queries([(each.sequence, each.query) for each in waiting])):
+            if waiting and not self._send(line, self._message(waiting)):
                 for pending in waiting:
                     self._finish(pending, Ending.WORKER_GONE, b"the worker cannot be reached")
         if line.withdrawn:
             withdrawn, line.withdrawn = line.withdrawn, []
             self._send(line, ipc.Cancel(withdrawn))
+
+    def _message(self, queries: list[Pending]) -> ipc.RunnerMessage:
+        return ipc.Queries([(each.sequence, each.query) for each in queries])
 
     def _send(self, line: Line, message: ipc.RunnerMessage) -> bool:
         """Send a message; return False when the worker is not there, or has stopped reading."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import resource
 import signal
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -21,6 +21,7 @@ from shared.errors import StartError
 
 if TYPE_CHECKING:
     from runner.reload import ReadConfig
+    from runner.tracing import RunnerTracing
 
 OWN_DESCRIPTORS: Final = 64
 """What the runner needs without a worker or a client: sockets, ZeroMQ, the fork server, some to spare."""
@@ -50,14 +51,14 @@ def run(
         around: entered before the workers start and left after they have ended: the demo's nodes.
 
     Raises:
-        ConfigError: when a handler cannot be loaded.
+        ConfigError: when a handler cannot be loaded, or tracing not begin.
         StartError: when the state folder or the address is in use, or there are too few file descriptors.
     """
     _require_descriptors(len(worker_specs(config)))
     signal.signal(signal.SIGTERM, _leave_early)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
     service_manager = ServiceManager()  # before the fork server: no worker inherits the way to it
-    fork_server = ForkServer()
+    fork_server = ForkServer(tracing=config.tracing)
     fork_server.start()
     from runner.app import Runner
     from runner.reload import check_handlers
@@ -65,9 +66,9 @@ def run(
     from shared.http_server import listen, resolve
 
     place = resolve(config.http.host, config.http.port, hint=PORT_HINT)
-    with hold(config.state_dir) as state, listen(place, hint=PORT_HINT) as listener:
+    with hold(config.state_dir) as state, listen(place, hint=PORT_HINT) as listener, _tracing(config) as tracing:
         check_handlers(config.agents, fork_server)
-        runner = Runner(config, read_again, fork_server, state, listener, service_manager)
+        runner = Runner(config, read_again, fork_server, state, listener, service_manager, tracing)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
 
 
@@ -82,6 +83,21 @@ def _require_descriptors(workers: int) -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@contextmanager
+def _tracing(config: Config) -> Iterator[RunnerTracing | None]:
+    """Trace for as long as the `with` lasts, if the configuration says so."""
+    if not config.tracing:
+        yield None
+        return
+    from runner.tracing import RunnerTracing
+
+    tracing = RunnerTracing()
+    try:
+        yield tracing
+    finally:
+        tracing.close()
 
 
 def _leave_early(number: int, frame: object) -> None:

@@ -6,6 +6,7 @@ Outside data becomes typed here, and past this module nobody checks it again. `l
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import re
@@ -37,6 +38,7 @@ from shared.schema import (
 from shared.tokens import Secret, TokenError, TokenSource, read_secret_file, require_private
 
 _AGENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_TRACING_NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 _TOKEN_KEYS = ("jwt_token", "jwt_token_file", "jwt_secret_file")
 
 
@@ -109,6 +111,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     max_in_flight_total: int = 16_384
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
+    tracing: bool = False
     supervision: Supervision = Supervision()
 
 
@@ -124,6 +127,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     liveness_timeout_ms: int = 10_000
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
+    tracing: bool = False
 
 
 def worker_name(agent: str, index: int) -> str:
@@ -144,6 +148,7 @@ def worker_specs(config: Config) -> tuple[WorkerSpec, ...]:
             liveness_timeout_ms=config.supervision.liveness_timeout_ms,
             log_level=config.log_level,
             log_format=config.log_format,
+            tracing=config.tracing,
         )
         for agent in config.agents
         for index, node in enumerate(agent.nodes, start=1)
@@ -204,6 +209,7 @@ def parse(
         max_in_flight_total=runner.max_in_flight_total,
         log_level=runner.log_level,
         log_format=runner.log_format,
+        tracing=_tracing(runner),
         supervision=Supervision(
             max_restarts=supervision.max_restarts,
             restart_window_s=supervision.restart_window_s,
@@ -378,3 +384,20 @@ def _http_token(runner: RunnerSection, folder: Path) -> Secret | None:
     if runner.http_token is not None and not runner.http_token.reveal().strip():
         raise ConfigError("runner.http_token: found an empty text, expected a token")
     return runner.http_token
+
+
+def _tracing(runner: RunnerSection) -> bool:
+    """Return whether queries are traced, which an optional extra does."""
+    if runner.tracing and not all(map(_is_installed, _TRACING_NEEDS)):
+        raise ConfigError(
+            "runner.tracing: it is true, and OpenTelemetry is not installed; pip install 'em-runner[otel]', "
+            "or set it to false"
+        )
+    return runner.tracing
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # a package that it is in is not there
+        return False

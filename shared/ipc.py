@@ -77,7 +77,18 @@ class Go(msgspec.Struct, array_like=True, tag=4):
     legacy: bytes | None = None
 
 
-RunnerMessage = Queries | Cancel | Drain | Go
+class TracedQueries(msgspec.Struct, array_like=True, tag=5):
+    """`Queries` in place of which a runner that traces sends these: each with its `Trace` behind it."""
+
+    items: list[tuple[int, str, str, str]]
+
+
+RunnerMessage = Queries | Cancel | Drain | Go | TracedQueries
+
+Trace = tuple[str, str]
+"""Which trace a query belongs to: `traceparent` and `tracestate`, as W3C Trace Context writes them in headers."""
+
+NO_TRACE: Final[Trace] = ("", "")
 
 # --- worker -> runner ------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
     max_in_flight_total: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
+    tracing: bool = False
 
 
 class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):

@@ -143,7 +143,7 @@ class Link:
                     cancelled.body = ""  # it may wait for long yet, but not with its text
         elif isinstance(message, ipc.Drain):
             self._on_drain(message.hand_over)
-        else:
+        elif isinstance(message, ipc.Go):
             self._on_go(message.legacy)
 
     # --- to the runner ---

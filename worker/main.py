@@ -11,8 +11,9 @@ import os
 import re
 import signal
 import sys
+import time
 from multiprocessing.connection import Connection as Pipe
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import setproctitle
@@ -34,6 +35,9 @@ from worker.memory import Memory, MemoryFault
 from worker.orphan import leave_with_parent
 from worker.results import HandlerFault
 from worker.trial import attempt
+
+if TYPE_CHECKING:
+    from worker.tracing import WorkerTracing
 
 _KIND: Final = re.compile("[:(]")
 """What ends the part of a reason that is ours: what a node says comes after it."""
@@ -103,9 +107,11 @@ class Worker:
         self._launch = launch
         self._spec = launch.spec
         self._counters = Counters()
-        self._link = Link(launch, self._counters, self._drain_begins, self._go)
+        self._tracing: WorkerTracing | None = None
+        self._link = _kind_of_link(self._spec.tracing)(launch, self._counters, self._drain_begins, self._go)
         self._limits = Limits(self._spec.agent)
         self._leaving = anyio.Event()
+        self._leaves_since_s = 0.0
         self._hand_over = False
         self._hung = ""
         self._called = anyio.Event()
@@ -117,11 +123,28 @@ class Worker:
         """Serve until drained; return the exit status."""
         self._link.open()
         try:
+            if self._spec.tracing:
+                self._trace()
             return await self._serve(load(self._spec.agent.handler))
         except ConfigError as exc:
             return self._give_up(str(exc), EXIT_CONFIG)
         finally:
             self._link.close()
+            if self._tracing is not None:
+                self._tracing.close(self._flush_s())
+
+    def _trace(self) -> None:
+        # In this process, not in the one that it is a fork of; before the handler, whose libraries look for it.
+        from worker.tracing import WorkerTracing
+
+        self._tracing = WorkerTracing(self._launch)
+
+    def _flush_s(self) -> float:
+        """Return how long the last spans may take to be sent: nobody may wait for them, and nobody kill for them."""
+        if self._hand_over or self._hung or not self._leaves_since_s:
+            return 0.0
+        left_s = self._spec.shutdown_timeout_ms / 1000 - (time.monotonic() - self._leaves_since_s)
+        return max(0.0, min(left_s, self._spec.liveness_timeout_ms / 2000))
 
     def _give_up(self, reason: str, status: int) -> int:
         self._log.error("worker_failed", error=reason)
@@ -133,7 +156,8 @@ class Worker:
         capabilities = handler.capabilities if agent.capabilities is None else agent.capabilities
         memory = memory_for(agent.memory, self._spec.name, self._spec.state_dir)
         timeout_s = agent.handler_timeout_ms / 1000
-        dispatcher = dispatcher_for(handler, memory, self._counters, agent.concurrency, timeout_s)
+        chosen = dispatcher_for if self._tracing is None else self._tracing.dispatcher_for
+        dispatcher = chosen(handler, memory, self._counters, agent.concurrency, timeout_s)
         dispatcher.on_hung = self._hang
         connection = Connection(self._spec, capabilities, dispatcher, self._counters, self._tell)
         async with anyio.create_task_group() as tasks, dispatcher.running():
@@ -146,6 +170,7 @@ class Worker:
                 return self._give_up(str(exc), EXIT_FAILED)
             tasks.start_soon(connection.run)
             await self._leaving.wait()
+            self._leaves_since_s = time.monotonic()
             status = await self._leave(dispatcher, connection, memory)
             tasks.cancel_scope.cancel()
         self._tell("stopped", "")
@@ -259,3 +284,11 @@ class Worker:
             self._log.info(state)
         else:
             self._log.debug(state)
+
+
+def _kind_of_link(tracing: bool) -> type[Link]:
+    if not tracing:
+        return Link
+    from worker.tracing import TracedLink
+
+    return TracedLink

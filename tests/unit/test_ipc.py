@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 from shared import ipc
 from shared.config import Agent, WorkerSpec
 from shared.handlers import HandlerRef
-from shared.ipc import Cancel, Counters, Drain, DrainRequest, Failed, Hello, Launch, Queries, Replies, Status
+from shared.ipc import (
+    Cancel,
+    Counters,
+    Drain,
+    DrainRequest,
+    Failed,
+    Hello,
+    Launch,
+    Queries,
+    Replies,
+    Status,
+    TracedQueries,
+)
 from shared.nodes import parse_node
 from shared.tokens import Secret, TokenSource
 
@@ -28,7 +40,10 @@ counters = st.builds(
 )
 states = st.sampled_from(["starting", "connecting", "registering", "ready", "backoff", "draining", "stopped"])
 from_runner = st.one_of(
-    st.builds(Queries, st.lists(st.tuples(numbers, words))), st.builds(Cancel, st.lists(numbers)), st.just(Drain())
+    st.builds(Queries, st.lists(st.tuples(numbers, words))),
+    st.builds(TracedQueries, st.lists(st.tuples(numbers, words, words, words))),
+    st.builds(Cancel, st.lists(numbers)),
+    st.just(Drain()),
 )
 from_worker = st.one_of(
     st.builds(Hello, st.binary(), numbers),
