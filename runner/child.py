@@ -46,6 +46,8 @@ class Child:
         self._cause = ""
         self._before = Counters()
         self._recent = Recent(time.monotonic())
+        self._renewals = 0
+        self._hurry = anyio.Event()
         self._stopping = anyio.Event()
         self._ended = anyio.Event()
         self._handover = anyio.Lock()
@@ -137,8 +139,9 @@ class Child:
         how = ""
         while current is not None:
             self._current = current
-            if current.launch.spec != self.spec:
-                tasks.start_soon(self._recycle, "its configuration changed while it was being started")
+            if self._is_stale(current, self.spec):
+                why = "its configuration or its handler changed while it was being started"
+                tasks.start_soon(self._recycle, why, True)
             async with anyio.create_task_group() as looking:
                 looking.start_soon(self._recycle_on_request, current, tasks)
                 await current.ended(START_TIMEOUT_S, self.spec.liveness_timeout_ms / 1000)
@@ -159,12 +162,13 @@ class Child:
         self._router.expect(launch, self)
         if not standby:
             self._state = "starting"
+        renewals = self._renewals
         try:
             process = await self._fork_server.spawn(launch)
         except SpawnError as exc:
             self._router.drop(launch, str(exc))
             raise
-        incarnation = Incarnation(launch, process, self._router)
+        incarnation = Incarnation(launch, process, self._router, renewals)
         self._incarnations[launch.incarnation] = incarnation
         self._log.info("worker_started", pid=process.pid, node=str(spec.node), incarnation=launch.incarnation)
         if self._stopping.is_set():  # told to while it was being forked
@@ -196,29 +200,44 @@ class Child:
             self._router.retire(self.spec.name)
         say = self._log.error if decision.failed else self._log.warning
         say("worker_" + self._state, why=how, again_in_s=decision.delay_s)
-        with anyio.move_on_after(decision.delay_s):
-            await self._stopping.wait()
+        self._hurry = anyio.Event()
+        if not self._stopping.is_set():
+            with anyio.move_on_after(decision.delay_s):
+                await self._hurry.wait()
 
     # --- one process takes another's place ---
 
-    async def replace(self, spec: WorkerSpec, why: str) -> bool:
+    async def renew(self, why: str) -> bool:
+        """Have a process that loads the handler afresh take over; one that waits to be started is started now.
+
+        Returns what `replace` does.
+        """
+        self._renewals += 1
+        self._hurry.set()
+        return await self.replace(None, why, if_stale=True)
+
+    async def replace(self, spec: WorkerSpec | None, why: str, *, if_stale: bool = False) -> bool:
         """Have a new process take over from the running one, without a query lost and with its memory.
 
         The new one has loaded its handler and waits before the old one lets go. Without a running one,
-        `spec` holds from the next start on. Returns whether there is a worker by the new spec, or will be;
-        False when the new process did not come up and the old one stays.
+        `spec` holds from the next start on; None is the one that it has. With `if_stale` a process that was
+        started since is left alone. Returns whether there is a worker by the new spec, or will be; False when the
+        new process did not come up and the old one stays.
         """
         async with self._handover:
-            tried = False
+            spec = spec or self.spec  # as it is now: another replacement may just have changed it
             while True:
                 old = self._current
-                if old is None or self._stopping.is_set() or (tried and old.launch.spec == spec):
+                if old is None or self._stopping.is_set() or (if_stale and not self._is_stale(old, spec)):
                     self.spec = spec
                     return True
                 replaced = await self._replace_once(old, spec, why)
                 if replaced is not None:
                     return replaced
-                tried = True
+                if_stale = True
+
+    def _is_stale(self, incarnation: Incarnation, spec: WorkerSpec) -> bool:
+        return incarnation.launch.spec != spec or incarnation.renewals != self._renewals
 
     async def _replace_once(self, old: Incarnation, spec: WorkerSpec, why: str) -> bool | None:
         """Try to replace a running process; return None when it ended meanwhile, and another one runs or will."""
@@ -263,9 +282,9 @@ class Child:
             tasks.start_soon(self._recycle, incarnation.wants_successor)
             incarnation.wants_successor = ""
 
-    async def _recycle(self, why: str) -> None:
+    async def _recycle(self, why: str, if_stale: bool = False) -> None:
         try:
-            await self.replace(self.spec, why)
+            await self.replace(None, why, if_stale=if_stale)
         except Exception as exc:  # noqa: BLE001 - a fault of ours here must not end the worker that still runs
             self._log.error("replacement_failed", exc_info=exc)
 
@@ -300,6 +319,7 @@ class Child:
     def retire(self) -> None:
         """Let the worker's next end be its last."""
         self._stopping.set()
+        self._hurry.set()
 
     async def drain(self, timeout_s: float) -> None:
         """Have the worker finish what is in flight and leave; kill it when it takes longer than `timeout_s`."""

@@ -26,15 +26,17 @@ class Incarnation:
     """A running process: what it says of itself, and how it can be ended.
 
     Attributes:
+        renewals: how often the handler had been renewed before this process was started.
         failure: why it cannot go on, in its own words or in ours; empty while it can. `cause` is that in a word.
         wants_successor: why it wants one, empty while it does not.
         legacy: what it remembered, once it has handed that over.
         successor: what takes its place when it ends; until then an end is a death.
     """
 
-    def __init__(self, launch: Launch, process: WorkerProcess, router: Router) -> None:
+    def __init__(self, launch: Launch, process: WorkerProcess, router: Router, renewals: int = 0) -> None:
         self.launch = launch
         self.process = process
+        self.renewals = renewals
         self.counters = Counters()
         self.state: WorkerState = "starting"
         self.detail = ""

@@ -20,6 +20,7 @@ from runner.restarts import RestartPolicy
 from runner.router import Router
 from runner.table import WorkerRow
 from shared.config import WorkerSpec
+from shared.handlers import HandlerRef
 
 REPLACED_AT_ONCE: Final = 4
 """How many workers a reload replaces at a time: each is there twice for a while."""
@@ -74,6 +75,11 @@ class Supervisor:
         """The workers' queries a second in the last five minutes, by name."""
         return {name: child.rates for name, child in self._children.items()}
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the end has begun."""
+        return self._stopping.is_set()
+
     async def observe(self) -> None:
         """Remember what the workers did in the last five minutes, until cancelled."""
         while True:
@@ -119,6 +125,22 @@ class Supervisor:
             tuple(failed),
             len(wanted) - len(added) - len(changed),
         )
+
+    async def renew(self, handler: HandlerRef, why: str) -> list[str]:
+        """Have the workers of a handler load it afresh, each in its own time; return those that did."""
+        renewed: list[str] = []
+        some_at_a_time = anyio.CapacityLimiter(REPLACED_AT_ONCE)
+
+        async def renew(child: Child) -> None:
+            async with some_at_a_time:
+                if await child.renew(why):
+                    renewed.append(child.spec.name)
+
+        async with anyio.create_task_group() as tasks:
+            for child in self._children.values():
+                if child.spec.agent.handler == handler:
+                    tasks.start_soon(renew, child)
+        return sorted(renewed)
 
     async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
         async with limiter:

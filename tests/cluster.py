@@ -211,6 +211,7 @@ async def cluster(
     connection: str = "reconnect_interval_ms = 100",
     supervision: str = "",
     environ: dict[str, str] | None = None,
+    options: tuple[str, ...] = (),
 ) -> AsyncIterator[Cluster]:
     """Run these agents, with `handlers` as `handlers.py` beside the configuration."""
     (folder / "handlers.py").write_text(handlers)
@@ -218,7 +219,7 @@ async def cluster(
         f"[runner]\n{runner}\n[connection]\n{connection}\n[supervision]\n{supervision}\n" + "\n".join(agents)
     )
     (folder / "em-runner.toml").chmod(0o600)
-    async with launched(folder, "run", "-c", str(folder / "em-runner.toml"), environ=environ) as running:
+    async with launched(folder, "run", "-c", str(folder / "em-runner.toml"), *options, environ=environ) as running:
         yield running
 
 
