@@ -15,7 +15,7 @@ from runner.incarnation import Incarnation
 from runner.metrics import Sample
 from runner.process import ForkServer, SpawnError
 from runner.recent import Recent
-from runner.restarts import RestartHistory, RestartPolicy
+from runner.restarts import RestartHistory, RestartPolicy, RestartReason
 from runner.router import Router
 from runner.table import ChildState, WorkerRow
 from shared import ipc
@@ -42,8 +42,8 @@ class Child:
         self._current: Incarnation | None = None
         self._incarnations: dict[int, Incarnation] = {}
         self._numbers = 0
-        self._restarts: Counter[str] = Counter()
-        self._cause = ""
+        self._restarts: Counter[RestartReason] = Counter()
+        self._cause: RestartReason = "unknown"
         self._before = Counters()
         self._recent = Recent(time.monotonic())
         self._renewals = 0
@@ -178,6 +178,7 @@ class Child:
     async def _bury(self, incarnation: Incarnation) -> str:
         """Let go of an ended process, and answer for what it still had; return how it ended."""
         self._incarnations.pop(incarnation.launch.incarnation, None)
+        self._before.add(incarnation.counters)  # together with the next line: whoever looks finds it in one of the two
         if self._current is incarnation:
             self._current = None
             self._state = "crashed"
@@ -187,7 +188,6 @@ class Child:
         self._cause = incarnation.cause or _cause(ended)
         self._last_error = incarnation.counters.last_error or self._last_error
         incarnation.process.release()
-        self._before.add(incarnation.counters)
         return how
 
     async def _pause(self, how: str, up_s: float) -> None:
@@ -342,7 +342,7 @@ class Child:
             incarnation.kill()
 
 
-def _cause(ended: str) -> str:
+def _cause(ended: str) -> RestartReason:
     """Return in a word how a process ended that said nothing of it before."""
     if ended.startswith("killed"):
         return "killed"

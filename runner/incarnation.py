@@ -9,6 +9,7 @@ import anyio
 import structlog
 
 from runner.process import WorkerProcess
+from runner.restarts import RestartReason
 from runner.router import Router
 from shared import ipc
 from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
@@ -41,7 +42,7 @@ class Incarnation:
         self.state: WorkerState = "starting"
         self.detail = ""
         self.failure = ""
-        self.cause = ""
+        self.cause: RestartReason | None = None
         self.wants_successor = ""
         self.legacy: bytes | None = None
         self.successor: Incarnation | None = None
@@ -143,7 +144,7 @@ class Incarnation:
         """Since when nothing was heard of it."""
         return self._router.silent_for_s(self.launch)
 
-    def kill(self, why: str = "", cause: str = "") -> None:
+    def kill(self, why: str = "", cause: RestartReason | None = None) -> None:
         """End the process at once; `cause` is the reason in a word."""
         self.cause = self.cause or cause
         if why:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import msgspec
 
@@ -19,6 +19,7 @@ ChildState = Literal[
     "restarting",
     "failed",
 ]
+STATES: Final[tuple[ChildState, ...]] = get_args(ChildState)
 
 _SPANS: Final = ((86_400, "d"), (3600, "h"), (60, "m"))
 
