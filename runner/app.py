@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -23,6 +24,7 @@ from runner.service_manager import ServiceManager
 from runner.start import OnStarted, Surroundings
 from runner.state_dir import StateDir
 from runner.supervisor import Supervisor
+from runner.watch import Watcher
 from shared.config import Config, HttpAddress, worker_specs
 from shared.errors import StartError
 from shared.http_server import HttpServer
@@ -54,6 +56,7 @@ class Runner:
         listener: socket.socket,
         service_manager: ServiceManager,
         tracing: RunnerTracing | None = None,
+        watched: Path | None = None,
     ) -> None:
         self._config = config
         self._fork_server = fork_server
@@ -81,6 +84,10 @@ class Runner:
         if tracing is not None:
             self._api.queries.exchange = tracing.exchange
         self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
+        self._watcher: Watcher | None = None
+        if watched is not None:
+            self._watcher = Watcher(config, watched, fork_server, self._supervisor, self._reloader.ask)
+            self._reloader.follow = self._watcher.follow
         self._server = HttpServer(self._api.app, listener, direct=self._api.queries.take)
         self._service_manager = service_manager
         self._leaving_since_s: float | None = None
@@ -96,6 +103,8 @@ class Runner:
             async with (around or _nothing_around)(), anyio.create_task_group() as tasks:
                 await tasks.start(self._obey_signals)
                 tasks.start_soon(self._reloader.run)
+                if self._watcher is not None:
+                    tasks.start_soon(self._watcher.run)
                 tasks.start_soon(self._supervisor.observe)
                 tasks.start_soon(self._service_manager.report, lambda: self._supervisor.rows)
                 await self._server.start()

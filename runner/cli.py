@@ -79,8 +79,15 @@ def run(
     config: ConfigFile = Path("em-runner.toml"),
     http: HttpOption = None,
     state_dir: Annotated[Path | None, typer.Option(help="Use this state folder instead of the file's.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--reload", help="While developing: watch the files, and replace workers as they change.")
+    ] = False,
 ) -> None:
     """Run the agents of a configuration until SIGTERM or Ctrl-C; SIGHUP reads the configuration again.
+
+    With --reload a handler's file, or a module beside it that it imports, replaces that handler's workers when it
+    is saved, with their memory and without a query lost; while it is broken the old ones answer. A change of the
+    configuration is applied as by em-runner reload.
 
     Example: em-runner run -c em-runner.toml
     """
@@ -92,7 +99,7 @@ def run(
 
     loaded = read()
     logs.configure(loaded.log_level, loaded.log_format)
-    start.run(loaded, read_again=read)
+    start.run(loaded, read_again=read, watched=config if watch else None)
 
 
 @cli.command()
@@ -197,7 +204,7 @@ def write_new(
     inside = written[0].parent
     _out.print("\n".join(f"wrote {path}" for path in written))
     _out.print(f"\nTry it:\n\n  cd {inside}\n  em-runner try {written[0].name}:handle 'red fish'\n  pytest")
-    _out.print("  em-runner check")
+    _out.print("  em-runner check\n  em-runner run --reload      # replaces it whenever it is saved")
 
 
 @cli.command("try")

@@ -9,6 +9,7 @@ import anyio
 import structlog
 
 from runner.process import WorkerProcess
+from runner.restarts import RestartReason
 from runner.router import Router
 from shared import ipc
 from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
@@ -26,20 +27,22 @@ class Incarnation:
     """A running process: what it says of itself, and how it can be ended.
 
     Attributes:
+        renewals: how often the handler had been renewed before this process was started.
         failure: why it cannot go on, in its own words or in ours; empty while it can. `cause` is that in a word.
         wants_successor: why it wants one, empty while it does not.
         legacy: what it remembered, once it has handed that over.
         successor: what takes its place when it ends; until then an end is a death.
     """
 
-    def __init__(self, launch: Launch, process: WorkerProcess, router: Router) -> None:
+    def __init__(self, launch: Launch, process: WorkerProcess, router: Router, renewals: int = 0) -> None:
         self.launch = launch
         self.process = process
+        self.renewals = renewals
         self.counters = Counters()
         self.state: WorkerState = "starting"
         self.detail = ""
         self.failure = ""
-        self.cause = ""
+        self.cause: RestartReason | None = None
         self.wants_successor = ""
         self.legacy: bytes | None = None
         self.successor: Incarnation | None = None
@@ -141,7 +144,7 @@ class Incarnation:
         """Since when nothing was heard of it."""
         return self._router.silent_for_s(self.launch)
 
-    def kill(self, why: str = "", cause: str = "") -> None:
+    def kill(self, why: str = "", cause: RestartReason | None = None) -> None:
         """End the process at once; `cause` is the reason in a word."""
         self.cause = self.cause or cause
         if why:

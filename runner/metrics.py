@@ -1,7 +1,8 @@
 """GET /metrics: what the workers counted, as Prometheus reads it (https://prometheus.io/docs/practices/naming/).
 
 Counted is in the workers; here it is put together when somebody asks. A counter goes on where that of
-a worker's last process ended, so that none ever goes backwards.
+a worker's last process ended, so that none ever goes backwards. What can be known beforehand (reasons,
+outcomes, states) is there from the start, as 0: `increase()` would not see the first of a series that is new.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runner.table import WorkerRow
-from shared.ipc import Counters, Outcome
+from runner.restarts import RESTART_REASONS, RestartReason
+from runner.table import STATES, WorkerRow
+from shared.ipc import IGNORED, Counters, Outcome
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -43,7 +45,7 @@ class Sample(NamedTuple):
 
     row: WorkerRow
     counted: Counters
-    restarts: Mapping[str, int]
+    restarts: Mapping[RestartReason, int]
     in_flight: int
     silent_s: float
 
@@ -115,12 +117,12 @@ def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
     )
     for sample in samples:
         labels, counted = _labels(sample.row), sample.counted
-        for reason, number in sorted(sample.restarts.items()):
-            restarts.add_metric((*labels, reason), number)
+        for reason in RESTART_REASONS:
+            restarts.add_metric((*labels, reason), sample.restarts.get(reason, 0))
         reconnects.add_metric(labels, counted.reconnects)
         late.add_metric(labels, counted.late)
-        for reason, number in sorted(counted.ignored.items()):
-            ignored.add_metric((*labels, reason), number)
+        for why in IGNORED:
+            ignored.add_metric((*labels, why), counted.ignored.get(why, 0))
     yield from (restarts, reconnects, late, ignored)
 
 
@@ -128,7 +130,7 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
     registered = GaugeMetricFamily(
         "em_runner_worker_registered", "Whether the node has the agent registered.", labels=_WORKER
     )
-    state = GaugeMetricFamily("em_runner_worker_state", "1 for the state it is in.", labels=(*_WORKER, "state"))
+    state = GaugeMetricFamily("em_runner_worker_state", "1 for the state it is in, else 0.", labels=(*_WORKER, "state"))
     in_flight = GaugeMetricFamily(
         "em_runner_queries_in_flight", "Direct queries that the worker has not answered yet.", labels=_WORKER
     )
@@ -142,7 +144,8 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
     for sample in samples:
         row, labels = sample.row, _labels(sample.row)
         registered.add_metric(labels, row.state == "ready")
-        state.add_metric((*labels, row.state), 1)
+        for each in STATES:
+            state.add_metric((*labels, each), row.state == each)
         in_flight.add_metric(labels, sample.in_flight)
         if row.pid is not None:
             age.add_metric(labels, sample.silent_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import anyio
 import anyio.to_thread
@@ -59,6 +59,9 @@ class Reloader:
         read: reads the configuration again; None where there is no file to read.
         config: what runs now.
         fork_server, supervisor, router, api, state: the parts that are changed, or told.
+
+    Attributes:
+        follow: told of a configuration before its workers are started, where anybody wants to know.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Reloader:
         self._router = router
         self._api = api
         self._state = state
+        self.follow: Callable[[Config], Awaitable[None]] | None = None
         self._number = 0
         self._asked = anyio.Event()
         self._log = structlog.get_logger("runner")
@@ -126,6 +130,8 @@ class Reloader:
             max_in_flight_total=config.max_in_flight_total,
         )
         self._api.rename(workers_by_agent(specs))
+        if self.follow is not None:
+            await self.follow(config)
         changes = await self._supervisor.change(specs, policy_of(config), config.supervision.shutdown_timeout_ms / 1000)
         self._config = config
         return not changes.failed, _in_words(changes, fixed)

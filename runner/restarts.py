@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 import msgspec
+
+RestartReason = Literal["killed", "exited", "silent", "gave_up", "not_up", "not_started", "unknown"]
+"""How a process ended unplanned, in a word; `unknown` when the fork server took its status with it."""
+
+RESTART_REASONS: Final[tuple[RestartReason, ...]] = get_args(RestartReason)
 
 
 class Decision(NamedTuple):

@@ -6,10 +6,12 @@ it at once, so the runner's parts are imported here, behind the fork server's st
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -39,6 +41,7 @@ def run(
     config: Config,
     *,
     read_again: ReadConfig | None = None,
+    watched: Path | None = None,
     on_started: OnStarted = lambda _: None,
     around: Surroundings | None = None,
 ) -> None:
@@ -47,6 +50,7 @@ def run(
     Args:
         config: what to run.
         read_again: reads the configuration again at SIGHUP.
+        watched: the configuration's file, when it and the handlers' files are to be watched.
         on_started: called with the address that HTTP listens on, once it does.
         around: entered before the workers start and left after they have ended: the demo's nodes.
 
@@ -57,6 +61,9 @@ def run(
     _require_descriptors(len(worker_specs(config)))
     signal.signal(signal.SIGTERM, _leave_early)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
+    if watched is not None:
+        # Two saves within a second may leave a .pyc that looks like the later one's. For all that is forked.
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     service_manager = ServiceManager()  # before the fork server: no worker inherits the way to it
     fork_server = ForkServer(tracing=config.tracing)
     fork_server.start()
@@ -68,7 +75,7 @@ def run(
     place = resolve(config.http.host, config.http.port, hint=PORT_HINT)
     with hold(config.state_dir) as state, listen(place, hint=PORT_HINT) as listener, _tracing(config) as tracing:
         check_handlers(config.agents, fork_server)
-        runner = Runner(config, read_again, fork_server, state, listener, service_manager, tracing)
+        runner = Runner(config, read_again, fork_server, state, listener, service_manager, tracing, watched)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
 
 

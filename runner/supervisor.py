@@ -1,333 +1,29 @@
-"""One supervised child for each worker: started, watched, started again, drained.
+"""All the workers: which there are, and what is done to several of them at once.
 
 Children are independent: what happens to one is never a reason to touch another.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
 import anyio
 import msgspec
-import structlog
-from anyio.abc import TaskGroup
 
-from runner.incarnation import Incarnation
+from runner.child import KILL_GRACE_S, Child
 from runner.metrics import Sample
-from runner.process import ForkServer, SpawnError
-from runner.recent import STEP_S, Recent
-from runner.restarts import RestartHistory, RestartPolicy
+from runner.process import ForkServer
+from runner.recent import STEP_S
+from runner.restarts import RestartPolicy
 from runner.router import Router
-from runner.table import ChildState, WorkerRow
-from shared import ipc
+from runner.table import WorkerRow
 from shared.config import WorkerSpec
-from shared.ipc import KEY_BYTES, Counters, Launch
-
-START_TIMEOUT_S: Final = 60.0
-"""How long a worker may take to load its handler and set it up."""
+from shared.handlers import HandlerRef
 
 REPLACED_AT_ONCE: Final = 4
 """How many workers a reload replaces at a time: each is there twice for a while."""
-
-KILL_GRACE_S: Final = 0.5
-"""How much longer than its own time for draining a worker gets before it is killed."""
-
-
-class Child:
-    """One worker and its successive processes."""
-
-    def __init__(self, spec: WorkerSpec, policy: RestartPolicy, fork_server: ForkServer, router: Router) -> None:
-        self.spec = spec
-        self._fork_server = fork_server
-        self._router = router
-        self._history = RestartHistory(policy)
-        self._state: ChildState = "starting"
-        self._last_error = ""
-        self._current: Incarnation | None = None
-        self._incarnations: dict[int, Incarnation] = {}
-        self._numbers = 0
-        self._restarts: Counter[str] = Counter()
-        self._cause = ""
-        self._before = Counters()
-        self._recent = Recent(time.monotonic())
-        self._stopping = anyio.Event()
-        self._ended = anyio.Event()
-        self._handover = anyio.Lock()
-        self._log = structlog.get_logger("supervisor").bind(worker=spec.name)
-
-    @property
-    def row(self) -> WorkerRow:
-        """The worker as operators see it now."""
-        current, counted = self._current, self.counted
-        return WorkerRow(
-            name=self.spec.name,
-            agent=self.spec.agent.name,
-            node=str(self.spec.node),
-            state=self._state if current is None else current.state,
-            detail=self._detail if current is None else current.detail,
-            pid=current.process.pid if current is not None else None,
-            incarnation=self._numbers if current is None else current.launch.incarnation,
-            uptime_s=round(time.monotonic() - current.started_s, 3) if current is not None else 0.0,
-            restarts=self._restarts.total(),
-            queries=counted.queries_node + counted.queries_http,
-            queries_node=counted.queries_node,
-            queries_http=counted.queries_http,
-            queries_per_s=round(self._recent.rate, 3),
-            p50_s=self._recent.quantile(0.5),
-            p99_s=self._recent.quantile(0.99),
-            errors=counted.errors,
-            reconnects=counted.reconnects,
-            ignored=counted.ignored,
-            last_error=self._last_words,
-        )
-
-    @property
-    def counted(self) -> Counters:
-        """What all its processes counted together: it goes on where a dead one's ended."""
-        counted = Counters()
-        counted.add(self._before)
-        if self._current is not None:
-            counted.add(self._current.counters)
-        return counted
-
-    @property
-    def rates(self) -> list[float]:
-        """Its queries a second in the last five minutes, see `Recent`."""
-        return self._recent.rates
-
-    def note(self, now_s: float) -> None:
-        """End a step of what is remembered of the last five minutes."""
-        self._recent.note(now_s, self.counted)
-
-    @property
-    def sample(self) -> Sample:
-        """The worker as monitoring sees it now."""
-        current = self._current
-        silent_s = 0.0 if current is None else current.silent_s
-        return Sample(self.row, self.counted, self._restarts, self._router.in_flight_at(self.spec.name), silent_s)
-
-    @property
-    def _last_words(self) -> str:
-        now = self._current.counters.last_error if self._current is not None else ""
-        return now or self._last_error
-
-    @property
-    def _detail(self) -> str:
-        return self._last_error if self._state in ("restarting", "failed") else ""
-
-    async def run(self) -> None:
-        """Keep the worker running until it is told to stop."""
-        try:
-            async with anyio.create_task_group() as tasks:
-                while not self._stopping.is_set():
-                    began_s = time.monotonic()
-                    how = await self._live(tasks)
-                    if self._stopping.is_set():
-                        break
-                    await self._pause(how, time.monotonic() - began_s)
-                tasks.cancel_scope.cancel()
-        finally:
-            self._state = "stopped"
-            self._router.retire(self.spec.name)
-            self._ended.set()
-
-    async def _live(self, tasks: TaskGroup) -> str:
-        """Run a process, and whoever succeeds it in good order, to an end that nobody planned; return how it ended."""
-        try:
-            current: Incarnation | None = await self._fork(self.spec, standby=False)
-        except SpawnError as exc:
-            self._cause = "not_started"
-            return str(exc)
-        how = ""
-        while current is not None:
-            self._current = current
-            if current.launch.spec != self.spec:
-                tasks.start_soon(self._recycle, "its configuration changed while it was being started")
-            async with anyio.create_task_group() as looking:
-                looking.start_soon(self._recycle_on_request, current, tasks)
-                await current.ended(START_TIMEOUT_S, self.spec.liveness_timeout_ms / 1000)
-                looking.cancel_scope.cancel()
-            how = await self._bury(current)
-            current = current.successor
-        return how
-
-    async def _fork(self, spec: WorkerSpec, *, standby: bool) -> Incarnation:
-        self._numbers += 1
-        launch = Launch(
-            spec=spec,
-            incarnation=self._numbers,
-            endpoint=self._router.endpoint,
-            key=secrets.token_bytes(KEY_BYTES),
-            standby=standby,
-        )
-        self._router.expect(launch, self)
-        if not standby:
-            self._state = "starting"
-        try:
-            process = await self._fork_server.spawn(launch)
-        except SpawnError as exc:
-            self._router.drop(launch, str(exc))
-            raise
-        incarnation = Incarnation(launch, process, self._router)
-        self._incarnations[launch.incarnation] = incarnation
-        self._log.info("worker_started", pid=process.pid, node=str(spec.node), incarnation=launch.incarnation)
-        if self._stopping.is_set():  # told to while it was being forked
-            process.kill()
-        return incarnation
-
-    async def _bury(self, incarnation: Incarnation) -> str:
-        """Let go of an ended process, and answer for what it still had; return how it ended."""
-        self._incarnations.pop(incarnation.launch.incarnation, None)
-        if self._current is incarnation:
-            self._current = None
-            self._state = "crashed"
-        self._router.drop(incarnation.launch, "the worker died")
-        ended = await incarnation.process.how()
-        how = incarnation.failure or f"the process ended: {ended}"
-        self._cause = incarnation.cause or _cause(ended)
-        self._last_error = incarnation.counters.last_error or self._last_error
-        incarnation.process.release()
-        self._before.add(incarnation.counters)
-        return how
-
-    async def _pause(self, how: str, up_s: float) -> None:
-        """Decide about a death, and wait as long as that says."""
-        decision = self._history.died(time.monotonic(), up_s)
-        self._restarts[self._cause] += 1
-        self._last_error = how
-        self._state = "failed" if decision.failed else "restarting"
-        if decision.failed:
-            self._router.retire(self.spec.name)
-        say = self._log.error if decision.failed else self._log.warning
-        say("worker_" + self._state, why=how, again_in_s=decision.delay_s)
-        with anyio.move_on_after(decision.delay_s):
-            await self._stopping.wait()
-
-    # --- one process takes another's place ---
-
-    async def replace(self, spec: WorkerSpec, why: str) -> bool:
-        """Have a new process take over from the running one, without a query lost and with its memory.
-
-        The new one has loaded its handler and waits before the old one lets go. Without a running one,
-        `spec` holds from the next start on. Returns whether there is a worker by the new spec, or will be;
-        False when the new process did not come up and the old one stays.
-        """
-        async with self._handover:
-            tried = False
-            while True:
-                old = self._current
-                if old is None or self._stopping.is_set() or (tried and old.launch.spec == spec):
-                    self.spec = spec
-                    return True
-                replaced = await self._replace_once(old, spec, why)
-                if replaced is not None:
-                    return replaced
-                tried = True
-
-    async def _replace_once(self, old: Incarnation, spec: WorkerSpec, why: str) -> bool | None:
-        """Try to replace a running process; return None when it ended meanwhile, and another one runs or will."""
-        try:
-            new = await self._fork(spec, standby=True)
-        except SpawnError as exc:
-            self._log.error("replacement_failed", why=str(exc))
-            return False
-        up = False
-        with anyio.move_on_after(START_TIMEOUT_S):
-            up = await new.reached("standby")
-        if up and self._current is old and not self._stopping.is_set():
-            await self._hand_over(old, new, why)
-            return True
-        new.process.kill()
-        await new.process.ended()
-        found = await self._bury(new)
-        if self._stopping.is_set():
-            return True
-        if up:
-            self.spec = spec  # whoever is started next has it; who has been started without it is replaced
-            return None
-        self._log.error("replacement_failed", why=found)
-        return False
-
-    async def _hand_over(self, old: Incarnation, new: Incarnation, why: str) -> None:
-        self._log.info("worker_replaced", why=why, pid=old.process.pid, by=new.process.pid)
-        old.successor = new
-        self.spec = spec = new.launch.spec
-        # What has begun may go on for its own time, not only for that of a shutdown: nobody is in a hurry.
-        longest_ms = max(spec.shutdown_timeout_ms, old.launch.spec.agent.handler_timeout_ms)
-        await old.drain(longest_ms / 1000 + KILL_GRACE_S, hand_over=True)
-        if old.legacy is None and spec.agent.memory == "ram" == old.launch.spec.agent.memory:
-            self._log.error("memory_not_handed_over", why="the worker left nothing; the agent starts with an empty one")
-        self._router.promote(new.launch, old.legacy or None)  # empty: it has said itself why there is nothing
-
-    async def _recycle_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
-        while True:
-            while not incarnation.wants_successor:
-                await incarnation.changed.wait()
-            # In the child's own group: this task ends with the incarnation that is being replaced.
-            tasks.start_soon(self._recycle, incarnation.wants_successor)
-            incarnation.wants_successor = ""
-
-    async def _recycle(self, why: str) -> None:
-        try:
-            await self.replace(self.spec, why)
-        except Exception as exc:  # noqa: BLE001 - a fault of ours here must not end the worker that still runs
-            self._log.error("replacement_failed", exc_info=exc)
-
-    # --- what the worker says (router.Listener) ---
-
-    def on_status(self, incarnation: int, status: ipc.Status) -> None:
-        """Take a state change or a heartbeat."""
-        if (heard := self._incarnations.get(incarnation)) is not None:
-            heard.hear(status)
-
-    def on_failed(self, incarnation: int, reason: str) -> None:
-        """Take the reason why a worker cannot go on; its process ends by itself."""
-        if (heard := self._incarnations.get(incarnation)) is not None:
-            heard.failure, heard.cause = reason, "gave_up"
-
-    def on_recycle(self, incarnation: int, reason: str) -> None:
-        """Take a worker's wish for a successor."""
-        if (heard := self._incarnations.get(incarnation)) is not None:
-            heard.ask_for_successor(reason)
-
-    def on_legacy(self, incarnation: int, memory: bytes) -> None:
-        """Take what a draining worker leaves to its successor."""
-        if (heard := self._incarnations.get(incarnation)) is not None:
-            heard.legacy = memory
-
-    def adopt(self, policy: RestartPolicy) -> None:
-        """Decide about deaths by another policy from now on."""
-        self._history.policy = policy
-
-    # --- the end ---
-
-    def retire(self) -> None:
-        """Let the worker's next end be its last."""
-        self._stopping.set()
-
-    async def drain(self, timeout_s: float) -> None:
-        """Have the worker finish what is in flight and leave; kill it when it takes longer than `timeout_s`."""
-        self.retire()
-        current = self._current
-        for incarnation in list(self._incarnations.values()):
-            if incarnation is not current and (current is None or current.successor is not incarnation):
-                incarnation.kill()
-        if current is not None:
-            current.successor = None
-            await current.drain(timeout_s)
-        for incarnation in list(self._incarnations.values()):
-            incarnation.kill()
-        await self._ended.wait()
-
-    def kill(self) -> None:
-        """End the worker at once."""
-        self.retire()
-        for incarnation in list(self._incarnations.values()):
-            incarnation.kill()
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -379,6 +75,11 @@ class Supervisor:
         """The workers' queries a second in the last five minutes, by name."""
         return {name: child.rates for name, child in self._children.items()}
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the end has begun."""
+        return self._stopping.is_set()
+
     async def observe(self) -> None:
         """Remember what the workers did in the last five minutes, until cancelled."""
         while True:
@@ -425,6 +126,22 @@ class Supervisor:
             len(wanted) - len(added) - len(changed),
         )
 
+    async def renew(self, handler: HandlerRef, why: str) -> list[str]:
+        """Have the workers of a handler load it afresh, each in its own time; return those that did."""
+        renewed: list[str] = []
+        some_at_a_time = anyio.CapacityLimiter(REPLACED_AT_ONCE)
+
+        async def renew(child: Child) -> None:
+            async with some_at_a_time:
+                if await child.renew(why):
+                    renewed.append(child.spec.name)
+
+        async with anyio.create_task_group() as tasks:
+            for child in self._children.values():
+                if child.spec.agent.handler == handler:
+                    tasks.start_soon(renew, child)
+        return sorted(renewed)
+
     async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
         async with limiter:
             if not await self._children[spec.name].replace(spec, "its configuration has changed"):
@@ -451,10 +168,3 @@ class Supervisor:
         self.retire()
         for child in self._children.values():
             child.kill()
-
-
-def _cause(ended: str) -> str:
-    """Return in a word how a process ended that said nothing of it before."""
-    if ended.startswith("killed"):
-        return "killed"
-    return "exited" if ended.startswith("exit") else "unknown"

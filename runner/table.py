@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -21,6 +21,7 @@ ChildState = Literal[
     "restarting",
     "failed",
 ]
+STATES: Final[tuple[ChildState, ...]] = get_args(ChildState)
 
 _SPANS: Final = ((86_400, "d"), (3600, "h"), (60, "m"))
 

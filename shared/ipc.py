@@ -114,6 +114,18 @@ def _none_yet(length: int) -> Callable[[], list[int]]:
     return lambda: [0] * length
 
 
+IGNORED: Final = (
+    "binary",
+    "not_utf8",
+    "malformed",
+    "unknown_action",
+    "query_without_id",
+    "query_without_body",
+    "error_frame",
+)
+"""Why a node's frame may mean nothing to a worker."""
+
+
 class Counters(msgspec.Struct, kw_only=True):
     """What a worker counted since its process began, and the last thing that went wrong in it.
 

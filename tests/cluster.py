@@ -216,6 +216,7 @@ async def cluster(
     supervision: str = "",
     environ: dict[str, str] | None = None,
     http: str = "127.0.0.1:0",
+    options: tuple[str, ...] = (),
 ) -> AsyncIterator[Cluster]:
     """Run these agents, with `handlers` as `handlers.py` beside the configuration."""
     (folder / "handlers.py").write_text(handlers)
@@ -223,7 +224,8 @@ async def cluster(
         f"[runner]\n{runner}\n[connection]\n{connection}\n[supervision]\n{supervision}\n" + "\n".join(agents)
     )
     (folder / "em-runner.toml").chmod(0o600)
-    async with launched(folder, "run", "-c", str(folder / "em-runner.toml"), environ=environ, http=http) as running:
+    arguments = ("run", "-c", str(folder / "em-runner.toml"), *options)
+    async with launched(folder, *arguments, environ=environ, http=http) as running:
         yield running
 
 

@@ -144,9 +144,9 @@ def _method(target: Any, name: str) -> Callable[[], Any] | None:
 
 def _describe(exc: BaseException) -> str:
     """Return an exception and the last place of the user's code that it came through, on one line."""
+    if isinstance(exc, SyntaxError) and exc.filename:  # whose own text has the file's name without its folder
+        return " ".join(f"{type(exc).__name__}: {exc.msg} ({exc.filename}, line {exc.lineno})".split())
     text = " ".join(f"{type(exc).__name__}: {exc}".split())
-    if isinstance(exc, SyntaxError):
-        return text
     frames = [f for f in traceback.extract_tb(exc.__traceback__) if not _is_ours(f.filename)]
     return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import socket
 import subprocess
@@ -12,10 +10,7 @@ from pathlib import Path
 import pytest
 
 from disco import NodeSettings, serve
-from runner.metrics import Sample, exposition
-from shared.ipc import Counters
 from tests.cluster import ROOT, agent, cluster, until
-from tests.unit.test_status import row
 
 pytestmark = pytest.mark.anyio
 
@@ -66,23 +61,3 @@ def test_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
         copy.write_text(text.replace("/opt/em-runner/.venv/bin/em-runner", shutil.which("true") or "/bin/true"))
         found = subprocess.run([analyze, "verify", copy], capture_output=True, text=True)
         assert (found.returncode, found.stderr) == (0, "")
-
-
-def test_metrics_that_are_named_are_told() -> None:
-    counted = Counters(ignored={"binary": 1})
-    exposed = exposition([Sample(row(pid=os.getpid()), counted, {"killed": 1}, 0, 0.0)]).decode()
-    known = set(re.findall(r"^(em_runner_\w+)", exposed, re.MULTILINE))
-    for file in ("README.md", "alerts.yml"):
-        named = set(re.findall(r"\bem_runner_\w+", (ROOT / "deploy" / file).read_text()))
-        assert named
-        for name in named:
-            assert name in known or f"{name}_count" in known, f"{file} names {name}"
-
-
-def test_alert_rules_are_some_that_prometheus_takes() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is not None:
-        rules = str(ROOT / "deploy" / "alerts.yml")
-        found = subprocess.run([promtool, "check", "rules", rules], capture_output=True, text=True)
-        assert found.returncode == 0, found.stdout + found.stderr
-        assert "7 rules found" in found.stdout

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from disco import Node
 from tests.cluster import Cluster, agent, cluster, until
+from tests.integration.test_reload import configure
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +85,48 @@ async def test_figures_are_those_of_what_happened_and_go_on_after_a_worker_is_re
 
         await until(more, "it counts on")
         assert lowest == 5, "and never went back"
+
+
+async def test_no_counter_goes_backwards_or_loses_a_query_when_a_worker_is_replaced_in_good_order(
+    tmp_path: Path, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+
+        async def scrape() -> None:
+            text = (await running.http.get("/metrics")).text
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples if family.type in ("counter", "histogram") else ():
+                    key = (sample.name, frozenset(sample.labels.items()))
+                    assert sample.value >= seen.get(key, 0), key
+                    seen[key] = sample.value
+
+        asked = 0
+        for number in range(3):
+            pid = await running.worker_pid("a_server")
+            configure(tmp_path, agent("a", [node.url], capabilities=[str(number)]))
+            running.process.send_signal(signal.SIGHUP)
+
+            async def replaced(before: int = pid, until_number: int = number + 1) -> bool:
+                nonlocal asked
+                await running.ask("x")
+                asked += 1
+                await scrape()
+                done = len(running.events("reloaded")) == until_number
+                return done and await running.worker_pid("a_server") not in (None, before)
+
+            await until(replaced, "it is replaced")
+        value = values(running)
+
+        async def counted() -> bool:
+            await scrape()
+            return await value("em_runner_queries_total", transport="http", outcome="ok") >= asked
+
+        await until(counted, "all are counted")
+        assert await value("em_runner_queries_total") == asked
+        assert await value("em_runner_handler_duration_seconds_count") == asked
+        assert await value("em_runner_worker_restarts_total") == 0
 
 
 async def test_metrics_ask_for_the_token_where_there_is_one(tmp_path: Path, node: Node) -> None:

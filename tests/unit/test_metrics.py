@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from math import frexp
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from runner.metrics import Sample, exposition
 from shared.ipc import Counters, Outcome
 from tests.unit.test_status import row
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def exposed(*samples: Sample) -> dict[str, float]:
@@ -68,11 +72,22 @@ def test_what_a_worker_is_at_is_told_as_gauges() -> None:
     assert found["em_runner_worker_heartbeat_age_seconds"] == 0.5
     assert found["em_runner_worker_uptime_seconds"] == 9
     assert found["em_runner_worker_restarts_total{'reason': 'killed'}"] == 2
+    assert found["em_runner_worker_state{'state': 'failed'}"] == 0
     assert any(name.startswith("em_runner_build_info") for name in found)
     gone = exposed(sample(Counters(), row=row(state="restarting", pid=None)))
     assert gone["em_runner_worker_registered"] == 0
     assert "em_runner_worker_heartbeat_age_seconds" not in gone
     assert "process_resident_memory_bytes" in gone, "and the runner's own"
+
+
+def test_what_has_not_happened_yet_is_told_as_0_for_each_reason() -> None:
+    found = exposed(sample(Counters()))
+    restarts = {name.split("'")[3] for name in found if name.startswith("em_runner_worker_restarts_total")}
+    assert restarts == {"killed", "exited", "silent", "gave_up", "not_up", "not_started", "unknown"}
+    ignored = {name.split("'")[3] for name in found if name.startswith("em_runner_frames_ignored_total")}
+    counted = re.findall(r'self\.ignored\["(\w+)"\]', (ROOT / "worker" / "session.py").read_text())
+    assert ignored == set(counted)
+    assert {value for name, value in found.items() if "_total" in name and not name.startswith("process")} == {0}
 
 
 def test_counters_of_successive_processes_add_up() -> None:
