@@ -27,7 +27,7 @@ function show(view) {
   row.dataset.state = view.state;
   for (const cell of row.querySelectorAll("[data-cell]")) put(cell, view[cell.dataset.cell]);
   row.querySelector("polyline").setAttribute("points", view.spark);
-  row.querySelector("details").hidden = view.last_error === "";
+  row.querySelector(".error").hidden = view.last_error === "";
   return before === view.state ? null : `${view.name}: ${view.state}`;
 }
 

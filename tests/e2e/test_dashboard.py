@@ -209,7 +209,7 @@ async def test_page_is_a_plain_table_without_a_script(tmp_path: Path, chromium: 
         await expect(seen.cell("b_server", "detail")).to_contain_text("Connection refused")
         await expect(seen.page.locator("#ask")).to_be_hidden()
         rows = seen.page.get_by_role("row")
-        assert await rows.count() == 4, "two headings, two workers"
+        assert await rows.count() == 5, "two headings, two workers, an error"
         await expect(rows.filter(has_text="a_server").get_by_role("cell").nth(1)).to_have_text(node.url)
 
 
