@@ -339,8 +339,8 @@ class Router:
         try:
             self._socket.send_multipart([line.routing_id, ipc.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as exc:
-            if self._folded.admit(f"send {line.name}") is not None:
-                self._log.warning("worker_unreachable", worker=line.name, reason=str(exc))
+            if (held := self._folded.admit(f"send {line.name}")) is not None:
+                self._log.warning("worker_unreachable", worker=line.name, reason=str(exc), like_it_before=held)
             return False
         # A send may have used up the edge that announced something to read.
         if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
@@ -412,5 +412,6 @@ class Router:
         return self._send(line, ipc.Drain(hand_over))
 
     def _ignore(self, reason: str, routing_id: bytes) -> None:
-        if self._folded.admit(reason) is not None:
-            self._log.warning("message_ignored", reason=reason, sender=repr(routing_id[:80]))
+        if (held := self._folded.admit(reason)) is not None:
+            sender = repr(routing_id[:80])
+            self._log.warning("message_ignored", reason=reason, sender=sender, like_it_before=held)

@@ -2,7 +2,7 @@
 
 Pretty on a terminal, JSON lines otherwise. A log that cannot be written (its reader is gone, the
 disk is full) is dropped: it must never end a process. Tracebacks show no local variables, which
-could hold secrets.
+could hold secrets; what is very long is cut in its middle.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, Final, TextIO
 
 import structlog
@@ -21,6 +22,9 @@ from shared.schema import LogFormat, LogLevel
 
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _MAX_FOLDED_KEYS: Final = 256
+
+LONGEST_CHARS: Final = 8192
+"""The longest value of a field, a traceback too: it may hold what a node or a client has sent."""
 
 
 class _Line:
@@ -40,16 +44,41 @@ class _Line:
 
 
 class _FromLogging(logging.Handler):
-    """Hands what libraries say through `logging` to structlog."""
+    """Hands what libraries say through `logging` and `warnings` to structlog; the same words again and again once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folded = Folded()
 
     def emit(self, record: logging.LogRecord) -> None:
-        event = {"library": record.name}
-        if record.exc_info:
-            event["exc_info"] = record.exc_info  # type: ignore[assignment]
-        log = structlog.get_logger()
-        say = log.error if record.levelno >= logging.ERROR else log.warning
         with contextlib.suppress(Exception):
-            say(record.getMessage(), **event)
+            words = record.getMessage().strip()
+            held = self._folded.admit(f"{record.name} {record.levelno} {words[:LONGEST_CHARS]}")
+            if held is None:
+                return
+            event: dict[str, Any] = {"library": record.name}
+            if held:
+                event["like_it_before"] = held
+            if record.exc_info:
+                event["exc_info"] = record.exc_info
+            log = structlog.get_logger()
+            say = log.error if record.levelno >= logging.ERROR else log.warning
+            say(words, **event)
+
+
+def _cut(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in event.items():
+        if type(value) is str and len(value) > LONGEST_CHARS:
+            event[key] = shortened(value, LONGEST_CHARS)
+    return event
+
+
+def shortened(text: str, longest: int) -> str:
+    """Return a text, or when it is longer than that its beginning, how much is left out, and its end."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any) -> None:
@@ -69,13 +98,21 @@ def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any)
             )
         ]
         if pretty
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        else [structlog.processors.JSONRenderer()]
     )
+
+    def add_bound(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        # Not by contextvars: a thread of a handler's own has none of ours, and a handler may clear them.
+        return {**event, **{key: value for key, value in bound.items() if key not in event}}
+
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            add_bound,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso" if not pretty else "%H:%M:%S", utc=not pretty),
+            structlog.processors.format_exc_info,
+            _cut,
             *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -83,7 +120,7 @@ def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any)
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(**bound)
+    logging.captureWarnings(True)
     logging.basicConfig(level=logging.WARNING, handlers=[_FromLogging()], force=True)
 
 
@@ -101,23 +138,26 @@ class Folded:
         self._every_s = every_s
         self._clock = clock
         self._seen: dict[str, tuple[float, int]] = {}
+        self._one_at_a_time = threading.Lock()  # a handler's thread admits what the loop tells the end of
 
     def admit(self, key: str) -> int | None:
         """Return None to hold this event back, else how many like it were held back before it."""
         now = self._clock()
-        since, held = self._seen.get(key, (None, 0))
-        if since is not None and now - since < self._every_s:
-            self._seen[key] = (since, held + 1)
-            return None
-        if since is None and len(self._seen) >= _MAX_FOLDED_KEYS:
-            self._seen.pop(next(iter(self._seen)))
-        self._seen[key] = (now, 0)
-        return held
+        with self._one_at_a_time:
+            since, held = self._seen.get(key, (None, 0))
+            if since is not None and now - since < self._every_s:
+                self._seen[key] = (since, held + 1)
+                return None
+            if since is None and len(self._seen) >= _MAX_FOLDED_KEYS:
+                self._seen.pop(next(iter(self._seen)))
+            self._seen[key] = (now, 0)
+            return held
 
     def overdue(self) -> list[tuple[str, int]]:
         """Return (key, number held back) of events whose time is up, so that their end is told too."""
         now = self._clock()
-        found = [(key, held) for key, (since, held) in self._seen.items() if now - since >= self._every_s]
-        for key, _ in found:
-            del self._seen[key]
+        with self._one_at_a_time:
+            found = [(key, held) for key, (since, held) in self._seen.items() if now - since >= self._every_s]
+            for key, _ in found:
+                del self._seen[key]
         return [(key, held) for key, held in found if held]

@@ -188,6 +188,11 @@ class Dispatcher(ABC):
         else:
             self._settle(job, answer)
 
+    def tell_overdue(self) -> None:
+        """Log how many failures were held back, once their time is up."""
+        for kind, held in self._folded.overdue():
+            self._log.error("handler_failed", error=kind, more=held)
+
     def _settle(self, job: Job, answer: Answer) -> None:
         """Hand an answer to its source and count it, unless the job has had one. On the loop."""
         if job.settled:
@@ -225,7 +230,7 @@ class Dispatcher(ABC):
         last = exc.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
-        held = self._folded.admit(f"{type(exc).__name__}:{last.tb_lineno if last else 0}")
+        held = self._folded.admit(f"{type(exc).__name__} in line {last.tb_lineno if last else 0}")
         if held is not None:
             more = {"like_it_before": held} if held else {}
             self._log.error("handler_failed", error=what, exc_info=exc, **more)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import threading
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
@@ -46,10 +45,8 @@ class Flusher:
     def start(self) -> None:
         """Start the thread. Call it on the event loop."""
         self._loop = asyncio.get_running_loop()
-        # With this context, because every line of the log takes its worker's name from it. A daemon, so that
-        # a disk that hangs cannot keep the process from leaving.
-        run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(self._serve,), name="flusher", daemon=True).start()
+        # A daemon, so that a disk that hangs cannot keep the process from leaving.
+        threading.Thread(target=self._serve, name="flusher", daemon=True).start()
 
     def stop(self) -> None:
         """End the thread after what it is at."""

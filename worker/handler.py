@@ -10,12 +10,18 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+import structlog
 
 from shared.errors import ConfigError
 from shared.handlers import HandlerRef
+from shared.logs import shortened
+from shared.schema import LogLevel
+
+LONGEST_QUERY_CHARS: Final = 200
+"""How much of a query's text is logged, at debug level; at no other any of it."""
 
 
 class Handler(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,6 +75,19 @@ def examined(found: Any, ref: HandlerRef) -> Handler:
         setup=_method(target, "setup"),
         close=_method(target, "close"),
     )
+
+
+def told(handler: Handler, level: LogLevel) -> Handler:
+    """Have each query's text in the log, cut, where that is at debug level; else return the handler as it is."""
+    if level != "debug":
+        return handler
+    handle, log = handler.handle, structlog.get_logger("worker.query")
+
+    def handle_and_tell(body: str, memory: dict[Any, Any]) -> Any:
+        log.debug("query", text=shortened(body, LONGEST_QUERY_CHARS))
+        return handle(body, memory)
+
+    return msgspec.structs.replace(handler, handle=handle_and_tell)
 
 
 def _import(ref: HandlerRef) -> ModuleType:

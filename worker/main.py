@@ -24,10 +24,11 @@ from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
 from shared.logs import Folded
+from worker import output
 from worker.connection import Connection
 from worker.dispatch import Dispatcher
 from worker.dispatchers import dispatcher_for
-from worker.handler import Handler, load
+from worker.handler import Handler, load, told
 from worker.limits import Limits
 from worker.link import Link
 from worker.memories import memory_for
@@ -63,14 +64,13 @@ def run(launch: Launch) -> None:
         node=str(spec.node),
         incarnation=launch.incarnation,
     )
+    output.take()
     status = EXIT_FAILED
     try:
         status = anyio.run(Worker(launch).run, backend_options={"use_uvloop": True})
     except BaseException as exc:  # noqa: BLE001 - the last line of defence: say it, leave, be started again
         structlog.get_logger("worker").error("worker_crashed", exc_info=exc)
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    output.finish()
     os._exit(status)  # a handler's thread that hangs, or its atexit hooks, must not keep the process
 
 
@@ -125,7 +125,7 @@ class Worker:
         try:
             if self._spec.tracing:
                 self._trace()
-            return await self._serve(load(self._spec.agent.handler))
+            return await self._serve(told(load(self._spec.agent.handler), self._spec.log_level))
         except ConfigError as exc:
             return self._give_up(str(exc), EXIT_CONFIG)
         finally:
@@ -161,7 +161,7 @@ class Worker:
         dispatcher.on_hung = self._hang
         connection = Connection(self._spec, capabilities, dispatcher, self._counters, self._tell)
         async with anyio.create_task_group() as tasks, dispatcher.running():
-            tasks.start_soon(self._heartbeat, connection)
+            tasks.start_soon(self._heartbeat, connection, dispatcher)
             tasks.start_soon(self._obey_sigterm)
             try:
                 await self._get_ready(dispatcher, memory)
@@ -258,13 +258,14 @@ class Worker:
             async for _ in signals:
                 self._link.ask_for_drain()
 
-    async def _heartbeat(self, connection: Connection) -> None:
+    async def _heartbeat(self, connection: Connection, dispatcher: Dispatcher) -> None:
         liveness_timeout_s = self._spec.liveness_timeout_ms / 1000
         news = True
         while True:
             await anyio.sleep(heartbeat_interval_s(liveness_timeout_s, idle=not news))
             news = self._link.beat()
             connection.tell_overdue()
+            dispatcher.tell_overdue()
             if reason := self._limits.reached(self._counters):
                 self._link.ask_for_successor(reason)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import threading
 from collections import deque
@@ -49,11 +48,9 @@ class ThreadDispatcher(Dispatcher):
         for number in range(self._concurrency):
             lane = Lane()
             self._lanes.append(lane)
-            # With this context, because every line of the log takes its worker's name from it. A daemon,
-            # so that a call that hangs cannot keep the process from leaving.
-            run = contextvars.copy_context().run
+            # A daemon, so that a call that hangs cannot keep the process from leaving.
             name = f"handler-{number + 1}"
-            threading.Thread(target=run, args=(self._serve, lane), name=name, daemon=True).start()
+            threading.Thread(target=self._serve, args=(lane,), name=name, daemon=True).start()
 
     def _stop(self) -> None:
         for _ in range(self._concurrency):

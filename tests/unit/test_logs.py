@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +23,7 @@ from hypothesis import strategies as st
 from shared import logs
 from shared.logs import Folded
 from shared.tokens import Secret
+from worker.handler import Handler, told
 
 ROOT = Path(__file__).resolve().parents[2]
 Read = Callable[[], str]
@@ -32,6 +36,7 @@ def _logging_as_it_was() -> Iterator[None]:
     yield
     structlog.configure(**before)
     structlog.contextvars.clear_contextvars()
+    logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -178,6 +183,72 @@ def test_exception_of_a_library_is_logged_with_its_traceback(stderr: Read) -> No
     assert "ValueError: failed" in json.loads(stderr())["exception"]
 
 
+def test_same_words_of_a_library_again_and_again_are_one_line(stderr: Read) -> None:
+    logs.configure("info", "json")
+    for number in range(50):
+        logging.getLogger("some.library").warning("pool is full")
+        logging.getLogger("some.library").warning("retry %d", number // 25)
+    assert [json.loads(line)["event"] for line in stderr().splitlines()] == ["pool is full", "retry 0", "retry 1"]
+
+
+def test_python_warnings_are_events(stderr: Read) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logs.configure("info", "json", worker="w")
+        warnings.warn("this will go", DeprecationWarning, stacklevel=1)
+        logging.captureWarnings(False)
+    (line,) = stderr().splitlines()
+    found = json.loads(line)
+    assert (found["level"], found["library"], found["worker"]) == ("warning", "py.warnings", "w")
+    assert "DeprecationWarning: this will go" in found["event"]
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_thread_of_a_handlers_own_and_one_that_clears_the_context_log_as_the_worker(style: Any, stderr: Read) -> None:
+    logs.configure("info", style, worker="echo_server", incarnation=3)
+
+    def speak() -> None:
+        structlog.contextvars.clear_contextvars()
+        log().info("one")
+        logging.getLogger("some.library").warning("two")
+
+    for target in (speak, lambda: contextvars.Context().run(speak)):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    lines = stderr().splitlines()
+    assert len(lines) == 3, "the second warning is the first one's like"
+    assert all("echo_server" in line and "incarnation" in line for line in lines)
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_very_long_values_and_tracebacks_are_cut_in_their_middle(style: Any, stderr: Read) -> None:
+    logs.configure("info", style)
+    try:
+        raise ValueError("x" * 100_000 + "END")
+    except ValueError as exc:
+        log().error("handler_failed", exc_info=exc, error="y" * 100_000)
+    told = stderr()
+    assert len(told) < 4 * logs.LONGEST_CHARS
+    assert "characters" in told
+    assert "END" in told
+    assert "Traceback" in told
+
+
+def test_query_text_is_logged_at_debug_level_alone_cut_and_otherwise_costs_nothing(stderr: Read) -> None:
+    loaded = Handler(handle=lambda body, memory: (body, memory), is_async=False)
+    for level in ("info", "warning", "error"):
+        assert told(loaded, level) is loaded, "not even a call is added"
+    logs.configure("debug", "json")
+    assert told(loaded, "debug").handle("q" * 60_000, {}) == ("q" * 60_000, {})
+    (line,) = stderr().splitlines()
+    found = json.loads(line)
+    assert (found["event"], found["level"]) == ("query", "debug")
+    assert found["text"].startswith("qqq")
+    assert "59800 characters" in found["text"]
+    assert len(found["text"]) < 250
+
+
 # --- a log that cannot be written ---
 
 
@@ -264,6 +335,17 @@ def test_first_event_passes_and_those_like_it_are_held_and_counted() -> None:
     assert folded.admit("a") is None
     clock.now_s += 60
     assert folded.admit("a") == 1
+
+
+def test_threads_admit_and_tell_at_the_same_time() -> None:
+    folded = Folded(0.0)
+    told = 0
+    threads = [threading.Thread(target=lambda: [folded.admit(str(number)) for number in range(5000)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        told += len(folded.overdue())
+    assert told == 0
 
 
 def test_other_events_are_not_held() -> None:

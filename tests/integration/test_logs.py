@@ -1,0 +1,130 @@
+"""The log of a running cluster: every line says whose it is, whatever the handler does; no query's text is in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disco import Node
+from tests.cluster import Cluster, agent, cluster, until
+
+pytestmark = pytest.mark.anyio
+
+NOISY = """
+import logging, sys, threading, warnings
+import structlog
+print("imported")
+def in_thread():
+    logging.getLogger("lib").warning("of a thread")
+    raise KeyError("thread failed")
+class Ends:
+    def __del__(self):
+        raise OSError("while it was deleted")
+def handle(body, memory):
+    structlog.contextvars.clear_contextvars()
+    print("two", "words")
+    print("to stderr", file=sys.stderr)
+    print("no end of line", end="")
+    sys.stdout.write("\\n\\n")
+    warnings.warn("outdated")
+    logging.getLogger("lib").error("of a library")
+    thread = threading.Thread(target=in_thread, name="mine")
+    thread.start(); thread.join()
+    Ends()
+    structlog.get_logger("own").info("of its own")
+    print("unfinished", end="")
+    if "fail" in body:
+        raise ValueError("failed")
+    return [{"type": "t"}], memory
+"""
+ASYNC = "import asyncio, logging, sys, threading, warnings\n" + NOISY.replace("def handle", "async def handle")
+ECHO = "def handle(body, memory):\n    return [{'type': body}], memory\n"
+OF_THE_RUNNER = {"started", "worker_started", "draining", "stopped", "worker_replaced", "reloaded"}
+WHOSE = {"worker": "a_server", "agent": "a", "incarnation": 1}
+
+
+def lines(running: Cluster) -> list[dict[str, Any]]:
+    """Each line of what the processes wrote, standard output and error; every one is JSON."""
+    return [json.loads(line) for line in running.log.splitlines()]
+
+
+@pytest.mark.parametrize("handlers", [NOISY, ASYNC], ids=["thread", "async"])
+@pytest.mark.parametrize("memory", ["ram", "disk"])
+async def test_every_line_of_a_worker_says_whose_it_is_whatever_its_handler_does(
+    handlers: str, memory: str, tmp_path: Path, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url], memory=memory), handlers=handlers) as running:
+        await running.wait_ready()
+        assert (await running.ask("x")).status_code == 200
+        assert (await running.ask("fail")).status_code == 500
+        assert await running.stop() == 0
+        # The process that looks whether the handler can be loaded is no worker.
+        whole = [line for line in running.log.splitlines() if line != "imported"]
+        found = [json.loads(line) for line in whole]
+        of_worker = [line for line in found if "agent" in line or line["event"] not in OF_THE_RUNNER]
+        for line in of_worker:
+            assert line | WHOSE | {"node": node.url.replace("http", "ws")} == line, line
+        printed = {(line["text"], line["stream"], line["level"]) for line in of_worker if line["event"] == "printed"}
+        assert {
+            ("imported", "stdout", "info"),
+            ("two words", "stdout", "info"),
+            ("to stderr", "stderr", "warning"),
+            ("unfinished", "stdout", "info"),
+        } <= printed | {(text.removeprefix("unfinished"), *rest) for text, *rest in printed}
+        said = {line["event"] for line in of_worker}
+        assert {"ready", "of a library", "of a thread", "of its own", "thread_failed", "exception_ignored"} <= said
+        assert any("UserWarning: outdated" in event for event in said)
+        (failed,) = (line for line in of_worker if line["event"] == "handler_failed")
+        assert "ValueError: failed" in failed["exception"]
+        (thread, *_) = (line for line in of_worker if line["event"] == "thread_failed")
+        assert thread["thread"] == "mine"
+        assert "KeyError: 'thread failed'" in thread["exception"]
+
+
+async def test_a_change_of_state_is_one_line(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
+        await running.wait_ready()
+        assert await running.stop() == 0
+        told = [line["event"] for line in lines(running) if "incarnation" in line and "agent" in line]
+        assert told == ["ready", "draining", "stopped"]
+        assert [line["event"] for line in lines(running) if "agent" not in line] == [
+            "started",
+            "worker_started",
+            "draining",
+            "stopped",
+        ]
+
+
+@pytest.mark.parametrize("level", ["debug", "info"])
+async def test_text_of_queries_is_in_the_log_at_debug_level_alone_and_cut(
+    level: str, tmp_path: Path, node: Node
+) -> None:
+    text = "whisper" + "0123456789" * 1000
+    runner = f'log_level = "{level}"'
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO, runner=runner) as running:
+        await running.wait_ready()
+        await running.results(text)
+        await node.query(text)
+        assert await running.stop() == 0
+        told = [line for line in lines(running) if "whisper" in json.dumps(line)]
+        assert len(told) == (2 if level == "debug" else 0)
+        for line in told:
+            assert (line["event"], line["level"], line["worker"]) == ("query", "debug", "a_server")
+            assert len(line["text"]) < 250
+
+
+async def test_flood_of_failures_is_one_line(tmp_path: Path, node: Node) -> None:
+    handlers = "def handle(body, memory):\n    raise ValueError(body)\n"
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        for number in range(50):
+            assert (await running.ask(str(number))).status_code == 500
+
+        async def counted() -> bool:
+            return (await running.row("a_server"))["errors"] == 50
+
+        await until(counted, "all have failed")
+        assert len(running.events("handler_failed")) == 1
