@@ -10,6 +10,7 @@ import ast
 import os
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -85,10 +86,14 @@ def stamp(file: Path) -> Stamp | None:
 
 
 class Changed(NamedTuple):
-    """What changed since the last look: handlers, each with the file of it that did; other files."""
+    """What changed since the last look: handlers, each with the file of it that did; other files.
+
+    `emptied` when one of these files is empty: who writes it may just have begun.
+    """
 
     handlers: dict[HandlerRef, Path]
-    others: tuple[Path, ...]
+    others: frozenset[Path]
+    emptied: bool
 
 
 class Watched:
@@ -137,7 +142,14 @@ class Watched:
         touched = {ref: file for ref, files in self._files.items() for file in files if file in changed}
         if touched:
             self.follow(list(self._files))
-        return Changed(touched, tuple(file for file in self._others if file in changed))
+        others = frozenset(file for file in self._others if file in changed)
+        return Changed(touched, others, any(map(self._is_empty, changed)))
+
+    def _is_empty(self, file: Path) -> bool:
+        try:
+            return self._stamp(file) is not None and not self._read(file)
+        except OSError:
+            return False
 
     def lost(self) -> list[HandlerRef]:
         """Return the handlers that have no file to be watched."""
@@ -278,14 +290,27 @@ class Watcher:
             recursive=False,
         )
         async with aclosing(changes):
-            async for _ in changes:
-                await self._look(tasks)
+            async for told in changes:
+                await self._look(tasks, quiet=bool(told))
                 if await anyio.to_thread.run_sync(lambda: self._watched.folders) != folders:
                     return
 
-    async def _look(self, tasks: TaskGroup) -> None:
+    async def _settled(self, quiet: bool) -> Changed:
+        """Return what changed, once it is quiet; `quiet` when it is known to be. An empty file is waited for."""
+        found = await anyio.to_thread.run_sync(self._watched.changed)
+        ends_s = time.monotonic() + DEBOUNCE_MS / 1000
+        while (found.handlers or found.others) and not (quiet and not found.emptied) and time.monotonic() < ends_s:
+            await anyio.sleep(STEP_MS / 1000)
+            more = await anyio.to_thread.run_sync(self._watched.changed)
+            quiet = not (more.handlers or more.others)
+            found = Changed(
+                found.handlers | more.handlers, found.others | more.others, found.emptied if quiet else more.emptied
+            )
+        return found
+
+    async def _look(self, tasks: TaskGroup, *, quiet: bool = False) -> None:
         async with self._looking:
-            changed = await anyio.to_thread.run_sync(self._watched.changed)
+            changed = await self._settled(quiet)
         if self._file in changed.others:
             self._log.info("config_changed", file=str(self._file))
             self._reload()

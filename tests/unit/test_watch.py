@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
@@ -10,7 +11,7 @@ import structlog
 import watchfiles
 from structlog.testing import capture_logs
 
-from runner.watch import Import, Watched, Watcher, imports
+from runner.watch import Changed, Import, Watched, Watcher, imports
 from shared.config import Agent, Config
 from shared.handlers import HandlerRef
 
@@ -151,7 +152,9 @@ def test_configuration_is_told_apart_from_handlers() -> None:
     disk = Disk(a="")
     watched = disk.watched(at("a.py"))
     disk.save("em-runner.toml")
-    assert watched.changed() == ({}, (HOME / "em-runner.toml",))
+    assert watched.changed() == ({}, {HOME / "em-runner.toml"}, True)
+    disk.save("em-runner.toml", "[[agent]]")
+    assert watched.changed() == ({}, {HOME / "em-runner.toml"}, False)
 
 
 def test_what_is_followed_anew_is_watched_from_then_on_and_the_rest_no_more() -> None:
@@ -195,9 +198,12 @@ class Supervised:
 
     def __init__(self) -> None:
         self.renewed: list[HandlerRef] = []
+        self.probed: list[str] = []
         self.changed = anyio.Event()
 
     def probe(self, ref: HandlerRef) -> tuple[str, ...]:
+        assert ref.file is not None
+        self.probed.append(ref.file.read_text())
         return ()
 
     async def renew(self, ref: HandlerRef, why: str) -> list[str]:
@@ -241,3 +247,47 @@ async def test_kernel_that_takes_no_more_watches_is_one_error_and_files_are_look
     assert error["event"] == "watching_without_kernel"
     assert str(refusal) == error["why"]
     assert "max_user_watches" in error["do"]
+
+
+@pytest.mark.anyio
+async def test_file_that_is_just_being_written_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look falls between the truncation and the write."""
+
+    async def tick(*folders: object, **options: object) -> AsyncIterator[set[object]]:
+        while True:
+            await anyio.sleep(0.001)
+            yield set()
+
+    monkeypatch.setattr(watchfiles, "awatch", tick)
+    monkeypatch.setattr("runner.watch.STEP_MS", 1)
+    monkeypatch.setattr("runner.watch.DEBOUNCE_MS", 30_000)
+    file = tmp_path / "a.py"
+    file.write_text("# old")
+    ref = HandlerRef(None, file, "handle", tmp_path)
+    parts = Supervised()
+    watcher = Watcher(
+        Config(agents=(Agent(name="a", handler=ref, nodes=()),)),
+        tmp_path / "em-runner.toml",
+        parts,  # type: ignore[arg-type]
+        parts,  # type: ignore[arg-type]
+        lambda: None,
+    )
+    looks = 0
+    look = watcher._watched.changed
+
+    def changed() -> Changed:
+        nonlocal looks
+        looks += 1
+        found = look()
+        if looks == 20:
+            file.write_text("# new")
+        return found
+
+    monkeypatch.setattr(watcher._watched, "changed", changed)
+    async with anyio.create_task_group() as tasks:
+        file.write_text("")
+        tasks.start_soon(watcher.run)
+        with anyio.fail_after(30):
+            await parts.changed.wait()
+        tasks.cancel_scope.cancel()
+    assert parts.probed == ["# new"]
