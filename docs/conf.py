@@ -13,7 +13,7 @@ author = "the em-runner maintainers"
 copyright = "the em-runner maintainers, Apache License 2.0"
 release = version = metadata.version("em-runner")
 
-extensions = ["myst_parser", "generated"]
+extensions = ["myst_parser", "generated", "included"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]

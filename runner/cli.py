@@ -196,8 +196,8 @@ def write_new(
     written = new.write(name, folder)
     inside = written[0].parent
     _out.print("\n".join(f"wrote {path}" for path in written))
-    _out.print(f"\nTry it:\n\n  cd {inside}\n  em-runner try {written[0].name}:handle 'red fish'\n  pytest")
-    _out.print("  em-runner check")
+    _out.print(f"\nTry it:\n\n  cd {inside}\n  em-runner try {written[0].name}:handle 'red fish'")
+    _out.print("  pytest             # once before: pip install pytest\n  em-runner check")
 
 
 @cli.command("try")
