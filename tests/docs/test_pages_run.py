@@ -16,7 +16,7 @@ from tests.docs.markdown import PAGES, ROOT, Block, blocks
 from tests.docs.reader import BIN, reading
 
 SECTIONS = {"runner": RunnerSection, "connection": ConnectionSection, "supervision": SupervisionSection}
-LANGUAGES = {"console", "toml", "python", "json", "ini", "text", "nginx", "yaml", "erlang", "", "stop", "checkout", "{include}"}
+LANGUAGES = {"console", "toml", "python", "json", "ini", "text", "nginx", "yaml", "erlang", "", "stop", "checkout", "{toctree}"}
 RUN = [page for page in PAGES if any(block.language == "console" or block.file for block in blocks(page))]
 
 
@@ -72,7 +72,22 @@ def check_fragment(block: Block) -> None:
 
 
 # What no test can do, and why: each stands here and in its page.
-NOT_RUN: dict[str, list[str]] = {}
+NOT_RUN: dict[str, list[str]] = {
+    "it asks a package index": ["pip install pytest"],
+    "it needs a reverse proxy": ["nginx"],
+    "it needs systemd, and the unit installed": [
+        "systemd-analyze security em-runner",
+        "systemd-analyze verify /etc/systemd/system/em-runner.service",
+    ],
+    "it needs the network": ["git clone URL em-runner"],
+    "they check, load and measure em-runner for minutes": [
+        "scripts/docs.sh                      # builds the documentation",
+        "scripts/test.sh                      # what CI runs: ruff, mypy, pytest",
+        "scripts/test.sh tests/examples -x    # pytest alone, with these arguments",
+        "scripts/soak.sh 15                   # a quarter of an hour of load, kills and cuts",
+        "scripts/bench.sh --quick             # what it takes, beside others; without --quick, half an hour",
+    ],
+}
 
 
 def test_what_is_not_run_is_known() -> None:
