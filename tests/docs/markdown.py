@@ -21,7 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "deploy" / "README.md", *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)]
+    [
+        ROOT / "README.md",
+        ROOT / "deploy" / "README.md",
+        *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts),
+    ]
 )
 
 _DIRECTIVE = re.compile(r"<!-- run: (.*) -->")

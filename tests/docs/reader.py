@@ -135,7 +135,9 @@ class Reader:
 
     def _stop(self, block: Block) -> None:
         [name] = block.lines
-        server = next((each for each in self._servers if each.command.startswith(name) and each.process.poll() is None), None)
+        server = next(
+            (each for each in self._servers if each.command.startswith(name) and each.process.poll() is None), None
+        )
         assert server is not None, f"{block.where}: nothing like {name!r} runs"
         self._servers.remove(server)
         status = server.stop()

@@ -16,7 +16,21 @@ from tests.docs.markdown import PAGES, ROOT, Block, blocks
 from tests.docs.reader import BIN, reading
 
 SECTIONS = {"runner": RunnerSection, "connection": ConnectionSection, "supervision": SupervisionSection}
-LANGUAGES = {"console", "toml", "python", "json", "ini", "text", "nginx", "yaml", "erlang", "", "stop", "checkout", "{toctree}"}
+LANGUAGES = {
+    "console",
+    "toml",
+    "python",
+    "json",
+    "ini",
+    "text",
+    "nginx",
+    "yaml",
+    "erlang",
+    "",
+    "stop",
+    "checkout",
+    "{toctree}",
+}
 RUN = [page for page in PAGES if any(block.language == "console" or block.file for block in blocks(page))]
 
 
