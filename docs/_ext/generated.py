@@ -10,6 +10,7 @@ import os
 import re
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +35,7 @@ if typing.TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 MARK: Final = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
-_SECTIONS: Final = {
+_SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "runner": RunnerSection,
     "connection": ConnectionSection,
     "supervision": SupervisionSection,
@@ -70,8 +71,7 @@ def commands() -> str:
 
 def command_names() -> list[str]:
     """Return the names of all commands."""
-    named = [(command.name, command.callback) for command in cli.registered_commands]
-    return [name or callback.__name__ for name, callback in named if name or callback is not None]
+    return [each.name or getattr(each.callback, "__name__", "") for each in cli.registered_commands]
 
 
 def help_of(name: str) -> str:
@@ -96,7 +96,7 @@ def metrics_table() -> str:
 
 
 def _collected() -> Iterator[Metric]:
-    row = {field.name: 0 for field in msgspec.structs.fields(WorkerRow)}
+    row: dict[str, object] = {field.name: 0 for field in msgspec.structs.fields(WorkerRow)}
     row |= {"name": "echo_server", "agent": "echo", "node": "ws://localhost:8080", "state": "ready", "detail": ""}
     worker = msgspec.convert(row | {"pid": os.getpid(), "ignored": {}, "last_error": ""}, WorkerRow)
     counted = Counters(ignored={"binary": 1})
@@ -104,7 +104,7 @@ def _collected() -> Iterator[Metric]:
 
 
 PARTS: Final[dict[str, Callable[[], str]]] = {
-    **{f"section-{name}": (lambda name=name: section(name)) for name in _SECTIONS},
+    **{f"section-{name}": partial(section, name) for name in _SECTIONS},
     "commands": commands,
     "metrics": metrics_table,
 }

@@ -106,6 +106,10 @@ class Block:
                 found[-1].shown.append(line)
         return found
 
+    @property
+    def commands_if_console(self) -> list[Command]:
+        return self.commands if self.language == "console" else []
+
     def _after(self, start: str) -> str | None:
         return next((each.removeprefix(start) for each in self.directives if each.startswith(start)), None)
 

@@ -70,6 +70,7 @@ class Reader:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.ran: list[Command] = []
         self._servers: list[Server] = []
         self._ports = dict(zip(PORTS, free_ports(), strict=True))
         self._pids: dict[str, str] = {}
@@ -86,13 +87,14 @@ class Reader:
         elif block.language == "stop":
             self._stop(block)
         elif block.not_run is not None:
-            if block.language == "console" and any(command.text.startswith("git clone") for command in block.commands):
+            if any(command.text.startswith("git clone") for command in block.commands_if_console):
                 self.check_out()
         elif block.file is not None:
             self._write(block, block.file)
         elif block.language == "console":
             self._terminal = block.terminal or self._terminal
             *before, last = block.commands
+            self.ran += block.commands
             for command in before:
                 self._run(block, command)
             if block.until is None:

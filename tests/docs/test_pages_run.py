@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import configparser
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from shared.config import load
 from shared.schema import AgentSection, ConnectionSection, RunnerSection, SupervisionSection, check_keys, read_section
@@ -41,14 +43,13 @@ def name(page: Path) -> str:
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
     assert (BIN / "em-runner").exists(), "em-runner is installed beside this Python"
-    taken = 0
     with reading(tmp_path) as reader:
         for block in blocks(page):
             reader.take(block)
             if block.file is not None and block.language == "toml":
                 assert load(reader.written(block.file), environ={}).agents, block.where
-            taken += 1
-    assert taken == len(blocks(page))
+    left = [command for block in blocks(page) if block.not_run for command in block.commands_if_console]
+    assert len(reader.ran) + len(left) == len(re.findall(r"^\$ ", page.read_text(), re.MULTILINE)), "all are run"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -69,6 +70,8 @@ def check(block: Block) -> None:
         assert block.file is not None, f"{block.where}: its first line names its file"
     elif block.language == "json":
         json.loads(block.text)
+    elif block.language == "yaml":
+        assert yaml.safe_load(block.text), block.where
     elif block.language == "ini":
         configparser.ConfigParser(interpolation=None).read_string(block.text)
 
@@ -110,7 +113,6 @@ def test_what_is_not_run_is_known() -> None:
         for block in blocks(page):
             if block.not_run is not None:
                 assert len(block.not_run) > 8, f"{block.where}: say why"
-                is_console = block.language == "console"
-                said = [command.text for command in block.commands] if is_console else [block.language]
+                said = [command.text for command in block.commands_if_console] or [block.language]
                 found.setdefault(block.not_run, []).extend(said)
     assert {why: sorted(each) for why, each in found.items()} == {why: sorted(each) for why, each in NOT_RUN.items()}
