@@ -71,7 +71,7 @@ def commands() -> str:
 
 def command_names() -> list[str]:
     """Return the names of all commands."""
-    return [each.name or getattr(each.callback, "__name__", "") for each in cli.registered_commands]
+    return [str(each.name or getattr(each.callback, "__name__", "")) for each in cli.registered_commands]
 
 
 def help_of(name: str) -> str:

@@ -99,6 +99,11 @@ def test_every_key_is_in_the_built_table_with_its_default() -> None:
     assert '| `http` | a string | `"127.0.0.1:9600"` |' in generated.section("runner")
 
 
+def test_every_generated_part_is_in_a_page() -> None:
+    marked = [name for page in PAGES for name in generated.MARK.findall(page.read_text())]
+    assert sorted(marked) == sorted(generated.PARTS)
+
+
 def test_every_exit_status_is_explained() -> None:
     told = set(column("exit-statuses.md", "status"))
     assert {str(value) for name, value in vars(errors).items() if name.startswith("EXIT_")} <= told
