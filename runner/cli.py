@@ -203,8 +203,9 @@ def write_new(
     written = new.write(name, folder)
     inside = written[0].parent
     _out.print("\n".join(f"wrote {path}" for path in written))
-    _out.print(f"\nTry it:\n\n  cd {inside}\n  em-runner try {written[0].name}:handle 'red fish'\n  pytest")
-    _out.print("  em-runner check\n  em-runner run --reload      # replaces it whenever it is saved")
+    _out.print(f"\nTry it:\n\n  cd {inside}\n  em-runner try {written[0].name}:handle 'red fish'")
+    _out.print("  pytest                  # once before: pip install pytest\n  em-runner check")
+    _out.print("  em-runner run --reload  # replaces it whenever it is saved")
 
 
 @cli.command("try")
@@ -335,7 +336,7 @@ def _welcome(http: HttpAddress, nodes_at: list[str]) -> None:
     text = f"""
 The demo is up. Ctrl-C ends it.
 
-  HTTP      http://{http}    workers: /workers   readiness: /ready
+  status    http://{http}/
   nodes     {nodes}
 
 Ask the agent directly:

@@ -58,18 +58,23 @@ def exposition(samples: Sequence[Sample]) -> bytes:
     return generate_latest(registry)
 
 
+def collected(samples: Sequence[Sample]) -> Iterator[Metric]:
+    """Return the workers' metrics, as families with their names, types and helps."""
+    yield from _queries(samples)
+    yield from _counts(samples)
+    yield from _gauges(samples)
+    build = GaugeMetricFamily("em_runner_build_info", "Always 1; what is running.", labels=("version", "python"))
+    build.add_metric((version(), platform.python_version()), 1)
+    yield build
+
+
 class _Collected(Collector):
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics."""
-        yield from _queries(self._samples)
-        yield from _counts(self._samples)
-        yield from _gauges(self._samples)
-        build = GaugeMetricFamily("em_runner_build_info", "Always 1; what is running.", labels=("version", "python"))
-        build.add_metric((version(), platform.python_version()), 1)
-        yield build
+        return collected(self._samples)
 
 
 def _labels(row: WorkerRow) -> tuple[str, str, str]:

@@ -50,7 +50,7 @@ find_python() {
     return 1
 }
 
-# Make sure that `.venv` is whole. The argument is what it is for: runtime or test.
+# Make sure that `.venv` is whole. The argument is what it is for: runtime, docs, test or bench.
 make_environment() {
     local python
     python="$(find_python)" || return 1

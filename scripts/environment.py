@@ -29,7 +29,7 @@ LOCK: Final = ROOT / ".venv.lock"
 CONSTRAINTS: Final = "constraints.txt"
 OLDEST: Final = (3, 11)
 
-WHAT: Final = {"runtime": ".", "test": ".[test]", "bench": ".[test,bench]"}
+WHAT: Final = {"runtime": ".", "docs": ".[docs]", "test": ".[test]", "bench": ".[test,bench]"}
 """What pip is asked for, each with all that the ones before it are asked for: it serves for those too."""
 
 PROGRESS_S: Final = 5.0
@@ -133,7 +133,7 @@ def is_whole(info: Path) -> bool:
 
 def install(kind: str, lock: int) -> None:
     """Run pip, telling now and then how far it is; what it says goes to a log."""
-    purpose = {"runtime": "run", "test": "be tested", "bench": "be measured"}[kind]
+    purpose = {"runtime": "run", "docs": "build its pages", "test": "be tested", "bench": "be measured"}[kind]
     say(f"installing what em-runner needs to {purpose}; this is done once")
     command: list[str | Path] = [PYTHON, "-I", "-m", "pip", "install", "-c", CONSTRAINTS, "-e", WHAT[kind]]
     # pip keeps the lock as well: should this process be killed, nobody meddles while pip goes on.

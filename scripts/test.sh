@@ -50,7 +50,7 @@ check() {
 check 'ruff check' ruff check .
 check 'ruff format' ruff format --check .
 check 'mypy' mypy
-check 'mypy, what is not a package' mypy examples scripts/environment.py
+check 'mypy, what is not a package' mypy examples scripts/environment.py docs/_ext
 check 'pytest' pytest
 
 if [[ -n "$failed" ]]; then

@@ -2,12 +2,15 @@
 
 One table and one Struct in, a Struct or one clear error out: an error names the key's path, what
 was found, what is expected, and the nearest known key. What the values mean together is decided
-in `shared.config`.
+in `shared.config`. What each key means is said under a Struct's `Attributes:`, and nowhere else:
+`meanings` reads it, and the documentation's reference is made of it.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,7 +36,23 @@ Section = TypeVar("Section", bound=msgspec.Struct)
 
 
 class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
-    """`[runner]`: the parent process."""
+    """`[runner]`: the parent process.
+
+    Attributes:
+        http: where direct queries and the operators' routes are served, as HOST:PORT; port 0 takes any free one. An
+            address that other machines can reach needs a token.
+        http_token: a token that every route but /health asks for, as `Authorization: Bearer`. Better in a file of its
+            own; the configuration that holds it must be readable by its owner alone.
+        http_token_file: a file that holds this token. At most one of the two.
+        state_dir: the runner's folder: its lock, its private socket, its address, and memory on disk. One runner a
+            folder.
+        query_timeout_ms: a direct query that has no answer by then is answered 504.
+        max_in_flight: how many direct queries may wait for one worker; one more is answered 503.
+        max_in_flight_total: the same for all workers together.
+        log_level: the least severe level that is logged.
+        log_format: `console` is for people, `json` one JSON object a line; `auto` is `console` on a terminal.
+        tracing: have every query's spans sent to an OpenTelemetry collector. Needs `em-runner[otel]`.
+    """
 
     http: str = DEFAULT_HTTP
     http_token: Secret | None = None
@@ -48,7 +67,22 @@ class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
-    """`[connection]`: how workers reach their nodes. Every key may also stand in an `[[agent]]`."""
+    """`[connection]`: how workers reach their nodes. Every key may also stand in an `[[agent]]`.
+
+    Attributes:
+        reconnect_interval_ms: the time between two attempts to connect, less a random part of up to a fifth. Where it
+            is set nowhere, the variable `EM_FILTER_RECONNECT_MS` counts.
+        connect_timeout_ms: how long TCP and TLS may take.
+        upgrade_timeout_ms: how long a node may take to answer the WebSocket's upgrade.
+        ping_interval_ms: the time between two pings; em_disco closes a connection on which it hears nothing for 60 s.
+        max_frame_bytes: a larger frame from a node ends the connection.
+        tls_ca_file: certificates, in PEM, to trust in place of the system's. Read afresh at each connect.
+        jwt_token: the token for the node. Better in a file of its own; the configuration that holds it must be readable
+            by its owner alone.
+        jwt_token_file: a file that holds the token, read afresh at each connect.
+        jwt_secret_file: the file that holds the node's secret; a token of one hour is made with it at each connect.
+            At most one of the three; where none is set, the variable `EM_FILTER_JWT_TOKEN` counts.
+    """
 
     reconnect_interval_ms: Milliseconds = 5000
     connect_timeout_ms: Milliseconds = 5000
@@ -62,7 +96,17 @@ class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SupervisionSection(msgspec.Struct, frozen=True, kw_only=True):
-    """`[supervision]`: when a worker is started again, and how long it may take to leave."""
+    """`[supervision]`: when a worker is started again, and how long it may take to leave.
+
+    Attributes:
+        max_restarts: a worker that dies more often than this within `restart_window_s` is `failed`, and tried again
+            after 60 s.
+        restart_window_s: the time within which deaths are counted.
+        shutdown_timeout_ms: how long a worker may take to finish what is in flight at the end; then it is killed.
+        liveness_timeout_ms: a worker of which nothing is heard for so long is killed and replaced.
+        handler_timeout_ms: a query that takes longer ends with 504, and `null` to the node. An `async def` is
+            cancelled; a plain function that goes on is ended with its worker.
+    """
 
     max_restarts: Annotated[int, Meta(ge=0, le=1000)] = 10
     restart_window_s: Annotated[int, Meta(ge=1, le=86_400)] = 60
@@ -72,7 +116,23 @@ class SupervisionSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
-    """One `[[agent]]`. Keys of `[connection]` set here hold for this agent alone."""
+    """One `[[agent]]`. Keys of `[connection]` set here hold for this agent alone.
+
+    Attributes:
+        name: the agent's name at its nodes, unique in the file; with a token, its `sub` claim. Letters, digits, `_`,
+            `.` and `-`, at most 64.
+        handler: `module:attribute`, looked up beside the configuration first and then on the Python path, or
+            `path/to/file.py:attribute`.
+        capabilities: what the agent tells its nodes that it can do. Where it is not set, those that the handler names.
+        memory: `ram` is a dict in the worker, lost when it crashes; `disk` is written before each answer leaves; `none`
+            gives every query `{}`.
+        concurrency: how many queries run at once in a worker. More than 1 needs `memory = "none"`.
+        handler_timeout_ms: as in `[supervision]`, for this agent alone.
+        max_queries: a worker that has answered about so many queries is replaced in good order.
+        max_rss_mb: a worker that holds about so much memory, in MB, is replaced in good order.
+        nodes: one worker for each: HOST, HOST:PORT, [IPv6]:PORT, ws://HOST:PORT or wss://HOST:PORT. Where it is not
+            set: `EM_DISCO_HOST` and `EM_DISCO_PORT`, then `~/.config/emergence/emergence.conf`, then `localhost:8080`.
+    """
 
     name: str
     handler: str
@@ -92,6 +152,21 @@ class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
     jwt_token: Secret | UnsetType = UNSET
     jwt_token_file: Path | UnsetType = UNSET
     jwt_secret_file: Path | UnsetType = UNSET
+
+
+def meanings(section: type[msgspec.Struct]) -> dict[str, str]:
+    """Return what each key of a section means, as its Struct's docstring says under `Attributes:`.
+
+    A key that is missing there is missing here: one of `[connection]` in an `[[agent]]` is explained once.
+    """
+    found: dict[str, str] = {}
+    key = ""
+    for line in inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")[2].splitlines():
+        if match := re.fullmatch(r"    (\w+): (.*)", line):
+            key, found[match[1]] = match[1], match[2]
+        elif key:
+            found[key] += " " + line.strip()
+    return found
 
 
 def read_section(table: Any, section: type[Section], path: str) -> Section:
@@ -116,7 +191,7 @@ def read_section(table: Any, section: type[Section], path: str) -> Section:
         if field.name in table:
             values[field.name] = _convert(table[field.name], hints[field.name], key, field.name)
         elif field.required:
-            raise ConfigError(f"{key}: is missing, expected {_expected(hints[field.name])}")
+            raise ConfigError(f"{key}: is missing, expected {expected(hints[field.name])}")
     return section(**values)
 
 
@@ -146,7 +221,7 @@ def _convert(value: Any, hint: Any, key: str, name: str) -> Any:
         return msgspec.convert(value, hint, dec_hook=_from_text)
     except (msgspec.ValidationError, OverflowError):
         found = f"a {type(value).__name__} (not shown)" if name in _HIDDEN_KEYS else show(value)
-        raise ConfigError(f"{key}: found {found}, expected {_expected(hint)}{_near_choice(value, hint)}") from None
+        raise ConfigError(f"{key}: found {found}, expected {expected(hint)}{_near_choice(value, hint)}") from None
 
 
 def _from_text(kind: type, value: Any) -> Any:
@@ -167,8 +242,8 @@ def _near_choice(value: Any, hint: Any) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _expected(hint: Any) -> str:
-    """Return a type in a user's words."""
+def expected(hint: Any) -> str:
+    """Return what a key of that type may be, in a user's words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = arguments[1]
@@ -178,5 +253,5 @@ def _expected(hint: Any) -> str:
     if origin is list:
         return "a list of strings"
     if origin is not None:  # a union with None or UNSET: the key may be left out
-        return _expected(next(part for part in arguments if part not in (type(None), UnsetType)))
+        return expected(next(part for part in arguments if part not in (type(None), UnsetType)))
     return {str: "a string", Secret: "a string", Path: "a path", bool: "true or false"}.get(hint, str(hint))
