@@ -117,7 +117,8 @@ class Reader:
     def leave(self) -> None:
         """End what still runs."""
         for server in self._servers:
-            server.stop()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed then; the others have their turn
+                server.stop()
         self._servers.clear()
 
     @property

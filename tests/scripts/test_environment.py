@@ -79,6 +79,7 @@ def test_environment_is_ready_for_what_it_was_made_for(made):
 
 
 def test_environment_for_tests_serves_to_run(made):
+    assert made.is_ready("docs")
     assert made.is_ready("runtime")
 
 
