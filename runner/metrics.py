@@ -25,10 +25,12 @@ from shared.ipc import IGNORED, Counters, Outcome
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
-# `math.frexp` gives the exponent e of a duration in [2**(e-1), 2**e): 2**e is its bucket's bound.
-SMALLEST: Final = -19
-LARGEST: Final = 6
-"""The exponents of the buckets, 2 us to 64 s; what is shorter counts in the first, what is longer in +Inf alone."""
+SMALLEST: Final = 11
+LARGEST: Final = 36
+"""The buckets' bounds are these powers of two in nanoseconds, 2 us to 69 s; see `Counters.durations`.
+
+What is shorter counts in the first, what is longer in +Inf alone.
+"""
 
 _OUTCOMES: Final = {
     Outcome.OK: "ok",
@@ -100,10 +102,10 @@ def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
     """Return the counts of powers of two as Prometheus has them: each bucket with those below it."""
     buckets: list[tuple[str, float]] = []
-    below = sum(counts[exponent] for exponent in range(-len(counts) // 2, SMALLEST))
+    below = sum(counts[:SMALLEST])
     for exponent in range(SMALLEST, LARGEST + 1):
         below += counts[exponent]
-        buckets.append((str(2.0**exponent), below))
+        buckets.append((str(2**exponent / 1e9), below))
     return [*buckets, ("+Inf", sum(counts))]
 
 

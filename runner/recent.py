@@ -69,9 +69,8 @@ def quantile(durations: Sequence[int], part: float) -> float | None:
     if not rank:
         return None
     below = 0
-    for exponent in range(-len(durations) // 2, len(durations) // 2):
-        count = durations[exponent]
+    for exponent, count in enumerate(durations):
         if count and below + count >= rank:
-            return float(2.0 ** (exponent - 1 + (rank - below) / count))
+            return float(2.0 ** (exponent - 1 + (rank - below) / count)) / 1e9
         below += count
     raise AssertionError("the counts are not as many as their sum")

@@ -135,8 +135,8 @@ class Counters(msgspec.Struct, kw_only=True):
         late: answers that came after their connection had gone.
         reconnects: connections that were lost or not had.
         ignored: frames that meant nothing, by reason.
-        durations: how long handlers took: a count for each power of two, the exponent as `math.frexp` gives it,
-            in seconds, as an index; negative ones count from the end. `busy_s` is the sum.
+        durations: how long handlers took: how many times in [2**(n-1), 2**n) nanoseconds, at index n, which is
+            the duration's `bit_length`. `busy_s` is the sum; of what runs just now, a little may be missing.
         last_error: the last thing that went wrong.
     """
 

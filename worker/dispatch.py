@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from time import perf_counter
+from time import perf_counter_ns
 from typing import Any, Final
 
 import anyio
@@ -27,8 +27,12 @@ from worker.jobs import CANCELLED, RETURNED, Answer, Job, Source
 from worker.memory import Memory
 from worker.results import HandlerFault
 
+NS: Final = 1_000_000_000
+
 SLICE_S: Final = 0.001
 """How long finished answers may wait for slower ones behind them, and the loop for the handler."""
+
+SLICE_NS: Final = int(SLICE_S * NS)
 
 STOP_GRACE_S: Final = 1.0
 """How long an `async def` handler that is cancelled for its time-out may take to stop."""
@@ -38,20 +42,20 @@ SUSPENDED_S: Final = 1.0
 
 
 class Lane:
-    """A place where the handler runs one query at a time: what it runs, since when (`perf_counter`).
+    """A place where the handler runs one query at a time: what it runs, since when (`perf_counter_ns`).
 
-    `durations` and `busy_s` are as `Counters` has them, of this lane alone: lanes may be threads.
+    `durations` and `busy_ns` are as `Counters` has them, of this lane alone: lanes may be threads.
     """
 
-    __slots__ = ("busy_s", "durations", "hung", "job", "since_s", "timed_out")
+    __slots__ = ("busy_ns", "durations", "hung", "job", "since_ns", "timed_out")
 
     def __init__(self) -> None:
         self.job: Job | None = None
-        self.since_s = 0.0
+        self.since_ns = 0
         self.timed_out = False
         self.hung = False
         self.durations = [0] * BUCKETS
-        self.busy_s = 0.0
+        self.busy_ns = 0
 
 
 class Dispatcher(ABC):
@@ -161,7 +165,7 @@ class Dispatcher(ABC):
         self._counters.durations = [
             sum(counts) for counts in zip(*(lane.durations for lane in self._lanes), strict=True)
         ]
-        self._counters.busy_s = sum(lane.busy_s for lane in self._lanes)
+        self._counters.busy_s = sum(lane.busy_ns for lane in self._lanes) / NS
 
     async def idle(self) -> None:
         """Wait until every job that was submitted is answered."""
@@ -241,17 +245,18 @@ class Dispatcher(ABC):
     async def _watch(self, timeout_s: float) -> None:
         """Hold every lane to the time-out. Costs one timer, however many queries there are."""
         while True:
-            now = perf_counter()
-            since = min((lane.since_s for lane in self._lanes if lane.job is not None and not lane.hung), default=now)
+            now = perf_counter_ns() / NS
+            running = (lane.since_ns / NS for lane in self._lanes if lane.job is not None and not lane.hung)
+            since = min(running, default=now)
             due = min(max(since + timeout_s, now + 0.001), now + timeout_s)
             await anyio.sleep(due - now)
-            now = perf_counter()
+            now = perf_counter_ns() / NS
             if (late_s := now - due) > SUSPENDED_S:
                 for lane in self._lanes:
-                    lane.since_s += late_s
+                    lane.since_ns += int(late_s * NS)
                 continue
             for lane in self._lanes:
-                if lane.job is not None and not lane.hung and now - lane.since_s >= timeout_s:
+                if lane.job is not None and not lane.hung and now - lane.since_ns / NS >= timeout_s:
                     self._time_out(lane, lane.job, now)
 
     def _time_out(self, lane: Lane, job: Job, now: float) -> None:
@@ -262,7 +267,7 @@ class Dispatcher(ABC):
             self._log.error("handler_timed_out", error=words)
             self._settle(job, (Outcome.TIMED_OUT, words.encode()))
             if self._interrupt(lane):
-                lane.since_s = now - self._timeout_s + STOP_GRACE_S
+                lane.since_ns = int((now - self._timeout_s + STOP_GRACE_S) * NS)
                 return
         lane.hung = True  # said once
         self.on_hung(f"{words} and cannot be stopped")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterable
-from math import frexp
-from time import perf_counter
+from time import perf_counter_ns
 from typing import Any
 
 import anyio.abc
 
-from worker.dispatch import SLICE_S, Dispatcher, Lane
+from worker.dispatch import SLICE_NS, Dispatcher, Lane
 from worker.jobs import CANCELLED, Job
 
 
@@ -64,16 +63,17 @@ class LoopDispatcher(Dispatcher):
     async def _consume(self, lane: TaskLane) -> None:
         lane.task = asyncio.current_task()
         queue = self._queue
-        slice_ends = 0.0
+        began = slice_ends = 0
         last: Job | None = None
         while True:
             if not queue:
                 if last is not None:
                     last.source.flush()
                     last = None
+                lane.busy_ns += lane.since_ns - began
                 await self._undisturbed(lane, self._sleep())
-                lane.since_s = perf_counter()
-                slice_ends = lane.since_s + SLICE_S
+                lane.since_ns = began = perf_counter_ns()
+                slice_ends = began + SLICE_NS
                 continue
             job = queue.popleft()
             if job.cancelled:
@@ -90,16 +90,15 @@ class LoopDispatcher(Dispatcher):
                 self._forgive(lane)
             self._finish(job, answer)
             lane.job, last = None, job
-            now = perf_counter()
-            took_s = now - lane.since_s
-            lane.durations[frexp(took_s)[1]] += 1
-            lane.busy_s += took_s
-            lane.since_s = now
+            now = perf_counter_ns()
+            lane.durations[(now - lane.since_ns).bit_length()] += 1
+            lane.since_ns = now
             # A handler that never waits would keep the loop from reading, writing and ponging.
             if now > slice_ends:
+                lane.busy_ns += now - began
                 await self._undisturbed(lane, asyncio.sleep(0))
-                lane.since_s = perf_counter()
-                slice_ends = lane.since_s + SLICE_S
+                lane.since_ns = began = perf_counter_ns()
+                slice_ends = began + SLICE_NS
 
     def _forgive(self, lane: TaskLane) -> None:
         """Have the lane go on after a query that was cancelled for its time-out."""

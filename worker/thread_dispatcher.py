@@ -7,15 +7,14 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from math import frexp
 from queue import SimpleQueue
-from time import perf_counter
+from time import perf_counter_ns
 from types import CoroutineType
 from typing import Any, Final
 
 import anyio.abc
 
-from worker.dispatch import SLICE_S, Dispatcher, Lane
+from worker.dispatch import SLICE_NS, SLICE_S, Dispatcher, Lane
 from worker.jobs import CANCELLED, Answer, Job
 from worker.results import HandlerFault
 
@@ -106,21 +105,20 @@ class ThreadDispatcher(Dispatcher):
             if callable(item):
                 item()
                 continue
-            lane.since_s = perf_counter()
-            slice_ends = lane.since_s + SLICE_S
+            lane.since_ns = began = perf_counter_ns()
+            slice_ends = began + SLICE_NS
             for job in item:
                 lane.job = job
                 job.begun = True
                 self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
                 lane.job = None
-                now = perf_counter()
-                took_s = now - lane.since_s
-                lane.durations[frexp(took_s)[1]] += 1
-                lane.busy_s += took_s
-                lane.since_s = now
+                now = perf_counter_ns()
+                lane.durations[(now - lane.since_ns).bit_length()] += 1
+                lane.since_ns = now
                 if now > slice_ends:
                     self._to_loop(self._deliver)
-                    slice_ends = now + SLICE_S
+                    slice_ends = now + SLICE_NS
+            lane.busy_ns += lane.since_ns - began
             if self._memory.durable:
                 self._flusher.flush_here(item)
             self._to_loop(self._batch_done, item)
