@@ -14,7 +14,8 @@ With arguments: pytest alone, with them, in the root of the checkout:
   scripts/test.sh tests/unit
   scripts/test.sh tests/examples -k counter -x
 
-EM_PYTHON names the Python to make the environment with.
+EM_PYTHON names the Python to make the environment with. EM_TEST_PROCESSES, 2 where it is not set, says how many
+tests run side by side in the whole suite.
 END
 }
 
@@ -35,6 +36,7 @@ fi
 
 failed=''
 status=0
+processes="${EM_TEST_PROCESSES:-2}"
 
 check() {
     local name="$1" found=0
@@ -51,7 +53,7 @@ check 'ruff check' ruff check .
 check 'ruff format' ruff format --check .
 check 'mypy' mypy
 check 'mypy, what is not a package' mypy examples scripts/environment.py docs/_ext
-check 'pytest' pytest
+check 'pytest' pytest -n "$processes" --dist worksteal
 
 if [[ -n "$failed" ]]; then
     say "failed: $failed"

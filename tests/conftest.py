@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,13 @@ from disco import Node, NodeSettings, serve
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     return ("asyncio", {"use_uvloop": True})
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A home folder whose path is short, for the sockets below it; `tmp_path` is too long where tests run side by side."""
+    with tempfile.TemporaryDirectory(prefix="em-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True, scope="session")

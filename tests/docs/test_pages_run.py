@@ -41,9 +41,9 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", RUN, ids=name)
-def test_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
+def test_page_does_what_it_says(page: Path, home: Path) -> None:
     assert (BIN / "em-runner").exists(), "em-runner is installed beside this Python"
-    with reading(tmp_path) as reader:
+    with reading(home) as reader:
         for block in blocks(page):
             reader.take(block)
             if block.file is not None and block.language == "toml":

@@ -366,10 +366,10 @@ def em_runner(folder: Path, command: str, **environ: str) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-async def test_without_the_extra_the_error_says_what_to_install(command: str, tmp_path: Path) -> None:
-    (tmp_path / "none" / "opentelemetry").mkdir(parents=True)
-    (tmp_path / "none" / "opentelemetry" / "__init__.py").touch()
-    ended = em_runner(tmp_path, command, PYTHONPATH=f"{tmp_path / 'none'}:{CHECKOUT}")
+async def test_without_the_extra_the_error_says_what_to_install(command: str, home: Path) -> None:
+    (home / "none" / "opentelemetry").mkdir(parents=True)
+    (home / "none" / "opentelemetry" / "__init__.py").touch()
+    ended = em_runner(home, command, PYTHONPATH=f"{home / 'none'}:{CHECKOUT}")
     assert ended.returncode == 78
     assert ended.stderr.count("\n") == 1
     assert "runner.tracing" in ended.stderr
@@ -377,8 +377,8 @@ async def test_without_the_extra_the_error_says_what_to_install(command: str, tm
 
 
 @pytest.mark.parametrize("command", ["check", "run"])
-async def test_variable_that_cannot_be_is_an_error_before_a_worker_runs(command: str, tmp_path: Path) -> None:
-    ended = em_runner(tmp_path, command, OTEL_BSP_MAX_QUEUE_SIZE="0")
+async def test_variable_that_cannot_be_is_an_error_before_a_worker_runs(command: str, home: Path) -> None:
+    ended = em_runner(home, command, OTEL_BSP_MAX_QUEUE_SIZE="0")
     assert ended.returncode == 78
     assert "tracing cannot begin" in ended.stderr
     assert "max_queue_size" in ended.stderr
