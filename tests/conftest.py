@@ -20,7 +20,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A home folder whose path is short, for the sockets below it; `tmp_path` is too long where tests run side by side."""
+    """A home folder whose path is short, for the sockets below it: side by side, tests have long ones."""
     with tempfile.TemporaryDirectory(prefix="em-") as folder:
         yield Path(folder)
 
