@@ -306,7 +306,7 @@ def show_status(
     if as_json:
         _print_json(table)
     else:
-        _out.print(status.grid(table.workers, fitted=_on_terminal))
+        _out.print(status.grid(table.workers, _out.width if _on_terminal else None))
         _out.print(status.summary(table.workers))
     raise typer.Exit(status.exit_status(table.workers))
 

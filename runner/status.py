@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 from rich.console import Console, Group
@@ -20,19 +20,13 @@ EXIT_NOT_READY: Final = 1
 EXIT_NO_RUNNER: Final = 2
 LONGEST_REASON: Final = 120
 _COLOURS: Final = {"ready": "green", "failed": "bold red", "crashed": "red", "restarting": "red", "backoff": "yellow"}
-_HEADINGS: Final[tuple[tuple[str, Literal["left", "right"]], ...]] = (
-    ("worker", "left"),
-    ("state", "left"),
-    ("node", "left"),
-    ("pid", "right"),
-    ("up", "right"),
-    ("queries", "right"),
-    ("a second", "right"),
-    ("p50", "right"),
-    ("p99", "right"),
-    ("errors", "right"),
-    ("restarts", "right"),
-)
+_SPENT_FIRST: Final = ("p50", "queries", "up", "pid", "p99", "a second", "node", "restarts", "errors")
+"""What a terminal that is too narrow does without, in this order."""
+
+LEAST_REASON: Final = 24
+"""How many characters of the reason are worth more than a column."""
+
+_GAP: Final = 2
 
 
 class NotAnswered(Exception):
@@ -62,29 +56,43 @@ def exit_status(rows: Sequence[WorkerRow]) -> int:
     return 0 if all(row.state == "ready" for row in rows) else EXIT_NOT_READY
 
 
-def grid(rows: Sequence[WorkerRow], *, fitted: bool = False) -> Grid:
-    """Return the rows as a table. `fitted` to a terminal, a row is one line, and the reason is what is cut."""
-    grid = Grid(box=None, pad_edge=False, expand=fitted)
-    for heading, justify in _HEADINGS:
-        grid.add_column(heading, justify=justify, no_wrap=True)
-    grid.add_column("why, or the last error", overflow="ellipsis", no_wrap=True, ratio=1 if fitted else None)
-    for row in rows:
-        reason = " ".join((row.detail or row.last_error).split())
-        grid.add_row(
-            Text(row.name),
-            Text(row.state, style=_COLOURS.get(row.state, "cyan")),
-            Text(row.node),
-            Text("" if row.pid is None else str(row.pid)),
-            Text(table.uptime(row.uptime_s)),
-            Text(f"{row.queries:,}"),
-            Text(table.rate(row.queries_per_s)),
-            Text(table.latency(row.p50_s)),
-            Text(table.latency(row.p99_s)),
-            Text(f"{row.errors:,}"),
-            Text(str(row.restarts)),
-            Text(reason[:LONGEST_REASON]),
-        )
+def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
+    """Return the rows as a table; of the width of a terminal, a row is one line, and what matters least is left out."""
+    columns = _columns(rows)
+    reasons = [" ".join((row.detail or row.last_error).split())[:LONGEST_REASON] for row in rows]
+    if width is not None:
+        left = width - min(LEAST_REASON, max(map(len, reasons), default=0))
+        for heading in _SPENT_FIRST:
+            if sum(_width(name, cells) for name, cells in columns.items()) > left:
+                del columns[heading]
+    grid = Grid(box=None, pad_edge=False, expand=width is not None, padding=(0, _GAP, 0, 0))
+    for heading in columns:
+        grid.add_column(heading, justify="left" if heading in ("worker", "state", "node") else "right", no_wrap=True)
+    fitted = 1 if width is not None else None
+    grid.add_column("why, or the last error", overflow="ellipsis", no_wrap=True, ratio=fitted)
+    for *cells, reason in zip(*columns.values(), map(Text, reasons), strict=True):
+        grid.add_row(*cells, reason)
     return grid
+
+
+def _columns(rows: Sequence[WorkerRow]) -> dict[str, list[Text]]:
+    return {
+        "worker": [Text(row.name) for row in rows],
+        "state": [Text(row.state, style=_COLOURS.get(row.state, "cyan")) for row in rows],
+        "node": [Text(row.node) for row in rows],
+        "pid": [Text("" if row.pid is None else str(row.pid)) for row in rows],
+        "up": [Text(table.uptime(row.uptime_s)) for row in rows],
+        "queries": [Text(f"{row.queries:,}") for row in rows],
+        "a second": [Text(table.rate(row.queries_per_s)) for row in rows],
+        "p50": [Text(table.latency(row.p50_s)) for row in rows],
+        "p99": [Text(table.latency(row.p99_s)) for row in rows],
+        "errors": [Text(f"{row.errors:,}") for row in rows],
+        "restarts": [Text(str(row.restarts)) for row in rows],
+    }
+
+
+def _width(heading: str, cells: Sequence[Text]) -> int:
+    return _GAP + max(len(heading), *(cell.cell_len for cell in cells)) if cells else _GAP + len(heading)
 
 
 def summary(rows: Sequence[WorkerRow]) -> Text:
@@ -95,13 +103,13 @@ def summary(rows: Sequence[WorkerRow]) -> Text:
 
 def watch(console: Console, base: str, token: str | None, interval_s: float) -> None:
     """Show the table until interrupted; a runner that is gone is shown as gone, and looked for again."""
-    fitted = console.is_terminal
-    with Live(console=console, auto_refresh=False, screen=fitted) as live:
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
             try:
                 now = fetch(base, token)
             except (StartError, NotAnswered) as exc:
                 live.update(Text(f"{exc}", style="red"), refresh=True)
             else:
-                live.update(Group(grid(now.workers, fitted=fitted), Text(""), summary(now.workers)), refresh=True)
+                width = console.width if console.is_terminal else None
+                live.update(Group(grid(now.workers, width), Text(""), summary(now.workers)), refresh=True)
             time.sleep(interval_s)

@@ -38,7 +38,7 @@ def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
 
 def printed(*rows: WorkerRow, width: int = 200) -> list[str]:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - nobody reads it
-    console.print(grid(rows, fitted=width < 200))
+    console.print(grid(rows, width if width < 200 else None))
     console.print(summary(rows))
     console.file.close()
     return console.export_text().splitlines()
@@ -94,10 +94,15 @@ def test_rate_has_a_decimal_place_only_where_it_says_something(per_s: float, sho
     assert rate(per_s) == shown
 
 
-def test_narrow_terminal_cuts_the_reason_and_no_name() -> None:
-    line = printed(row(last_error="x" * 300), width=100)[1]
-    assert "a_server" in line
-    assert len(line) <= 100
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 150])
+def test_narrow_terminal_does_without_columns_and_cuts_no_name(width: int) -> None:
+    rows = row("word_counter_server_2", queries=123_456, p50_s=0.001, last_error="x" * 300), row("b", "registering")
+    heading, *lines, _ = printed(*rows, width=width)
+    assert [line.split()[:2] for line in lines] == [["word_counter_server_2", "ready"], ["b", "registering"]]
+    assert all(len(line) <= width for line in lines)
+    assert "xxxxxxxxxx" in lines[0], "some of the reason is there"
+    assert ("restarts" in heading) is (width >= 80), "what tells of trouble goes last"
+    assert ("pid" in heading) is (width >= 120)
 
 
 @pytest.mark.parametrize(
