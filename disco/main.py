@@ -9,6 +9,7 @@ import anyio
 
 from disco.node import Node, serve
 from disco.settings import NodeSettings
+from shared.signals import obeyed
 
 
 async def run(settings: NodeSettings, *, announce: Callable[[Node], None]) -> None:
@@ -22,8 +23,8 @@ async def run(settings: NodeSettings, *, announce: Callable[[Node], None]) -> No
         ConfigError: when the address is open to others without a secret, or the secret is too short.
         StartError: when the address cannot be had.
     """
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    over = anyio.Event()
+    with obeyed(signal.SIGTERM, signal.SIGINT, by=lambda _: over.set()):
         async with serve(settings) as node:
             announce(node)
-            async for _ in signals:
-                return
+            await over.wait()

@@ -28,6 +28,7 @@ from runner.watch import Watcher
 from shared.config import Config, HttpAddress, worker_specs
 from shared.errors import StartError
 from shared.http_server import HttpServer
+from shared.signals import obeyed
 
 if TYPE_CHECKING:
     from runner.tracing import RunnerTracing
@@ -127,16 +128,10 @@ class Runner:
         on_started(address)
 
     async def _obey_signals(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        try:
-            with anyio.open_signal_receiver(*_SIGNALS) as signals:
+        async with anyio.create_task_group() as tasks:
+            with obeyed(*_SIGNALS, by=lambda number: self._obey(number, tasks)):
                 task_status.started()
-                async with anyio.create_task_group() as tasks:
-                    async for number in signals:
-                        self._obey(number, tasks)
-        finally:
-            # The end is under way: an impatient Ctrl-C must not turn it into a traceback.
-            for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
+                await anyio.sleep_forever()
 
     def _obey(self, number: signal.Signals, tasks: anyio.abc.TaskGroup) -> None:
         if number == signal.SIGHUP:

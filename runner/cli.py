@@ -34,9 +34,29 @@ _out: Final = Console(
     soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if _on_terminal else 10_000
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from runner.metrics import version
+
+        print(f"em-runner {version()}")
+        raise typer.Exit
+
+
+def _url(text: str | None) -> str | None:
+    try:
+        return None if text is None else client.parse_url(text)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from None
+
+
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration, a TOML file.")]
 StateDir = Annotated[Path, typer.Option(help="Where the runner keeps its socket and its address.")]
 HttpOption = Annotated[str | None, typer.Option("--http", help="Listen here instead: HOST:PORT; port 0 takes any.")]
+RunnerUrl = Annotated[
+    str | None, typer.Option("--url", callback=_url, help="The runner, such as http://127.0.0.1:9600.")
+]
+TokenFile = Annotated[Path | None, typer.Option(help="A file with the runner's HTTP token.")]
 Level = Annotated[LogLevel, typer.Option("--log-level", help="The least severe level that is logged.")]
 Style = Annotated[LogFormat, typer.Option("--log-format", help="How the log is written.")]
 
@@ -72,6 +92,15 @@ def _leave(message: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):
         print(f"em-runner: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+@cli.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and leave.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @cli.command()
@@ -248,8 +277,8 @@ def query(
     text: Annotated[str, typer.Argument(help="The query.")],
     agent: Annotated[str | None, typer.Option(help="Ask this agent; needed when there are several.")] = None,
     worker: Annotated[str | None, typer.Option(help="Ask this worker.")] = None,
-    url: Annotated[str | None, typer.Option(help="The runner, such as http://127.0.0.1:9600.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="A file with the runner's HTTP token.")] = None,
+    url: RunnerUrl = None,
+    token_file: TokenFile = None,
     state_dir: StateDir = Path(DEFAULT_STATE_DIR),
 ) -> None:
     """Ask a running agent and print its results as JSON.
@@ -260,9 +289,8 @@ def query(
     Example: em-runner query "what is new?" --agent echo
     """
     base = client.find(url, state_dir.expanduser())
-    secret = None if token_file is None else tokens.read_secret_file(token_file)
     asked = {"query": text} | {name: value for name, value in (("agent", agent), ("worker", worker)) if value}
-    answer = client.call(base, "/agent/query", asked, token=secret)
+    answer = client.call(base, "/agent/query", asked, token=_token(token_file))
     if answer.status == 200 and isinstance(answer.body, dict) and "results" in answer.body:
         _print_json(answer.body["results"])
         return
@@ -279,13 +307,13 @@ def show_status(
     interval_s: Annotated[
         float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between two looks.")
     ] = 1.0,
-    url: Annotated[str | None, typer.Option(help="The runner, such as http://127.0.0.1:9600.")] = None,
-    token_file: Annotated[Path | None, typer.Option(help="A file with the runner's HTTP token.")] = None,
+    url: RunnerUrl = None,
+    token_file: TokenFile = None,
     state_dir: StateDir = Path(DEFAULT_STATE_DIR),
 ) -> None:
     """Show the workers of a running runner, each with its state, its counts and its last error.
 
-    Exit status: 0 when all workers are ready, 1 when not all are, 2 when no runner answers.
+    Exit status: 0 when all workers are ready, 1 when not all are, 2 when no runner could be asked.
 
     Example: em-runner status --watch
     """
@@ -293,15 +321,17 @@ def show_status(
 
     if watch and as_json:
         raise typer.BadParameter("--watch is for people and --json for programs; give one of them")
-    secret = None if token_file is None else tokens.read_secret_file(token_file)
+
+    def where() -> tuple[str, str | None]:
+        return client.find(url, state_dir.expanduser()), _token(token_file)
+
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            status.watch(_out, where, interval_s)
+        return
     try:
-        base = client.find(url, state_dir.expanduser())
-        if watch:
-            with contextlib.suppress(KeyboardInterrupt):
-                status.watch(_out, base, secret, interval_s)
-            return
-        table = status.fetch(base, secret)
-    except (StartError, status.NotAnswered) as exc:
+        table = status.fetch(*where())
+    except (StartError, TokenError, status.NotAnswered) as exc:
         _leave(str(exc), status.EXIT_NO_RUNNER)
     if as_json:
         _print_json(table)
@@ -309,6 +339,10 @@ def show_status(
         _out.print(status.grid(table.workers, _out.width if _on_terminal else None))
         _out.print(status.summary(table.workers))
     raise typer.Exit(status.exit_status(table.workers))
+
+
+def _token(file: Path | None) -> str | None:
+    return None if file is None else tokens.read_secret_file(file)
 
 
 def _overridden(config: Config, http: str | None, state_dir: Path | None) -> Config:

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -27,14 +28,32 @@ class Answer(NamedTuple):
     worker: str | None
 
 
+def parse_url(text: str) -> str:
+    """Return the address of a runner, from a URL or from HOST:PORT.
+
+    Raises:
+        ValueError: when it is neither; the text says what is expected.
+    """
+    whole = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(whole)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
+        good = good and (parts.port is not None or "://" in text)
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"found {text!r}, expected the runner's address, such as http://127.0.0.1:9600")
+    return whole.rstrip("/")
+
+
 def find(url: str | None, state_dir: Path) -> str:
-    """Return the runner's address: the one given, else the one that the state folder names.
+    """Return the runner's address: the one given (see `parse_url`), else the one that the state folder names.
 
     Raises:
         StartError: when there is none.
     """
     if url is not None:
-        return url.rstrip("/")
+        return url
     address = read_address(state_dir)
     if address is None:
         raise StartError(f"no runner is known in {state_dir}; start one with 'em-runner run', or name it with --url")

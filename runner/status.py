@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Final
 
 import msgspec
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.styled import Styled
 from rich.table import Table as Grid
 from rich.text import Text
 
 from runner import client, table
 from runner.table import Table, WorkerRow
 from shared.errors import StartError
+from shared.logs import printable_line
+from shared.tokens import TokenError
 
 EXIT_NOT_READY: Final = 1
 EXIT_NO_RUNNER: Final = 2
@@ -41,6 +45,8 @@ def fetch(base: str, token: str | None) -> Table:
         NotAnswered: when it refuses.
     """
     answer = client.call(base, "/workers", token=token, timeout_s=10.0)
+    if answer.status == 404:
+        raise StartError(f"what answers at {base} is not em-runner")
     if answer.status != 200:
         words = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
         advice = "; name the file with the token as --token-file" if answer.status == 401 else ""
@@ -59,7 +65,7 @@ def exit_status(rows: Sequence[WorkerRow]) -> int:
 def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     """Return the rows as a table; of the width of a terminal, a row is one line, and what matters least is left out."""
     columns = _columns(rows)
-    reasons = [" ".join((row.detail or row.last_error).split())[:LONGEST_REASON] for row in rows]
+    reasons = [printable_line(row.detail or row.last_error)[:LONGEST_REASON] for row in rows]
     if width is not None:
         left = width - min(LEAST_REASON, max(map(len, reasons), default=0))
         for heading in _SPENT_FIRST:
@@ -101,15 +107,49 @@ def summary(rows: Sequence[WorkerRow]) -> Text:
     return Text(table.summary(ready, len(rows)), style="green" if ready == len(rows) else "yellow")
 
 
-def watch(console: Console, base: str, token: str | None, interval_s: float) -> None:
-    """Show the table until interrupted; a runner that is gone is shown as gone, and looked for again."""
-    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+def watch(console: Console, where: Callable[[], tuple[str, str | None]], interval_s: float) -> None:
+    """Show the table until interrupted; a runner that is gone is shown as gone, and looked for again.
+
+    Args:
+        console: where to. What is no terminal, or one that cannot move its cursor, gets one table below the other.
+        where: finds the runner, and returns its address and token; called for each look.
+        interval_s: how long between two looks.
+    """
+    redraws = console.is_terminal and not console.is_dumb_terminal
+    width, height = (console.width, console.height) if console.is_terminal else (None, None)
+    rows: Sequence[WorkerRow] = ()
+    with Live(console=console, auto_refresh=False, screen=True) if redraws else nullcontext() as live:
         while True:
+            problem = ""
             try:
-                now = fetch(base, token)
-            except (StartError, NotAnswered) as exc:
-                live.update(Text(f"{exc}", style="red"), refresh=True)
+                rows = fetch(*where()).workers
+            except (StartError, NotAnswered, TokenError) as exc:
+                problem = str(exc)
+            if live is not None:
+                width, height = console.width, console.height
+                live.update(view(rows, width, height, problem), refresh=True)
             else:
-                width = console.width if console.is_terminal else None
-                live.update(Group(grid(now.workers, width), Text(""), summary(now.workers)), refresh=True)
+                console.print(view(rows, width, None, problem))
             time.sleep(interval_s)
+
+
+def view(rows: Sequence[WorkerRow], width: int | None, height: int | None, problem: str = "") -> Group:
+    """Return how it stands, then the table; of more rows than fit, those that are not ready come first.
+
+    Args:
+        rows: the table, as it was when it could last be had.
+        width, height: of the terminal; None sets no limit.
+        problem: why it cannot be had now; empty when it can.
+    """
+    parts = [Text(f"{problem}; what is below was before" if rows else problem, style="bold red"), Text("")]
+    if not problem:
+        parts[0] = summary(rows)
+    left_out = 0 if height is None else max(len(rows) - max(height - len(parts) - 2, 1), 0)
+    if left_out:
+        rows = sorted(rows, key=lambda row: row.state == "ready")[: len(rows) - left_out]
+    shown: list[RenderableType] = [*parts]
+    if rows:
+        shown.append(Styled(grid(rows, width), "dim") if problem else grid(rows, width))
+    if left_out:
+        shown.append(Text(f"and {left_out} more that do not fit", style="dim"))
+    return Group(*shown)

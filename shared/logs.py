@@ -81,6 +81,12 @@ def shortened(text: str, longest: int) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
+def printable_line(text: object) -> str:
+    """Return somebody's words as one line that no terminal obeys: of what is unprintable only blanks are left."""
+    line = " ".join(str(text).split())
+    return line if line.isprintable() else "".join(char if char.isprintable() else "?" for char in line)
+
+
 def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any) -> None:
     """Set up this process's logging.
 

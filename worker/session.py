@@ -21,6 +21,7 @@ from websockets.protocol import OPEN
 from websockets.uri import parse_uri
 
 from shared import frames
+from shared.logs import printable_line
 from shared.nodes import NodeAddress
 from worker.framing import Splitter, TextFrames
 
@@ -299,6 +300,5 @@ def _refusal(exc: Exception) -> str:
 
 def _cut(text: object) -> str:
     """Return a peer's words as one short printable line."""
-    line = " ".join(str(text).split())
-    line = "".join(char if char.isprintable() else "?" for char in line)
+    line = printable_line(text)
     return line if len(line) <= 200 else line[:197] + "..."

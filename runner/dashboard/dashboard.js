@@ -4,12 +4,16 @@
 
 const SILENCE_MS = 6000; // The runner says something every 2 s, even if nothing changes.
 const RETRY_MS = 2000;
+const HIDDEN_MS = 10000;
 
 const byId = (id) => document.getElementById(id);
 let rows = new Map();
 let heardAt = performance.now();
-let goneSince = null;
 let fetching = false;
+let source = null;
+let retry = null;
+let refusals = 0;
+let asking = null;
 
 function findRows() {
   rows = new Map([...document.querySelectorAll("[data-worker]")].map((row) => [row.dataset.worker, row]));
@@ -32,6 +36,8 @@ function show(view) {
 }
 
 function take(update) {
+  // The runner was replaced by another version: its page and its script are others too.
+  if (update.version !== document.body.dataset.version) return void location.reload();
   if (String(update.layout) !== byId("agents").dataset.layout) return void replaceTable();
   const news = update.changed.map(show).filter((words) => words !== null);
   put(byId("summary"), update.summary);
@@ -45,57 +51,103 @@ async function replaceTable() {
   fetching = true;
   try {
     const answer = await fetch("./", { cache: "no-store" });
-    if (!answer.ok) return;
+    if (!answer.ok) throw new Error(`the page is answered ${answer.status}`);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const chosen = byId("target").value;
+    const opened = [...rows].filter(([, row]) => row.querySelector("details").open).map(([name]) => name);
+    const focused = document.activeElement;
+    const [inTable, inList] = [focused.closest("[data-worker]")?.dataset.worker, focused === byId("target")];
     for (const id of ["agents", "target", "summary"]) byId(id).replaceWith(document.adoptNode(page.getElementById(id)));
-    byId("target").value = chosen;
-    if (byId("target").selectedIndex < 0) byId("target").selectedIndex = 0;
     findRows();
-  } catch {
-    // The next event asks again; a runner that is gone is told of by its silence.
+    choose(chosen);
+    // What was open stays open, and the keyboard stays where it was.
+    for (const name of opened) rows.get(name)?.querySelector("details").setAttribute("open", "");
+    if (inTable !== undefined) rows.get(inTable)?.querySelector("summary").focus();
+    if (inList) byId("target").focus();
+  } catch (error) {
+    lost(`This page could not be brought up to date: ${error.message}. Trying again.`);
   } finally {
     fetching = false;
   }
 }
 
+function choose(target) {
+  const list = byId("target");
+  list.value = target;
+  if (list.selectedIndex >= 0 || target === "") return;
+  // Nobody's question goes to another than they chose: the form is not sent with an empty choice.
+  list.prepend(new Option(`${target.replace("/", " ")} is gone: choose anew`, "", true, true));
+}
+
 function alive() {
   heardAt = performance.now();
-  if (goneSince !== null) put(byId("news"), "The runner is back.");
-  goneSince = null;
+  if (byId("link").dataset.link === "gone") put(byId("news"), "The runner is back.");
   document.body.classList.remove("gone");
   byId("link").dataset.link = "live";
   put(byId("link"), "live");
 }
 
-function gone() {
-  if (goneSince !== null) return;
-  goneSince = new Date();
+// What is shown is from before, whatever the reason.
+function lost(words, link = "gone") {
+  if (byId("link").dataset.link === link) return;
   document.body.classList.add("gone");
-  byId("link").dataset.link = "gone";
-  const words = `The runner is gone: nothing was heard of it since ${goneSince.toLocaleTimeString()}. ` +
-    "What is shown is from before. Looking for it again.";
+  byId("link").dataset.link = link;
   put(byId("link"), words);
   put(byId("news"), words);
-  document.title = "gone - em-runner";
+  document.title = `${link} - em-runner`;
+}
+
+function gone() {
+  const since = new Date(Date.now() - (performance.now() - heardAt)).toLocaleTimeString();
+  lost(`The runner is gone: nothing was heard of it since ${since}. What is shown is from before. Looking for it again.`);
+  asking?.abort(new Error("the runner is gone"));
+}
+
+// A stream that ends says nothing of the runner: it may be up, and refuse this one.
+async function afterTheEnd() {
+  try {
+    const answer = await fetch("events", { method: "HEAD", cache: "no-store", signal: AbortSignal.timeout(SILENCE_MS) });
+    if (answer.ok) {
+      // It was a cut, or there are too many pages; the next try tells.
+      if (++refusals < 3) return;
+      lost("The runner is up, but keeps no more pages up to date: close some. What is shown is from before.", "full");
+    } else {
+      lost(`The runner is up, but answers ${answer.status}: load the page again. What is shown is from before.`, "refused");
+    }
+  } catch {
+    gone();
+  }
 }
 
 function listen() {
-  const source = new EventSource("events");
-  source.onmessage = (event) => {
-    alive();
-    take(JSON.parse(event.data));
+  clearTimeout(retry);
+  source?.close();
+  const mine = (source = new EventSource("events"));
+  const end = async () => {
+    mine.close(); // Not its own retries: they end for good at the first answer that is not 200.
+    clearInterval(watch);
+    await afterTheEnd();
+    if (source === mine) retry = setTimeout(listen, RETRY_MS);
   };
-  source.onerror = () => {
-    source.close(); // Not its own retries: they end for good at the first answer that is not 200.
-    gone();
-    setTimeout(listen, RETRY_MS);
-  };
+  const begun = performance.now();
   const watch = setInterval(() => {
-    if (source.readyState === EventSource.CLOSED) clearInterval(watch);
-    else if (performance.now() - heardAt > SILENCE_MS) source.onerror();
+    if (mine.readyState === EventSource.CLOSED) clearInterval(watch);
+    else if (performance.now() - Math.max(heardAt, begun) > SILENCE_MS) {
+      gone();
+      end();
+    }
   }, 1000);
-  heardAt = performance.now();
+  mine.onmessage = (event) => {
+    alive();
+    refusals = 0;
+    take(JSON.parse(event.data));
+    if (!document.hidden) return;
+    // A browser has six connections to one server for all its pages: one that nobody sees looks only now and then.
+    mine.close();
+    clearInterval(watch);
+    retry = setTimeout(listen, HIDDEN_MS);
+  };
+  mine.onerror = end;
 }
 
 async function ask(query, target) {
@@ -105,6 +157,7 @@ async function ask(query, target) {
     method: "POST",
     headers: { "content-type": "application/json" },
     body: JSON.stringify({ query, [kind]: name }),
+    signal: asking.signal,
   });
   const text = await answer.text();
   const took = performance.now() - began;
@@ -134,7 +187,10 @@ async function onSubmit(event) {
   const form = event.currentTarget;
   const [button, answer, result] = [form.querySelector("button"), byId("answer"), byId("result")];
   button.disabled = true;
+  result.hidden = true; // An answer stands below its own question alone.
+  answer.classList.remove("failed");
   put(byId("verdict"), "asked");
+  asking = new AbortController();
   try {
     const found = await ask(form.query.value, form.target.value);
     answer.classList.toggle("failed", !found.ok);
@@ -143,11 +199,12 @@ async function onSubmit(event) {
     if (found.ok) put(result, pretty(found.text));
   } catch (error) {
     answer.classList.add("failed");
-    result.hidden = true;
     put(byId("verdict"), `No answer: ${error.message}`);
   } finally {
+    asking = null;
     button.disabled = false;
-    byId("query").focus();
+    // A button that is disabled loses the focus; whoever has gone elsewhere meanwhile stays there.
+    if (document.activeElement === document.body) byId("query").focus();
   }
 }
 
@@ -155,4 +212,7 @@ findRows();
 put(byId("link"), "connecting"); // Without a script it says that the page has to be loaded again.
 byId("ask").hidden = false;
 byId("ask").querySelector("form").addEventListener("submit", onSubmit);
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) listen();
+});
 listen();

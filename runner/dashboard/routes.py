@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from runner.answers import unavailable
 from runner.dashboard import ASSETS
 from runner.dashboard.view import SPARK_HEIGHT, SPARK_WIDTH, Update, View, layout, summary, views
+from runner.metrics import version
 from runner.table import WorkerRow
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Dashboard:
         agents = [(agent, list(workers)) for agent, workers in groupby(rows, lambda row: row.agent)]
         page = self._template.render(
             agents=agents,
+            version=version(),
             summary=summary(rows),
             layout=layout(rows),
             spark_width=SPARK_WIDTH,
@@ -113,7 +115,7 @@ class Dashboard:
             rows = self._now()
             changed = [row for row in rows if sent.get(row.name) != row]
             if changed or len(rows) != len(sent) or time.monotonic() - told_s >= QUIET_S:
-                update = Update(summary=summary(rows), layout=layout(rows), changed=changed)
+                update = Update(version=version(), summary=summary(rows), layout=layout(rows), changed=changed)
                 yield b"data: %b\n\n" % msgspec.json.encode(update)
                 told_s = time.monotonic()
                 sent = {row.name: row for row in rows}

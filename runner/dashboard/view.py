@@ -44,11 +44,13 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     """One event of GET /events.
 
     Attributes:
+        version: em-runner's: the page of another one is another page.
         summary: how it stands, in words.
         layout: changes when there are other workers than before, or in another order: then the page is asked for anew.
         changed: the workers whose cells are not those of the event before; at first all.
     """
 
+    version: str
     summary: str
     layout: int
     changed: list[View]

@@ -104,7 +104,8 @@ async def test_query_command_never_shows_the_token_nor_asks_a_proxy(tmp_path: Pa
     assert "sekret" not in shown.stderr + shown.stdout
     assert "one line" in shown.stderr
     nonsense = await shell('"$PYTHON" -m runner query x --url nonsense', tmp_path)
-    assert nonsense.returncode == 1
+    assert nonsense.returncode == 2
+    assert "http://127.0.0.1:9600" in nonsense.stderr
     assert "Traceback" not in nonsense.stderr
     async with launched(tmp_path, "demo", "--first-port", "0", "--nodes", "1") as running:
         await running.wait_ready()

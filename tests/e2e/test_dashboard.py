@@ -15,6 +15,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Page, expect
 
 from disco import Node, NodeSettings, serve
+from runner.dashboard.routes import MAX_STREAMS
 from tests import browser
 from tests.cluster import Cluster, agent, cluster
 
@@ -197,6 +198,63 @@ async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(
         await seen.page.keyboard.press("Enter")
         await expect(seen.page.locator("#verdict")).to_contain_text("b_server answered in ")
         assert seen.complaints == []
+
+
+async def test_choice_and_open_errors_outlive_a_reload_and_no_question_goes_to_another(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), agent("b", ["127.0.0.1:9"]), handlers=HANDLERS) as running:
+        await running.wait_state("b_server", "backoff")
+        seen = await look(chromium, running)
+        page, config = seen.page, tmp_path / "em-runner.toml"
+        await seen.cell("b_server", "brief").click()
+        await page.get_by_label("Whom").select_option("worker/a_server")
+        await page.get_by_label("Query", exact=True).fill("half a quest")
+        config.write_text(config.read_text() + agent("c", [node.url]))
+        os.kill(running.process.pid, signal.SIGHUP)
+        await expect(seen.cell("c_server", "state")).to_have_text("ready")
+        await expect(seen.cell("b_server", "last_error")).to_be_visible()
+        await expect(page.get_by_label("Whom")).to_have_value("worker/a_server")
+        await expect(page.get_by_label("Query", exact=True)).to_have_value("half a quest")
+        await expect(page.get_by_label("Query", exact=True)).to_be_focused()
+
+        config.write_text(config.read_text().replace(agent("a", [node.url]), ""))
+        os.kill(running.process.pid, signal.SIGHUP)
+        await expect(seen.cell("a_server", "state")).to_have_count(0)
+        await expect(page.get_by_label("Whom")).to_have_value("")
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_label("Whom")).to_be_focused()
+        await expect(page.locator("#verdict")).to_be_empty()
+        assert not [url for url in seen.asked if url.endswith("/query")]
+
+
+async def test_page_that_gets_no_stream_says_that_the_runner_is_up(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        async with AsyncExitStack() as others:
+            for _ in range(MAX_STREAMS):
+                await others.enter_async_context(running.http.stream("GET", "/events"))
+            page = await (await chromium.new_context()).new_page()
+            await page.goto(str(running.http.base_url))
+            await expect(page.locator("#link")).to_contain_text("The runner is up", timeout=20_000)
+        await expect(page.locator("#link")).to_have_text("live", timeout=20_000)
+        await expect(page.locator("body")).not_to_have_class("gone")
+
+
+async def test_page_that_nobody_sees_keeps_no_connection(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen = await look(chromium, running)
+        hide = "Object.defineProperty(document, 'hidden', { get: () => %s, configurable: true });"
+        async with seen.page.expect_event("requestfailed", lambda request: request.url.endswith("/events")):
+            await seen.page.evaluate(hide % "true")
+        assert await running.stop() == 0
+        await expect(seen.page.locator("#link")).to_have_text("live")
+        tell = "document.dispatchEvent(new Event('visibilitychange'))"
+        await seen.page.evaluate(hide % "false" + tell)
+        await expect(seen.page.locator("#link")).to_contain_text("The runner is gone")
 
 
 async def test_page_is_a_plain_table_without_a_script(tmp_path: Path, chromium: Browser, node: Node) -> None:

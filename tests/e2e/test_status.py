@@ -49,6 +49,17 @@ async def test_status_tells_people_programs_and_scripts_how_it_stands(tmp_path: 
             rows = {row["name"]: row["state"] for row in json.loads(answer.stdout)["workers"]}
             assert rows == {"a_server": "ready", "b_server": "backoff"}
 
+            by_address = await status("--url", f"127.0.0.1:{running.http.base_url.port}", "--token-file", str(secret))
+            assert by_address.returncode == 1
+
+            unread = await status(*where, "--token-file", str(tmp_path / "nowhere"))
+            assert (unread.returncode, unread.stdout) == (2, "")
+            assert "nowhere" in unread.stderr
+
+            node_itself = await status("--url", node.url.replace("ws://", "http://"))
+            assert node_itself.returncode == 2
+            assert "is not em-runner" in node_itself.stderr
+
             refused = await status(*where)
             assert refused.returncode == 2
             assert "--token-file" in refused.stderr
@@ -94,3 +105,30 @@ async def test_watch_goes_on_until_ctrl_c_and_says_when_the_runner_is_gone(
             await anyio.to_thread.run_sync(watching.wait)
         assert watching.returncode == 0
         assert b"Traceback" not in seen.read_bytes()
+
+
+async def test_watch_of_a_pipe_finds_a_runner_that_is_started_later(tmp_path: Path, anyio_backend: object) -> None:
+    seen = tmp_path / "seen"
+    command = [
+        sys.executable,
+        "-m",
+        "runner",
+        "status",
+        "-w",
+        "--interval",
+        "0.1",
+        "--state-dir",
+        str(tmp_path / "state"),
+    ]
+    with seen.open("wb") as sink:
+        watching = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink)  # noqa: ASYNC220 - it returns at once
+    try:
+        await until(lambda: b"no runner is known" in seen.read_bytes(), "there is none")
+        async with serve(NodeSettings(port=0)) as node, cluster(tmp_path, agent("a", [node.url])) as running:
+            assert running.state_dir == tmp_path / "state"
+            await until(lambda: b"1 of 1 worker ready" in seen.read_bytes(), "it is found")
+    finally:
+        watching.send_signal(2)
+        await anyio.to_thread.run_sync(watching.wait)
+    assert watching.returncode == 0
+    assert b"\x1b" not in seen.read_bytes(), "a file gets no control sequences"

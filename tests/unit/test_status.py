@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from runner.status import exit_status, grid, summary
+from runner.client import parse_url
+from runner.status import exit_status, grid, summary, view
 from runner.table import WorkerRow, latency, rate
 
 
@@ -116,3 +117,53 @@ def test_uptime_is_told_in_its_two_largest_units(seconds: float, shown: str) -> 
 def test_exit_status_says_whether_all_are_ready() -> None:
     assert exit_status([row(), row("b_server")]) == 0
     assert exit_status([row(), row("b_server", "backoff")]) == 1
+
+
+def seen(*rows: WorkerRow, height: int | None = None, problem: str = "") -> list[str]:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - nobody reads it
+    console.print(view(rows, 120, height, problem))
+    console.file.close()
+    return console.export_text().splitlines()
+
+
+def test_of_more_workers_than_fit_those_that_are_not_ready_are_seen() -> None:
+    rows = [row(f"w{number}", "backoff" if number == 40 else "ready") for number in range(50)]
+    lines = seen(*rows, height=10)
+    assert len(lines) == 10
+    assert lines[0].rstrip() == "49 of 50 workers ready"
+    assert lines[3].startswith("w40")
+    assert lines[-1].rstrip() == "and 44 more that do not fit"
+    assert len(seen(*rows[:7], height=10)) == 10
+    assert "that do not fit" not in seen(*rows[:6], height=10)[-1]
+
+
+def test_table_of_a_runner_that_is_gone_is_said_to_be_from_before() -> None:
+    lines = seen(row(), problem="no answer from http://127.0.0.1:9600")
+    assert lines[0].startswith("no answer from http://127.0.0.1:9600; what is below was before")
+    assert any("a_server" in line for line in lines)
+    assert [line.rstrip() for line in seen(problem="no runner is known")] == ["no runner is known", ""]
+
+
+def test_no_word_of_a_handler_moves_the_cursor() -> None:
+    assert "?[2Jgone ?]0;title?" in "".join(printed(row(last_error="\x1b[2Jgone\n\x1b]0;title\x07")))
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("http://127.0.0.1:9600/", "http://127.0.0.1:9600"),
+        ("127.0.0.1:9600", "http://127.0.0.1:9600"),
+        ("[::1]:9600", "http://[::1]:9600"),
+        ("https://agents.example.com/em", "https://agents.example.com/em"),
+    ],
+)
+def test_runner_is_named_by_its_url_or_its_address(text: str, url: str) -> None:
+    assert parse_url(text) == url
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", "ftp://127.0.0.1", "http://", "host:port", "http://h:99999", "a/b:9600"]
+)
+def test_what_is_no_address_is_said_to_be_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"such as http://127\.0\.0\.1:9600"):
+        parse_url(text)
