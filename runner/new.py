@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keyword
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -30,21 +32,17 @@ TEST: Final = '''\
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from worker.testing import running
-
-HERE = Path(__file__).parent
+from worker.pytest_plugin import RunAgent
 
 
-def test_it_counts_words_from_query_to_query() -> None:
+def test_it_counts_words_from_query_to_query(run_agent: RunAgent) -> None:
     """The second answer knows of the first."""
-    with running("{name}.py:handle", folder=HERE) as agent:
-        [first] = agent.ask("red fish")
-        [second] = agent.ask("blue fish")
-        assert first["properties"]["words"] == 2
-        assert second["properties"]["words_so_far"] == 4
-        assert agent.memory == {{"words": 4}}
+    agent = run_agent("{name}.py:handle")
+    [first] = agent.ask("red fish")
+    [second] = agent.ask("blue fish")
+    assert first["properties"]["words"] == 2
+    assert second["properties"]["words_so_far"] == 4
+    assert agent.memory == {{"words": 4}}
 '''
 
 CONFIG: Final = """\
@@ -69,10 +67,15 @@ def write(name: str, parent: Path) -> list[Path]:
         ConfigError: when the name cannot be one.
         StartError: when there is such a folder, or it cannot be made.
     """
-    if not name.isidentifier() or keyword.iskeyword(name) or not name.isascii() or len(name) > 64:
+    if not name.isidentifier() or not name.isascii() or len(name) > 64:
         raise ConfigError(f"found {name!r}, expected a name of letters, digits and _, such as weather_report")
+    if keyword.iskeyword(name):
+        raise ConfigError(f"{name} is a word of Python's own; choose another name, such as {name}_report")
     if name in OUR_PACKAGES:
         raise ConfigError(f"{name} is the name of one of em-runner's own packages; choose another")
+    if name in sys.stdlib_module_names or _is_installed(name):
+        # The test beside it, and all that it uses, would import the one for the other.
+        raise ConfigError(f"{name} is the name of a Python module that is there already; choose another, {name}_agent")
     folder = parent / name
     try:
         folder.mkdir()
@@ -86,3 +89,11 @@ def write(name: str, parent: Path) -> list[Path]:
     except OSError as exc:
         raise StartError(f"{folder} cannot be written: {exc.strerror}") from None
     return written
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        found = find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return found is not None and found.origin is not None  # a folder in the current one has no origin

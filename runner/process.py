@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import ModuleType
 from typing import Any, Final
@@ -25,13 +26,16 @@ import anyio.to_thread
 from shared.errors import ConfigError, StartError
 from shared.handlers import HandlerRef
 from shared.ipc import Launch
-from shared.trial import Trial
+from shared.trial import ASKING, IMPORTING, Phase, Trial
 from worker.entry import probe, run, trial  # the worker's entry points: the only line of the runner that knows them
 
 PRELOAD: Final = "worker.preload"
 PRELOAD_TRACING: Final = "worker.preload_tracing"
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 PROBE_TIMEOUT_S: Final = 60.0
+STOP_GRACE_S: Final = 2.0
+"""How much later than the process itself a call that is tried out is taken to hang."""
+
 _STATUS_TIMEOUT_S: Final = 0.2
 _UNKNOWN_STATUS: Final = 255  # what multiprocessing says when the fork server took the status with it
 
@@ -85,40 +89,67 @@ class ForkServer:
         return tuple(self._ask(probe, (ref,), f"the handler {ref} is not imported after", PROBE_TIMEOUT_S))
 
     def try_out(self, ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float) -> Trial:
-        """Call a handler once in a process of its own.
+        """Call a handler once in a process of its own. One that hangs or ends its process has failed.
 
         Raises:
-            ConfigError: when it cannot be loaded, or ends its process.
+            ConfigError: when it cannot be loaded.
         """
-        late = f"the handler {ref} has not answered after"
-        found: Trial = self._ask(trial, (ref, text, memory, timeout_s), late, PROBE_TIMEOUT_S + timeout_s)
-        return found
+        phase, told = IMPORTING, Trial(None, repr(memory), 0.0, "")
+        with self._probing(trial, (ref, text, memory, timeout_s)) as (process, receiver):
+            try:
+                while receiver.poll(PROBE_TIMEOUT_S if phase == IMPORTING else timeout_s + STOP_GRACE_S):
+                    news = receiver.recv()
+                    if isinstance(news, Phase):
+                        phase = news
+                    elif isinstance(news, Trial):
+                        told = news
+                    else:
+                        trial_found: Trial = _found(*news)
+                        return trial_found
+                process.kill()
+                error = f"{phase.words} has not ended after {PROBE_TIMEOUT_S if phase == IMPORTING else timeout_s:g} s"
+                if phase == ASKING:
+                    error += ", and keeps the event loop: an 'async def' must not compute or sleep without 'await'"
+            except EOFError:
+                process.join()
+                error = f"{phase.words} has ended its process: {_how(process.exitcode)}"
+        if phase == IMPORTING:
+            raise ConfigError(f"the handler {ref}: {error}")
+        return told._replace(error=error)
 
     def _ask(self, target: Callable[..., None], arguments: tuple[Any, ...], late: str, timeout_s: float) -> Any:
         """Run `target` in a process that loads a handler, and return what it sends."""
-        ref: HandlerRef = arguments[0]
-        receiver, sender = self._context.Pipe(duplex=False)
-        try:
-            process = self._start_process(target, (*arguments, sender), f"probe {ref}")
-            self._probes.add(process)
-            sender.close()
+        with self._probing(target, arguments) as (process, receiver):
             try:
                 if not receiver.poll(timeout_s):
                     raise ConfigError(f"{late} {timeout_s:.0f} s")
-                found, error = receiver.recv()
+                return _found(*receiver.recv())
+            except EOFError:
+                process.join()
+                raise ConfigError(
+                    f"the handler {arguments[0]} ended the process that imported it: {_how(process.exitcode)}"
+                ) from None
+
+    @contextlib.contextmanager
+    def _probing(
+        self, target: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> Iterator[tuple[ForkServerProcess, Connection]]:
+        """Run `target` in a process of its own, whose last argument is a pipe to the receiver."""
+        receiver, sender = self._context.Pipe(duplex=False)
+        try:
+            process = self._start_process(target, (*arguments, sender), f"probe {arguments[0]}")
+            self._probes.add(process)
+            sender.close()
+            try:
+                yield process, receiver
             except BaseException:  # Ctrl-C too: multiprocessing would wait for the import at the end
                 process.kill()
                 raise
-        except EOFError:
-            raise ConfigError(f"the handler {ref} ended the process that imported it") from None
+            process.join()
+            self._probes.discard(process)
         finally:
             receiver.close()
             sender.close()
-        process.join()
-        self._probes.discard(process)
-        if error is not None:
-            raise ConfigError(error)
-        return found
 
     def abandon_probes(self) -> None:
         """End the processes that still load handlers: nobody waits for what they find."""
@@ -164,11 +195,7 @@ class WorkerProcess:
         with anyio.move_on_after(_STATUS_TIMEOUT_S):
             await _readable(self._process.sentinel)
         status = self._process.exitcode
-        if status is None or status == _UNKNOWN_STATUS:
-            return "status unknown"
-        if status < 0:
-            return f"killed by {_signal_name(-status)}"
-        return f"exit status {status}"
+        return _how(status)
 
     def kill(self) -> None:
         """End the process at once."""
@@ -187,6 +214,18 @@ class WorkerProcess:
             self._pidfd = None
         with contextlib.suppress(ValueError):  # its status is still on the way; the collector takes it later
             self._process.close()
+
+
+def _how(status: int | None) -> str:
+    if status is None or status == _UNKNOWN_STATUS:
+        return "status unknown"
+    return f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+
+
+def _found(found: Any, error: str | None) -> Any:
+    if error is not None:
+        raise ConfigError(error)
+    return found
 
 
 async def _readable(fd: int) -> None:

@@ -13,9 +13,12 @@ from shared.handlers import parse_handler
 from shared.trial import Trial
 
 _ADVICE = (
+    ("objects of type coroutine", "'await' it before you return it"),
+    ("str-like or number-like keys", "JSON has texts as keys: write {str(key): value}"),
+    ("surrogates not allowed", "a text holds half a character; decode with errors='replace'"),
+    ("recursion depth", "what is returned holds itself, or nests too deep"),
     ("must return (result, memory)", "end it with: return result, memory"),
     ("must return a dict as memory", "the second value is what the next query gets; {} when there is nothing to keep"),
-    ("returned a coroutine", "write: async def handle(body, memory)"),
     ("Encoding objects of type", "return what JSON can hold: texts, numbers, lists, dicts with texts as keys"),
     ("bytes that are not JSON", "bytes are taken for JSON that is encoded already"),
 )
@@ -50,8 +53,9 @@ def _told(trial: Trial) -> Report:
         lines.append(f"result  {_indented(msgspec.json.format(trial.result).decode())}")
     lines.append(f"memory  {trial.memory}")
     lines.append(f"time    {trial.seconds * 1000:.3g} ms")
-    if trial.result is not None and (note := _objection(msgspec.json.decode(trial.result))):
-        lines.append(f"note    {note}")
+    if trial.result is not None:
+        objection = _objection(msgspec.json.decode(trial.result))
+        lines += [f"note    {note}" for note in (objection, *trial.notes) if note]
     advice = next((words for found, words in _ADVICE if found in trial.error), "")
     return Report("\n".join(lines), f"{trial.error}; {advice}" if advice else trial.error)
 

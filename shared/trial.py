@@ -13,9 +13,23 @@ class Trial(NamedTuple):
         memory: what the next query would get, as Python writes it.
         seconds: how long it took, from the query to the answer.
         error: why it failed, else empty.
+        notes: what would surprise its author, though it did not fail.
     """
 
     result: bytes | None
     memory: str
     seconds: float
     error: str
+    notes: tuple[str, ...] = ()
+
+
+class Phase(NamedTuple):
+    """What is being done with a handler: told before it begins, so that who waits knows where it hangs or ends."""
+
+    words: str
+
+
+IMPORTING = Phase("its import")
+SETTING_UP = Phase("setup()")
+ASKING = Phase("handle()")
+CLOSING = Phase("close()")

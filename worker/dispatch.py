@@ -236,8 +236,10 @@ class Dispatcher(ABC):
             last = last.tb_next
         held = self._folded.admit(f"{type(exc).__name__} in line {last.tb_lineno if last else 0}")
         if held is not None:
-            more = {"like_it_before": held} if held else {}
-            self._log.error("handler_failed", error=what, exc_info=exc, **more)
+            more: dict[str, Any] = {"like_it_before": held} if held else {}
+            if not isinstance(exc, HandlerFault):  # what was returned is at fault: no line of the handler to be shown
+                more["exc_info"] = exc
+            self._log.error("handler_failed", error=what, **more)
         return Outcome.HANDLER_FAILED, what.encode("utf-8", "replace")
 
     # --- the time-out ---

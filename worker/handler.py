@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -117,13 +118,21 @@ def _attribute(module: ModuleType, ref: HandlerRef) -> Any:
     found: Any = module
     for part in ref.attribute.split("."):
         if not hasattr(found, part):
-            defined = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise ConfigError(
-                f"the handler {ref} does not exist: {module.__name__} has no {part!r}"
-                + (f"; it has {', '.join(sorted(defined)[:8])}" if defined else "")
-            )
+            raise ConfigError(f"the handler {ref} does not exist: it has no {part!r}{_instead(found, part)}")
         found = getattr(found, part)
     return found
+
+
+def _instead(found: Any, name: str) -> str:
+    """Return what may have been meant: what is named alike, else what a module or class defines."""
+    there = {
+        each: value for each, value in getattr(found, "__dict__", {}).items() if each[:1] != "_" and callable(value)
+    }
+    if close := difflib.get_close_matches(name, there, n=1):
+        return f"; did you mean {close[0]!r}?"
+    module = getattr(found, "__module__", None) or getattr(found, "__name__", None)
+    own = sorted(each for each, value in there.items() if getattr(value, "__module__", None) == module)
+    return f"; it has {', '.join(own[:8])}" if own else ""
 
 
 def _check_arguments(handle: Callable[..., Any], ref: HandlerRef) -> None:

@@ -63,7 +63,8 @@ class LoopDispatcher(Dispatcher):
     async def _consume(self, lane: TaskLane) -> None:
         lane.task = asyncio.current_task()
         queue = self._queue
-        began = slice_ends = 0
+        lane.since_ns = began = perf_counter_ns()  # there may be work already
+        slice_ends = began + SLICE_NS
         last: Job | None = None
         while True:
             if not queue:

@@ -86,11 +86,11 @@ def probe(ref: HandlerRef, pipe: Pipe) -> None:
 
 
 def trial(ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float, pipe: Pipe) -> None:
-    """Call a handler once and send `(trial, error)`. The target of a process that ends after it."""
+    """Call a handler once; send each phase, and at last `(trial, error)`. The target of a process of its own."""
     leave_with_parent()
-    logs.configure("error")
+    logs.configure("error", "console")
     try:
-        pipe.send((attempt(ref, text, memory, timeout_s), None))
+        pipe.send((attempt(ref, text, memory, timeout_s, pipe.send), None))
     except ConfigError as exc:
         pipe.send((None, str(exc)))
     pipe.close()

@@ -2,11 +2,12 @@
 
     from worker.testing import running
 
-    def test_counts():
-        with running("agents.py:handle") as agent:
-            assert agent.ask("fish") == [{"type": "count", "properties": {"number": 1}}]
-            assert agent.memory == {"count": 1}
+    def test_counts(run_agent):
+        agent = run_agent("agents.py:handle")
+        assert agent.ask("fish") == [{"type": "count", "properties": {"number": 1}}]
+        assert agent.memory == {"count": 1}
 
+`run_agent` is a fixture that pytest finds wherever em-runner is installed; `running` is the same as a context manager.
 No process, no port to choose, no token: the node listens on loopback, where the kernel finds a port, and
 is gone at the end of the `with`. What a worker does to a query is done here too: the WebSocket, the
 handler's thread or loop, its time-out, what its result and memory must be.
@@ -76,26 +77,29 @@ def running(
     *,
     memory: MemoryKind = "ram",
     folder: Path | None = None,
+    state_dir: Path | None = None,
     timeout_s: float = 5.0,
 ) -> Iterator[AgentUnderTest]:
     """Run a handler at an embedded node for as long as the `with` lasts.
 
     Args:
         handler: `module:attribute` or `file.py:attribute`, as in a configuration, or the function or class itself.
-        memory: as in a configuration; `disk` needs a `folder`, where its file is made.
-        folder: where a handler's file or module is looked for, and a disk memory kept; else the current folder.
+        memory: as in a configuration; `disk` needs a `state_dir` or a `folder`.
+        folder: where a handler's file or module is looked for; else the current folder.
+        state_dir: where a disk memory's file is made; else `folder`.
         timeout_s: how long one query may take.
 
     Raises:
         ConfigError: when it cannot be loaded.
         HandlerFault: when its `setup` fails.
     """
-    if memory == "disk" and folder is None:
-        raise ValueError("a disk memory needs a folder, such as pytest's tmp_path")
+    state_dir = state_dir or folder
+    if memory == "disk" and state_dir is None:
+        raise ValueError("a disk memory needs a state_dir, such as pytest's tmp_path")
     here = folder or Path.cwd()
     loaded = load(parse_handler(handler, here)) if isinstance(handler, str) else examined(handler, _REF)
     with start_blocking_portal(backend_options={"use_uvloop": True}) as portal:
-        life = portal.wrap_async_context_manager(_running(portal, loaded, memory, here, timeout_s))
+        life = portal.wrap_async_context_manager(_running(portal, loaded, memory, state_dir or here, timeout_s))
         try:
             agent = life.__enter__()
         except BaseExceptionGroup as group:

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 import anyio
+import msgspec
+import structlog
 
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Outcome
-from shared.trial import Trial
+from shared.trial import ASKING, CLOSING, IMPORTING, SETTING_UP, Phase, Trial
 from worker.dispatchers import dispatcher_for
 from worker.handler import Handler, load
 from worker.jobs import Answer, Job
 from worker.memory import RamMemory
 from worker.results import HandlerFault, encode_result
 
+_DEEPEST: Final = 50
 
-def attempt(ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float) -> Trial:
+Tell = Callable[[Phase | Trial], None]
+
+
+def attempt(ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float, tell: Tell) -> Trial:
     """Load a handler, set it up, ask it `text` with `memory`, close it.
+
+    `tell` gets each phase before it begins, and what came of the query before the handler is closed.
 
     Raises:
         ConfigError: when it cannot be loaded.
     """
-    return anyio.run(_ask, load(ref), text, memory, timeout_s, backend_options={"use_uvloop": True})
+    tell(IMPORTING)
+    return anyio.run(_ask, load(ref), text, memory, timeout_s, tell, backend_options={"use_uvloop": True})
 
 
 class _Asker:
@@ -33,8 +44,10 @@ class _Asker:
 
     def __init__(self) -> None:
         self.answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.result: Any = None
 
     def encode(self, result: Any) -> bytes:
+        self.result = result
         return encode_result(result)
 
     def answer(self, job: Job, answer: Answer) -> None:
@@ -44,22 +57,64 @@ class _Asker:
         pass
 
 
-async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: float) -> Trial:
+async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: float, tell: Tell) -> Trial:
     memory = RamMemory()
     memory.open(pickle.dumps(before))
     dispatcher = dispatcher_for(handler, memory, Counters(), 1, timeout_s)
     asker = _Asker()
+    trial = Trial(None, repr(before), 0.0, "")
     async with dispatcher.running():
         try:
+            tell(SETTING_UP)
             await dispatcher.set_up()
+            tell(ASKING)
             began_s = perf_counter()
             dispatcher.submit([Job(asker, None, text)])
             outcome, payload = await asker.answered
-            took_s = perf_counter() - began_s
+            trial = trial._replace(seconds=perf_counter() - began_s)
+            if outcome is Outcome.OK:
+                after = memory.checkout()
+                trial = trial._replace(
+                    result=payload, memory=repr(after), notes=(*_changed(asker.result), *_kept(after))
+                )
+            else:
+                trial = trial._replace(error=payload.decode("utf-8", "replace"))
+            tell(trial)
             if outcome is not Outcome.TIMED_OUT:  # one that hangs would hang here too
+                tell(CLOSING)
                 await dispatcher.tear_down()
         except HandlerFault as exc:
-            return Trial(None, repr(before), 0.0, str(exc))
-    if outcome is Outcome.OK:
-        return Trial(payload, repr(memory.checkout()), took_s, "")
-    return Trial(None, repr(before), took_s, payload.decode("utf-8", "replace"))
+            structlog.get_logger("worker.trial").error("handler_failed", exc_info=exc.__cause__)
+            return trial._replace(error=str(exc))
+    return trial
+
+
+def _changed(result: Any) -> Iterator[str]:
+    """Tell what JSON makes another thing of, without a word."""
+    found = set(_surprises(result, 0))
+    if float in found:
+        yield "NaN and infinity are sent as null: JSON has no such numbers"
+    if set in found:
+        yield "a set is sent as a list, in no certain order"
+
+
+def _surprises(value: Any, depth: int) -> Iterator[type]:
+    if depth > _DEEPEST:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        yield float
+    elif isinstance(value, set | frozenset):
+        yield set
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _surprises(each, depth + 1)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _surprises(each, depth + 1)
+
+
+def _kept(memory: dict[Any, Any]) -> Iterator[str]:
+    try:
+        msgspec.msgpack.encode(memory)
+    except (Exception, RecursionError) as exc:  # noqa: BLE001 - whatever a user's objects raise
+        yield f'this memory is for memory = "ram" alone, "disk" would refuse it: {exc}'

@@ -52,7 +52,9 @@ def test_new_agent_runs_as_it_is_written(tmp_path: Path) -> None:
     ("name", "status", "says"),
     [
         ("weather-report", 78, "expected a name of letters, digits and _"),
-        ("class", 78, "expected a name"),
+        ("class", 78, "a word of Python's own"),
+        ("json", 78, "a Python module that is there already"),
+        ("msgspec", 78, "a Python module that is there already"),
         ("../up", 78, "expected a name"),
         ("worker", 78, "one of em-runner's own packages"),
         ("there", 1, "is there already"),
@@ -106,7 +108,7 @@ def test_disk_memory_outlives_the_agent(tmp_path: Path) -> None:
     for number in (1, 2):
         with running(count, memory="disk", folder=tmp_path) as agent:
             assert agent.ask("x")[0]["properties"]["number"] == number
-    with pytest.raises(ValueError, match="needs a folder"), running(count, memory="disk"):
+    with pytest.raises(ValueError, match="needs a state_dir"), running(count, memory="disk"):
         pass
 
 
@@ -136,3 +138,29 @@ def test_handler_that_takes_too_long_or_cannot_be_used_says_so(tmp_path: Path) -
         pass
     with pytest.raises(ConfigError, match="there is no file"), running("nowhere.py:handle", folder=tmp_path):
         pass
+
+
+def test_fixture_runs_agents_beside_the_test_until_its_end(tmp_path: Path) -> None:
+    (tmp_path / "agents.py").write_text(
+        "class Counts:\n"
+        "    def handle(self, body, memory):\n"
+        "        count = memory.get('count', 0) + 1\n"
+        "        return [{'type': 'count', 'properties': {'count': count}}], {'count': count}\n"
+        "    def close(self):\n"
+        "        open('closed', 'w').close()\n"
+    )
+    (tmp_path / "test_agents.py").write_text(
+        "import os\n"
+        "def test_two_at_once(run_agent, tmp_path):\n"
+        "    one, other = run_agent('agents.py:Counts'), run_agent('agents.py:Counts', memory='disk')\n"
+        "    for agent in (one, one, other):\n"
+        "        agent.ask('x')\n"
+        "    assert (one.memory, other.memory) == ({'count': 2}, {'count': 1})\n"
+        "    assert any(tmp_path.iterdir()) and not os.path.exists('closed')\n"
+        "def test_both_are_closed():\n"
+        "    assert os.path.exists('closed')\n"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    tested = run(elsewhere, "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path))
+    assert "2 passed" in tested.stdout, tested.stdout

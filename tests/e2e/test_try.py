@@ -38,7 +38,31 @@ def fails(body, memory): raise ValueError("no such thing: " + body)
 def wants_async(body, memory): return asyncio.sleep(0)
 def sleeps(body, memory): time.sleep(30)
 async def waits(body, memory): await asyncio.sleep(30)
+async def waits_a_little(body, memory):
+    await asyncio.sleep(0.02)
+    return [{"type": "late", "properties": {}}], memory
+async def computes(body, memory):
+    while True: pass
 def leaves(body, memory): os._exit(3)
+def is_killed(body, memory): os.kill(os.getpid(), 11)
+def forgets_await(body, memory):
+    waiting = waits(body, memory)
+    try:
+        return waiting, memory
+    finally:
+        waiting.close()
+def keyed(body, memory): return {(1, 2): 3}, memory
+def nan(body, memory): return [{"type": "x", "properties": {"n": float("nan"), "s": {1}}}], {"f": print}
+class SetUpFails:
+    def setup(self): raise ValueError("no database")
+    def handle(self, body, memory): return [], memory
+class SetUpHangs(SetUpFails):
+    def setup(self): time.sleep(30)
+class CloseFails:
+    def handle(self, body, memory): return [{"type": "x", "properties": {}}], {"asked": 1}
+    def close(self): raise ValueError("no way out")
+class CloseHangs(CloseFails):
+    def close(self): time.sleep(30)
 """
 
 
@@ -82,6 +106,13 @@ async def test_class_is_set_up_asked_and_closed(tmp_path: Path) -> None:
         ("wants_async", "returned a coroutine; write it as 'async def'"),
         ("sleeps", "a query took longer than 200 ms"),
         ("waits", "a query took longer than 200 ms"),
+        ("computes", "handle() has not ended after 0.2 s, and keeps the event loop: an 'async def' must not"),
+        ("leaves", "handle() has ended its process: exit status 3"),
+        ("is_killed", "handle() has ended its process: killed by SIGSEGV"),
+        ("forgets_await", "Encoding objects of type coroutine is unsupported; 'await' it before you return it"),
+        ("keyed", "number-like keys are supported; JSON has texts as keys"),
+        ("SetUpFails", "the handler's setup() failed: ValueError: no database"),
+        ("SetUpHangs", "setup() has not ended after 0.2 s"),
     ],
 )
 async def test_failure_is_explained(handler: str, says: str, tmp_path: Path) -> None:
@@ -91,7 +122,41 @@ async def test_failure_is_explained(handler: str, says: str, tmp_path: Path) -> 
     assert "result" not in found.stdout
 
 
-@pytest.mark.parametrize(("handler", "note"), [("typeless", "embryo 0 has no 'type'"), ("text", "expect a list")])
+@pytest.mark.parametrize(
+    ("handler", "says"),
+    [("CloseFails", "close() failed: ValueError: no way out"), ("CloseHangs", "close() has not ended after 0.2 s")],
+)
+async def test_answer_is_not_lost_to_a_close_that_fails(handler: str, says: str, tmp_path: Path) -> None:
+    found = await trial(tmp_path, f"handlers:{handler}", "hello", "--timeout-s", "0.2")
+    assert found.returncode == 3
+    assert says in found.stderr.splitlines()[-1]
+    assert '"type": "x"' in found.stdout
+    assert "memory  {'asked': 1}" in found.stdout
+
+
+async def test_place_of_a_failure_is_shown(tmp_path: Path) -> None:
+    for handler, line in (("fails", "raise ValueError"), ("SetUpFails", 'raise ValueError("no database")')):
+        found = await trial(tmp_path, f"handlers.py:{handler}")
+        assert line in found.stderr
+        assert f"{tmp_path / 'handlers.py'}" in found.stderr
+
+
+async def test_handler_that_waits_is_waited_for(tmp_path: Path) -> None:
+    found = await trial(tmp_path, "handlers:waits_a_little")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert float(found.stdout.split()[-2]) >= 20
+
+
+@pytest.mark.parametrize(
+    ("handler", "note"),
+    [
+        ("typeless", "embryo 0 has no 'type'"),
+        ("text", "expect a list"),
+        ("nan", "NaN and infinity are sent as null"),
+        ("nan", "a set is sent as a list"),
+        ("nan", '"disk" would refuse it'),
+    ],
+)
 async def test_result_that_a_node_makes_nothing_of_is_told(handler: str, note: str, tmp_path: Path) -> None:
     found = await trial(tmp_path, f"handlers:{handler}")
     assert found.returncode == 0
@@ -101,10 +166,10 @@ async def test_result_that_a_node_makes_nothing_of_is_told(handler: str, note: s
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("handlers:nothing", "x"), "it has Remembers, alone, count"),
+        (("handlers:nothing", "x"), "it has CloseFails, CloseHangs, Remembers"),
+        (("handlers:cuont", "x"), "did you mean 'count'?"),
         (("nowhere.py:handle", "x"), "nowhere.py"),
         (("handlers:count", "x", "--memory", "[1]"), "--memory: found '[1]', expected a JSON object"),
-        (("handlers:leaves", "x"), "ended the process"),
     ],
 )
 async def test_what_cannot_be_tried_is_one_clear_line(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""The fixture `run_agent`, which pytest finds wherever em-runner is installed. For users' own tests.
+
+What it needs is imported when a test asks for it: a session without such tests pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+from shared.schema import MemoryKind
+
+if TYPE_CHECKING:
+    from worker.testing import AgentUnderTest
+
+
+class RunAgent(Protocol):
+    """What `run_agent` is; see `worker.testing.running` for the arguments."""
+
+    def __call__(
+        self,
+        handler: str | Callable[..., Any] | type,
+        *,
+        memory: MemoryKind = "ram",
+        folder: Path | None = None,
+        state_dir: Path | None = None,
+        timeout_s: float = 5.0,
+    ) -> AgentUnderTest:
+        """Run a handler at an embedded node until the end of the test."""
+
+
+@pytest.fixture
+def run_agent(request: pytest.FixtureRequest) -> Iterator[RunAgent]:
+    """Run handlers at embedded nodes until the end of the test: `agent = run_agent("agents.py:handle")`.
+
+    Files and modules are looked for beside the test's own file; a memory on disk is in the test's `tmp_path`.
+    """
+    from worker.testing import running
+
+    with ExitStack() as agents:
+
+        def run(
+            handler: str | Callable[..., Any] | type,
+            *,
+            memory: MemoryKind = "ram",
+            folder: Path | None = None,
+            state_dir: Path | None = None,
+            timeout_s: float = 5.0,
+        ) -> AgentUnderTest:
+            if memory == "disk" and state_dir is None:
+                state_dir = request.getfixturevalue("tmp_path")
+            where = folder or request.path.parent
+            agent = running(handler, memory=memory, folder=where, state_dir=state_dir, timeout_s=timeout_s)
+            return agents.enter_context(agent)
+
+        yield run
