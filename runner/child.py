@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from typing import Final
+from typing import Any, Final
 
 import anyio
 import structlog
@@ -15,7 +15,7 @@ from runner.incarnation import Incarnation
 from runner.metrics import Sample
 from runner.process import ForkServer, SpawnError
 from runner.recent import Recent
-from runner.restarts import RestartHistory, RestartPolicy, RestartReason
+from runner.restarts import ReplacementReason, RestartHistory, RestartPolicy, RestartReason
 from runner.router import Router
 from runner.table import ChildState, WorkerRow
 from shared import ipc
@@ -51,7 +51,8 @@ class Child:
         self._stopping = anyio.Event()
         self._ended = anyio.Event()
         self._handover = anyio.Lock()
-        self._log = structlog.get_logger("supervisor").bind(worker=spec.name)
+        self._replacements: Counter[ReplacementReason] = Counter()
+        self._log = structlog.get_logger("supervisor").bind(worker=spec.name, agent=spec.agent.name)
 
     @property
     def row(self) -> WorkerRow:
@@ -84,9 +85,27 @@ class Child:
         """What all its processes counted together: it goes on where a dead one's ended."""
         counted = Counters()
         counted.add(self._before)
-        if self._current is not None:
+        if self._current is not None and self._is_counted(self._current):
             counted.add(self._current.counters)
+            counted.in_flight_node = self._current.counters.in_flight_node
         return counted
+
+    def _is_counted(self, incarnation: Incarnation) -> bool:
+        """Return whether what a process counts is of the node that the worker has now."""
+        return incarnation.launch.spec.node == self.spec.node
+
+    def _adopt(self, spec: WorkerSpec) -> None:
+        """Have another spec from now on. At another node nothing has been counted yet."""
+        if spec.node != self.spec.node:
+            self._before = Counters()
+            self._recent = Recent(time.monotonic())
+            self._restarts.clear()
+            self._replacements.clear()
+        self.spec = spec
+
+    def _which(self, incarnation: int) -> dict[str, Any]:
+        """Return what tells one of its processes from others in the log."""
+        return {"node": str(self.spec.node), "incarnation": incarnation}
 
     @property
     def rates(self) -> list[float]:
@@ -102,7 +121,16 @@ class Child:
         """The worker as monitoring sees it now."""
         current = self._current
         silent_s = 0.0 if current is None else current.silent_s
-        return Sample(self.row, self.counted, self._restarts, self._router.in_flight_at(self.spec.name), silent_s)
+        name = self.spec.name
+        return Sample(
+            self.row,
+            self.counted,
+            self._restarts,
+            self._router.in_flight_at(name),
+            silent_s,
+            self._router.endings_of(name),
+            self._replacements,
+        )
 
     @property
     def _last_words(self) -> str:
@@ -141,7 +169,7 @@ class Child:
             self._current = current
             if self._is_stale(current, self.spec):
                 why = "its configuration or its handler changed while it was being started"
-                tasks.start_soon(self._recycle, why, True)
+                tasks.start_soon(self._recycle, why, "configuration", True)
             async with anyio.create_task_group() as looking:
                 looking.start_soon(self._recycle_on_request, current, tasks)
                 await current.ended(START_TIMEOUT_S, self.spec.liveness_timeout_ms / 1000)
@@ -178,7 +206,10 @@ class Child:
     async def _bury(self, incarnation: Incarnation) -> str:
         """Let go of an ended process, and answer for what it still had; return how it ended."""
         self._incarnations.pop(incarnation.launch.incarnation, None)
-        self._before.add(incarnation.counters)  # together with the next line: whoever looks finds it in one of the two
+        if self._is_counted(incarnation):
+            self._before.add(
+                incarnation.counters
+            )  # together with the next line: whoever looks finds it in one of the two
         if self._current is incarnation:
             self._current = None
             self._state = "crashed"
@@ -199,7 +230,7 @@ class Child:
         if decision.failed:
             self._router.retire(self.spec.name)
         say = self._log.error if decision.failed else self._log.warning
-        say("worker_" + self._state, why=how, again_in_s=decision.delay_s)
+        say("worker_" + self._state, why=how, again_in_s=decision.delay_s, **self._which(self._numbers))
         self._hurry = anyio.Event()
         if not self._stopping.is_set():
             with anyio.move_on_after(decision.delay_s):
@@ -214,9 +245,11 @@ class Child:
         """
         self._renewals += 1
         self._hurry.set()
-        return await self.replace(None, why, if_stale=True)
+        return await self.replace(None, why, "handler", if_stale=True)
 
-    async def replace(self, spec: WorkerSpec | None, why: str, *, if_stale: bool = False) -> bool:
+    async def replace(
+        self, spec: WorkerSpec | None, why: str, reason: ReplacementReason, *, if_stale: bool = False
+    ) -> bool:
         """Have a new process take over from the running one, without a query lost and with its memory.
 
         The new one has loaded its handler and waits before the old one lets go. Without a running one,
@@ -229,9 +262,9 @@ class Child:
             while True:
                 old = self._current
                 if old is None or self._stopping.is_set() or (if_stale and not self._is_stale(old, spec)):
-                    self.spec = spec
+                    self._adopt(spec)
                     return True
-                replaced = await self._replace_once(old, spec, why)
+                replaced = await self._replace_once(old, spec, why, reason)
                 if replaced is not None:
                     return replaced
                 if_stale = True
@@ -239,7 +272,9 @@ class Child:
     def _is_stale(self, incarnation: Incarnation, spec: WorkerSpec) -> bool:
         return incarnation.launch.spec != spec or incarnation.renewals != self._renewals
 
-    async def _replace_once(self, old: Incarnation, spec: WorkerSpec, why: str) -> bool | None:
+    async def _replace_once(
+        self, old: Incarnation, spec: WorkerSpec, why: str, reason: ReplacementReason
+    ) -> bool | None:
         """Try to replace a running process; return None when it ended meanwhile, and another one runs or will."""
         try:
             new = await self._fork(spec, standby=True)
@@ -250,7 +285,7 @@ class Child:
         with anyio.move_on_after(START_TIMEOUT_S):
             up = await new.reached("standby")
         if up and self._current is old and not self._stopping.is_set():
-            await self._hand_over(old, new, why)
+            await self._hand_over(old, new, why, reason)
             return True
         new.process.kill()
         await new.process.ended()
@@ -258,15 +293,18 @@ class Child:
         if self._stopping.is_set():
             return True
         if up:
-            self.spec = spec  # whoever is started next has it; who has been started without it is replaced
+            self._adopt(spec)  # whoever is started next has it; who has been started without it is replaced
             return None
         self._log.error("replacement_failed", why=found)
         return False
 
-    async def _hand_over(self, old: Incarnation, new: Incarnation, why: str) -> None:
-        self._log.info("worker_replaced", why=why, pid=old.process.pid, by=new.process.pid)
+    async def _hand_over(self, old: Incarnation, new: Incarnation, why: str, reason: ReplacementReason) -> None:
+        which = self._which(old.launch.incarnation)
+        self._log.info("worker_replaced", why=why, pid=old.process.pid, by=new.process.pid, **which)
         old.successor = new
-        self.spec = spec = new.launch.spec
+        spec = new.launch.spec
+        self._adopt(spec)
+        self._replacements[reason] += 1
         # What has begun may go on for its own time, not only for that of a shutdown: nobody is in a hurry.
         longest_ms = max(spec.shutdown_timeout_ms, old.launch.spec.agent.handler_timeout_ms)
         await old.drain(longest_ms / 1000 + KILL_GRACE_S, hand_over=True)
@@ -279,12 +317,12 @@ class Child:
             while not incarnation.wants_successor:
                 await incarnation.changed.wait()
             # In the child's own group: this task ends with the incarnation that is being replaced.
-            tasks.start_soon(self._recycle, incarnation.wants_successor)
+            tasks.start_soon(self._recycle, incarnation.wants_successor, "limit")
             incarnation.wants_successor = ""
 
-    async def _recycle(self, why: str, if_stale: bool = False) -> None:
+    async def _recycle(self, why: str, reason: ReplacementReason, if_stale: bool = False) -> None:
         try:
-            await self.replace(None, why, if_stale=if_stale)
+            await self.replace(None, why, reason, if_stale=if_stale)
         except Exception as exc:  # noqa: BLE001 - a fault of ours here must not end the worker that still runs
             self._log.error("replacement_failed", exc_info=exc)
 

@@ -16,7 +16,7 @@ import httptools
 import msgspec
 
 from runner.answers import Refusal, result_lines, unavailable
-from runner.guard import Guard
+from runner.guard import Guard, Refusals
 from runner.lines import Ending, Reply
 from runner.router import Router
 from shared.http_connection import HttpConnection
@@ -123,12 +123,14 @@ class DirectQueries:
         router: what carries them to workers.
         agents: each agent's workers, its primary first.
         guard: who may ask.
+        refusals: is told of each query that no worker was asked.
     """
 
-    def __init__(self, router: Router, agents: Mapping[str, tuple[str, ...]], guard: Guard) -> None:
+    def __init__(self, router: Router, agents: Mapping[str, tuple[str, ...]], guard: Guard, refusals: Refusals) -> None:
         self.router = router
         self.directory = Directory(router, agents)
         self.guard = guard
+        self.refusals = refusals
         self.exchange: Callable[[DirectQueries, HttpConnection, Named], QueryExchange] = QueryExchange
         self.closing = False
 
@@ -170,7 +172,7 @@ class QueryExchange(DirectExchange):
     def start(self) -> None:
         """Answer who must not ask before the body is read."""
         if self._refusal is not None:
-            self._refuse(self._refusal)
+            self._object(self._refusal)
         else:
             super().start()
 
@@ -186,11 +188,11 @@ class QueryExchange(DirectExchange):
             if self._sequence is not None:
                 self._queries.router.withdraw(self._sequence)
         elif len(self.body) > MAX_BODY_BYTES:
-            self._refuse(_TOO_LARGE)
+            self._object(_TOO_LARGE)
         elif self.more_body:
             self.ask_for_body()
         elif self._sequence is None and (refusal := self._ask()) is not None:
-            self._refuse(refusal)
+            self._object(refusal)
 
     def _ask(self) -> Refusal | None:
         """Hand the query to the router, or return why not."""
@@ -225,6 +227,11 @@ class QueryExchange(DirectExchange):
             self._refuse(unavailable(f"{message}: {why}", ("x-worker", reply.worker)))
         else:
             self._refuse(Refusal(status, message, (("x-worker", reply.worker),)))
+
+    def _object(self, refusal: Refusal) -> None:
+        """Refuse before any worker was asked."""
+        self._queries.refusals.note(refusal, self.connection.client)
+        self._refuse(refusal)
 
     def _refuse(self, refusal: Refusal) -> None:
         self.answer(refusal.status, refusal.header_lines, refusal.body)

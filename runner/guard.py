@@ -14,14 +14,17 @@ import base64
 import binascii
 import hmac
 import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
+import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runner.answers import Refusal
 from runner.dashboard import PATHS
 from shared.config import HttpAddress
+from shared.logs import Folded
 from shared.nodes import is_address
 from shared.tokens import Secret
 
@@ -135,16 +138,37 @@ def _host_and_origin(headers: Headers) -> tuple[bytes, bytes]:
     return host, origin
 
 
+class Refusals:
+    """Requests that were refused before any worker was asked: counted by status, and intruders told of in the log."""
+
+    def __init__(self) -> None:
+        self.by_status: Counter[int] = Counter()
+        self._folded = Folded()
+        self._log = structlog.get_logger("http")
+
+    def note(self, refusal: Refusal, client: Sequence[Any] | None) -> None:
+        """Count a refusal; `client` is the address of who asked, where there is one."""
+        self.by_status[refusal.status] += 1
+        if refusal.status not in (401, 403):
+            return
+        host = str(client[0]) if client else "unknown"
+        if (held := self._folded.admit(f"{refusal.status} {host}")) is not None:
+            more = {"like_it_before": held} if held else {}
+            self._log.warning("request_refused", status=refusal.status, client=host, why=refusal.message, **more)
+
+
 class Guarded:
     """An ASGI application behind a guard."""
 
-    def __init__(self, app: ASGIApp, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard, refusals: Refusals) -> None:
         self._app = app
         self._guard = guard
+        self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] == "http" and (refusal := self._guard.objection(scope["headers"], scope["path"])):
+            self._refusals.note(refusal, scope.get("client"))
             await refusal.response()(scope, receive, send)
             return
         await self._app(scope, receive, send)

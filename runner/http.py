@@ -15,8 +15,8 @@ from runner import openapi
 from runner.answers import JSON, Refusal
 from runner.dashboard.routes import Dashboard
 from runner.direct import DirectQueries
-from runner.guard import BearerToken, Guard, Guarded, LocalOnly
-from runner.metrics import CONTENT_TYPE, Sample, exposition
+from runner.guard import BearerToken, Guard, Guarded, LocalOnly, Refusals
+from runner.metrics import CONTENT_TYPE, Own, Sample, exposition
 from runner.router import Router
 from runner.table import Ready, Table, WorkerRow, readiness
 from shared.config import HttpAddress
@@ -50,7 +50,9 @@ class Api:
         self._rows = rows
         self._samples = samples
         guard: Guard = LocalOnly(address) if token is None else BearerToken(token)
-        self.queries = DirectQueries(router, agents, guard)
+        self._router = router
+        self._refusals = Refusals()
+        self.queries = DirectQueries(router, agents, guard, self._refusals)
         self._dashboard = Dashboard(rows, rates)
         routes = [
             # Here are those that ask in another way than by POST.
@@ -66,7 +68,7 @@ class Api:
         ]
         routed = Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _fault})
         routed.router.redirect_slashes = False
-        self.app: ASGIApp = Guarded(routed, guard)
+        self.app: ASGIApp = Guarded(routed, guard, self._refusals)
 
     def rename(self, agents: Mapping[str, tuple[str, ...]]) -> None:
         """Route by these agents and workers from now on."""
@@ -93,7 +95,8 @@ class Api:
         return JSON(Table(list(self._rows())))
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(exposition(self._samples()), media_type=CONTENT_TYPE)
+        own = Own(self._refusals.by_status, self._router.max_in_flight)
+        return Response(exposition(self._samples(), own), media_type=CONTENT_TYPE)
 
     async def _openapi(self, request: Request) -> Response:
         return JSON(openapi.document())

@@ -52,7 +52,12 @@ class Incarnation:
         self._draining = False
         self._killed = False
         self._router = router
-        self._log = structlog.get_logger("supervisor").bind(worker=launch.spec.name)
+        self._log = structlog.get_logger("supervisor").bind(
+            worker=launch.spec.name,
+            agent=launch.spec.agent.name,
+            node=str(launch.spec.node),
+            incarnation=launch.incarnation,
+        )
 
     def hear(self, status: ipc.Status) -> None:
         """Take a state change or a heartbeat."""

@@ -11,13 +11,14 @@ from shared.ipc import Launch, Trace
 
 
 class Ending(Enum):
-    """How a routed query ended."""
+    """How a routed query ended; `WITHDRAWN` is told to nobody, for there is nobody any more."""
 
     OK = "ok"
     HANDLER_FAILED = "handler_failed"
     TIMED_OUT = "timed_out"
     WORKER_GONE = "worker_gone"
     REFUSED = "refused"
+    WITHDRAWN = "withdrawn"
 
 
 class Reply(NamedTuple):

@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runner.restarts import RESTART_REASONS, RestartReason
+from runner.lines import Ending
+from runner.restarts import REPLACEMENT_REASONS, RESTART_REASONS, ReplacementReason, RestartReason
 from runner.table import STATES, WorkerRow
 from shared.ipc import IGNORED, Counters, Outcome
 
@@ -32,6 +33,15 @@ LARGEST: Final = 36
 What is shorter counts in the first, what is longer in +Inf alone.
 """
 
+_ENDINGS: Final = {
+    Ending.OK: "ok",
+    Ending.HANDLER_FAILED: "failed",
+    Ending.TIMED_OUT: "timed_out",
+    Ending.WORKER_GONE: "worker_gone",
+    Ending.REFUSED: "refused",
+    Ending.WITHDRAWN: "withdrawn",
+}
+_REFUSED_STATUSES: Final = (400, 401, 403, 404, 413, 503)
 _OUTCOMES: Final = {
     Outcome.OK: "ok",
     Outcome.HANDLER_FAILED: "failed",
@@ -43,40 +53,51 @@ _WORKER: Final = ("worker", "agent", "node")
 
 
 class Sample(NamedTuple):
-    """One worker, as it is now."""
+    """One worker, as it is now. `in_flight` and `endings` are of direct queries, as the router counts them."""
 
     row: WorkerRow
     counted: Counters
     restarts: Mapping[RestartReason, int]
     in_flight: int
     silent_s: float
+    endings: Mapping[Ending, int]
+    replacements: Mapping[ReplacementReason, int]
 
 
-def exposition(samples: Sequence[Sample]) -> bytes:
+class Own(NamedTuple):
+    """The runner itself: requests that it refused by status, and the bound on each worker's queries in flight."""
+
+    refused: Mapping[int, int]
+    max_in_flight: int
+
+
+def exposition(samples: Sequence[Sample], own: Own) -> bytes:
     """Return the workers' metrics, and those of the runner's own process."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(samples))
+    registry.register(_Collected(samples, own))
     ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 
-def collected(samples: Sequence[Sample]) -> Iterator[Metric]:
-    """Return the workers' metrics, as families with their names, types and helps."""
+def collected(samples: Sequence[Sample], own: Own) -> Iterator[Metric]:
+    """Return the metrics of workers and runner, as families with their names, types and helps."""
     yield from _queries(samples)
     yield from _counts(samples)
     yield from _gauges(samples)
+    yield from _own(own)
     build = GaugeMetricFamily("em_runner_build_info", "Always 1; what is running.", labels=("version", "python"))
     build.add_metric((version(), platform.python_version()), 1)
     yield build
 
 
 class _Collected(Collector):
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[Sample], own: Own) -> None:
         self._samples = samples
+        self._own = own
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics."""
-        return collected(self._samples)
+        return collected(self._samples, self._own)
 
 
 def _labels(row: WorkerRow) -> tuple[str, str, str]:
@@ -85,18 +106,25 @@ def _labels(row: WorkerRow) -> tuple[str, str, str]:
 
 def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
     queries = CounterMetricFamily(
-        "em_runner_queries", "Queries that were answered.", labels=(*_WORKER, "transport", "outcome")
+        "em_runner_queries", "Queries that workers answered.", labels=(*_WORKER, "transport", "outcome")
     )
     durations = HistogramMetricFamily(
         "em_runner_handler_duration_seconds", "How long the handler took for one query.", labels=_WORKER
+    )
+    direct = CounterMetricFamily(
+        "em_runner_direct_queries",
+        "Direct queries by what their clients were told; whatever the worker did.",
+        labels=(*_WORKER[:2], "outcome"),
     )
     for row, counted, *_ in samples:
         for transport, counts in (("websocket", counted.node), ("http", counted.http)):
             for outcome, name in _OUTCOMES.items():
                 queries.add_metric((*_labels(row), transport, name), counts[outcome])
         durations.add_metric(_labels(row), _buckets(counted.durations), counted.busy_s)
-    yield queries
-    yield durations
+    for sample in samples:
+        for ending, name in _ENDINGS.items():
+            direct.add_metric((*_labels(sample.row)[:2], name), sample.endings.get(ending, 0))
+    yield from (queries, direct, durations)
 
 
 def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
@@ -113,6 +141,11 @@ def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
     restarts = CounterMetricFamily(
         "em_runner_worker_restarts", "Processes that ended unplanned, by how.", labels=(*_WORKER, "reason")
     )
+    replacements = CounterMetricFamily(
+        "em_runner_worker_replacements",
+        "Processes whose place another one took in good order, by why.",
+        labels=(*_WORKER, "reason"),
+    )
     reconnects = CounterMetricFamily(
         "em_runner_reconnects", "Connections to the node that were lost, or not had.", labels=_WORKER
     )
@@ -126,11 +159,13 @@ def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
         labels, counted = _labels(sample.row), sample.counted
         for reason in RESTART_REASONS:
             restarts.add_metric((*labels, reason), sample.restarts.get(reason, 0))
+        for occasion in REPLACEMENT_REASONS:
+            replacements.add_metric((*labels, occasion), sample.replacements.get(occasion, 0))
         reconnects.add_metric(labels, counted.reconnects)
         late.add_metric(labels, counted.late)
         for why in IGNORED:
             ignored.add_metric((*labels, why), counted.ignored.get(why, 0))
-    yield from (restarts, reconnects, late, ignored)
+    yield from (restarts, replacements, reconnects, late, ignored)
 
 
 def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
@@ -139,7 +174,9 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
     )
     state = GaugeMetricFamily("em_runner_worker_state", "1 for the state it is in, else 0.", labels=(*_WORKER, "state"))
     in_flight = GaugeMetricFamily(
-        "em_runner_queries_in_flight", "Direct queries that the worker has not answered yet.", labels=_WORKER
+        "em_runner_queries_in_flight",
+        "Queries that the worker has and has not answered; those of its node as of its last heartbeat.",
+        labels=(*_WORKER, "transport"),
     )
     age = GaugeMetricFamily(
         "em_runner_worker_heartbeat_age_seconds", "Since when nothing was heard of it.", labels=_WORKER
@@ -153,13 +190,26 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
         registered.add_metric(labels, row.state == "ready")
         for each in STATES:
             state.add_metric((*labels, each), row.state == each)
-        in_flight.add_metric(labels, sample.in_flight)
+        in_flight.add_metric((*labels, "http"), sample.in_flight)
+        in_flight.add_metric((*labels, "websocket"), sample.counted.in_flight_node)
         if row.pid is not None:
             age.add_metric(labels, sample.silent_s)
             uptime.add_metric(labels, row.uptime_s)
             if resident := _resident_bytes(row.pid):
                 memory.add_metric(labels, resident)
     yield from (registered, state, in_flight, age, uptime, memory)
+
+
+def _own(own: Own) -> Iterator[Metric]:
+    refused = CounterMetricFamily(
+        "em_runner_requests_refused", "HTTP requests that were refused before any worker was asked.", labels=("status",)
+    )
+    for status in sorted({*_REFUSED_STATUSES, *own.refused}):
+        refused.add_metric((str(status),), own.refused.get(status, 0))
+    yield refused
+    most = GaugeMetricFamily("em_runner_max_in_flight", "How many direct queries one worker may have before it.")
+    most.add_metric((), own.max_in_flight)
+    yield most
 
 
 def _resident_bytes(pid: int) -> int:

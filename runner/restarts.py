@@ -10,6 +10,10 @@ import msgspec
 RestartReason = Literal["killed", "exited", "silent", "gave_up", "not_up", "not_started", "unknown"]
 """How a process ended unplanned, in a word; `unknown` when the fork server took its status with it."""
 
+ReplacementReason = Literal["configuration", "handler", "limit"]
+"""Why a process takes another's place in good order."""
+
+REPLACEMENT_REASONS: Final[tuple[ReplacementReason, ...]] = get_args(ReplacementReason)
 RESTART_REASONS: Final[tuple[RestartReason, ...]] = get_args(RestartReason)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import islice, takewhile
 from math import inf
 from pathlib import Path
@@ -57,13 +58,14 @@ class Router:
     ) -> None:
         self.endpoint = f"ipc://{socket_path}"
         self._query_timeout_s = query_timeout_s
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
         self._max_in_flight_total = max_in_flight_total
         self._lines: dict[bytes, Line] = {}
         self._by_name: dict[str, Line] = {}
         self._pending: dict[int, Pending] = {}  # in the order of their deadlines, which is that of their arrival
         self._held: dict[str, dict[int, Pending]] = {}  # by the name of the worker that they wait for
         self._changing: set[str] = set()
+        self._endings: defaultdict[str, dict[Ending, int]] = defaultdict(dict)
         self._sequence = 0
         self._dirty: dict[bytes, Line] = {}
         self._deadline_timer: asyncio.TimerHandle | None = None
@@ -79,7 +81,7 @@ class Router:
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
             self._expire()
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
         self._max_in_flight_total = max_in_flight_total
 
     def open(self) -> None:
@@ -205,18 +207,9 @@ class Router:
             What `withdraw` takes, or None when the query was refused at once.
         """
         line = self._by_name.get(name)
-        if line is None or not line.accepting:
-            if name not in self._changing:
-                on_reply(Reply(Ending.WORKER_GONE, b"the worker is not up", name))
-                return None
-            if len(self._held.get(name, ())) >= self._max_in_flight:
-                on_reply(Reply(Ending.REFUSED, b"the worker has too many queries before it", name))
-                return None
-        elif len(line.in_flight) >= self._max_in_flight:
-            on_reply(Reply(Ending.REFUSED, b"the worker has too many queries before it", name))
-            return None
-        if len(self._pending) >= self._max_in_flight_total:
-            on_reply(Reply(Ending.REFUSED, b"the runner has too many queries before it", name))
+        if (refusal := self._objection(name, line)) is not None:
+            self._count(name, refusal.ending)
+            on_reply(refusal)
             return None
         self._sequence = sequence = self._sequence + 1
         pending = Pending(sequence, name, query, self._loop.time() + self._query_timeout_s, on_reply, elsewhere, trace)
@@ -229,11 +222,26 @@ class Router:
             self._deadline_timer = self._loop.call_at(pending.deadline, self._expire)
         return sequence
 
+    def _objection(self, name: str, line: Line | None) -> Reply | None:
+        """Return why a worker can be given no query now, or None."""
+        if line is not None and line.accepting:
+            waiting = len(line.in_flight)
+        elif name in self._changing:
+            waiting = len(self._held.get(name, ()))
+        else:
+            return Reply(Ending.WORKER_GONE, b"the worker is not up", name)
+        if waiting >= self.max_in_flight:
+            return Reply(Ending.REFUSED, b"the worker has too many queries before it", name)
+        if len(self._pending) >= self._max_in_flight_total:
+            return Reply(Ending.REFUSED, b"the runner has too many queries before it", name)
+        return None
+
     def withdraw(self, sequence: int) -> None:
         """Forget a query that nobody waits for any more; `on_reply` is not called."""
         pending = self._pending.pop(sequence, None)
         if pending is not None:
             self._take_back(pending)
+            self._count(pending.name, Ending.WITHDRAWN)
 
     @property
     def in_flight(self) -> int:
@@ -244,6 +252,10 @@ class Router:
         """How many of them a worker has, or will have once it is up."""
         line = self._by_name.get(name)
         return (0 if line is None else len(line.in_flight)) + len(self._held.get(name, ()))
+
+    def endings_of(self, name: str) -> Mapping[Ending, int]:
+        """How queries to a worker have ended, each as its asker was told."""
+        return self._endings.get(name, {})
 
     def _place(self, pending: Pending, line: Line) -> None:
         """Give a query to a worker."""
@@ -259,7 +271,7 @@ class Router:
             pending.line = None
         for name in (pending.name, *pending.elsewhere):
             line = self._by_name.get(name)
-            if line is not None and line.accepting and len(line.in_flight) < self._max_in_flight:
+            if line is not None and line.accepting and len(line.in_flight) < self.max_in_flight:
                 self._place(pending, line)
                 return
         self._hold(pending)
@@ -289,7 +301,13 @@ class Router:
             pending.line.in_flight.pop(pending.sequence, None)
         elif (held := self._held.get(pending.name)) is not None:
             held.pop(pending.sequence, None)
-        pending.on_reply(Reply(ending, payload, pending.name if pending.line is None else pending.line.name))
+        name = pending.name if pending.line is None else pending.line.name
+        self._count(name, ending)
+        pending.on_reply(Reply(ending, payload, name))
+
+    def _count(self, name: str, ending: Ending) -> None:
+        endings = self._endings[name]
+        endings[ending] = endings.get(ending, 0) + 1
 
     def _expire(self) -> None:
         """Answer the queries whose deadline has passed, and wait for the next one."""

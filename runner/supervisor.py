@@ -144,7 +144,7 @@ class Supervisor:
 
     async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
         async with limiter:
-            if not await self._children[spec.name].replace(spec, "its configuration has changed"):
+            if not await self._children[spec.name].replace(spec, "its configuration has changed", "configuration"):
                 failed.append(spec.name)
 
     def _child(self, spec: WorkerSpec) -> Child:

@@ -137,6 +137,7 @@ class Counters(msgspec.Struct, kw_only=True):
         ignored: frames that meant nothing, by reason.
         durations: how long handlers took: how many times in [2**(n-1), 2**n) nanoseconds, at index n, which is
             the duration's `bit_length`. `busy_s` is the sum; of what runs just now, a little may be missing.
+        in_flight_node: how many queries of the node were there and not answered; no count, but how it is just now.
         last_error: the last thing that went wrong.
     """
 
@@ -148,6 +149,7 @@ class Counters(msgspec.Struct, kw_only=True):
     ignored: dict[str, int] = {}
     durations: list[int] = field(default_factory=_none_yet(BUCKETS))
     busy_s: float = 0.0
+    in_flight_node: int = 0
     last_error: str = ""
 
     @property

@@ -73,6 +73,21 @@ def _cut(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str
     return event
 
 
+def _harmless(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Leave nothing that a terminal would obey, and no line that looks like another event's."""
+    for key, value in event.items():
+        if type(value) is str and not value.isprintable():
+            lines = value.split("\n") if key == "exception" else [value]
+            event[key] = "\n    ".join(map(_escaped, lines))
+    return event
+
+
+def _escaped(text: str) -> str:
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
+    )
+
+
 def shortened(text: str, longest: int) -> str:
     """Return a text, or when it is longer than that its beginning, how much is left out, and its end."""
     if len(text) <= longest:
@@ -119,6 +134,7 @@ def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any)
             structlog.processors.TimeStamper(fmt="iso" if not pretty else "%H:%M:%S", utc=not pretty),
             structlog.processors.format_exc_info,
             _cut,
+            *([_harmless] if pretty else []),
             *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),

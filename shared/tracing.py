@@ -74,10 +74,12 @@ class Tracing:
         self._log = structlog.get_logger("tracing").bind(**own)
         self._folded = Folded()
         _listen_to_library(_Told(self._log))
+        sends = _sends(os.environ)
         try:
             self._exporter = _Exporter()
             self._provider = TracerProvider(resource=_resource(attributes), shutdown_on_exit=False)
-            self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
+            if sends:
+                self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
             self._tracer = self._provider.get_tracer("em-runner")
         except Exception as exc:  # noqa: BLE001 - each part has its own way to refuse
             raise ConfigError(f"tracing cannot begin: {exc}; see the OTEL_* variables of the environment") from None
@@ -123,6 +125,26 @@ class Tracing:
     def _tell(self, exc: Exception) -> None:
         if self._folded.admit(type(exc).__name__) is not None:
             self._log.error("tracing_fault", exc_info=exc)
+
+
+def _sends(environ: Mapping[str, str]) -> bool:
+    """Return whether spans are sent: the library itself looks at none of these, but in its command-line launcher.
+
+    Raises:
+        ConfigError: when the environment asks for what is not here.
+    """
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    if exporter not in ("", "otlp", "none"):
+        raise ConfigError(f"OTEL_TRACES_EXPORTER: found {exporter!r}, expected otlp or none")
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = environ.get(name, "").strip()
+        if protocol not in ("", "http/protobuf"):
+            raise ConfigError(f"{name}: found {protocol!r}, expected http/protobuf; collectors take it at port 4318")
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"):
+        endpoint = environ.get(name, "").strip()
+        if endpoint and not re.match(r"https?://[^/]", endpoint):
+            raise ConfigError(f"{name}: found no URL, expected one such as http://localhost:4318")
+    return exporter != "none"
 
 
 class _Exporter(OTLPSpanExporter):

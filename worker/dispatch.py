@@ -8,11 +8,13 @@ answer may leave (not before a durable memory is), and what becomes of a query t
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from time import perf_counter_ns
+from traceback import TracebackException
 from typing import Any, Final
 
 import anyio
@@ -36,6 +38,9 @@ SLICE_NS: Final = int(SLICE_S * NS)
 
 STOP_GRACE_S: Final = 1.0
 """How long an `async def` handler that is cancelled for its time-out may take to stop."""
+
+_SHORTEST_QUOTE: Final = 3
+"""What is shorter than this is in every other word."""
 
 SUSPENDED_S: Final = 1.0
 """A clock that is later than this was stopped, with the handler: the time is not counted against it."""
@@ -67,6 +72,11 @@ class Dispatcher(ABC):
         counters: where errors are counted.
         concurrency: how many queries run at once; more than one only without memory.
         timeout_s: how long one query may take; None sets no limit.
+
+    Attributes:
+        pending: how many jobs are not answered.
+        on_hung: called with the reason when a handler can be stopped no more.
+        quotes_queries: whether the log may have the text of a query that a failure quotes.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class Dispatcher(ABC):
     ) -> None:
         self.pending = 0
         self.on_hung: Callable[[str], None] = lambda reason: None
+        self.quotes_queries = False
         self._counters = counters
         self._handler = handler
         self._memory = memory
@@ -230,7 +241,7 @@ class Dispatcher(ABC):
         self._memory.rollback()
         if job.settled:
             return CANCELLED
-        what = f"{type(exc).__name__}: {_words(exc)}"[:500]
+        what = self._discreet(f"{type(exc).__name__}: {_words(exc)}", job)[:500]
         last = exc.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
@@ -238,9 +249,20 @@ class Dispatcher(ABC):
         if held is not None:
             more: dict[str, Any] = {"like_it_before": held} if held else {}
             if not isinstance(exc, HandlerFault):  # what was returned is at fault: no line of the handler to be shown
-                more["exc_info"] = exc
+                lines = TracebackException.from_exception(exc).format()
+                more["exception"] = "".join(
+                    line if line.startswith("  File ") else self._discreet(line, job) for line in lines
+                ).rstrip()
             self._log.error("handler_failed", error=what, **more)
         return Outcome.HANDLER_FAILED, what.encode("utf-8", "replace")
+
+    def _discreet(self, words: str, job: Job) -> str:
+        """Return what an exception says, without the text of the query that many of them quote."""
+        if self.quotes_queries or len(job.body) < _SHORTEST_QUOTE:
+            return words
+        for text in {job.body, repr(job.body)[1:-1]}:
+            words = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", "(the query)", words)
+        return words
 
     # --- the time-out ---
 
@@ -266,7 +288,8 @@ class Dispatcher(ABC):
         words = f"a query took longer than {round(self._timeout_s * 1000)} ms"
         if not lane.timed_out:
             lane.timed_out = True
-            self._log.error("handler_timed_out", error=words)
+            if (held := self._folded.admit(words)) is not None:
+                self._log.error("handler_timed_out", error=words, **({"like_it_before": held} if held else {}))
             self._settle(job, (Outcome.TIMED_OUT, words.encode()))
             if self._interrupt(lane):
                 lane.since_ns = int((now - self._timeout_s + STOP_GRACE_S) * NS)

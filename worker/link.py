@@ -187,6 +187,7 @@ class Link:
     def _send_status(self) -> None:
         if self._dispatcher is not None:
             self._dispatcher.count()
+            self._counters.in_flight_node = max(self._dispatcher.pending - len(self._jobs), 0)
         self._told = ipc.encode(ipc.Status(self._state, self._detail, self._counters))
         self._send_encoded(self._told)
 

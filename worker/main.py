@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -23,7 +22,6 @@ from shared import logs
 from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
-from shared.logs import Folded
 from worker import output
 from worker.connection import Connection
 from worker.dispatch import Dispatcher
@@ -35,13 +33,12 @@ from worker.memories import memory_for
 from worker.memory import Memory, MemoryFault
 from worker.orphan import leave_with_parent
 from worker.results import HandlerFault
+from worker.states import StateLog
 from worker.trial import attempt
 
 if TYPE_CHECKING:
     from worker.tracing import WorkerTracing
 
-_KIND: Final = re.compile("[:(]")
-"""What ends the part of a reason that is ours: what a node says comes after it."""
 
 ABANDON_S: Final = 0.5
 """How long the node may take to read the last answers of a worker whose handler hangs."""
@@ -116,8 +113,8 @@ class Worker:
         self._hung = ""
         self._called = anyio.Event()
         self._inherited: bytes | None = None
-        self._repeats = Folded()
         self._log = structlog.get_logger("worker")
+        self._states = StateLog(self._log)
 
     async def run(self) -> int:
         """Serve until drained; return the exit status."""
@@ -159,6 +156,7 @@ class Worker:
         chosen = dispatcher_for if self._tracing is None else self._tracing.dispatcher_for
         dispatcher = chosen(handler, memory, self._counters, agent.concurrency, timeout_s)
         dispatcher.on_hung = self._hang
+        dispatcher.quotes_queries = self._spec.log_level == "debug"
         connection = Connection(self._spec, capabilities, dispatcher, self._counters, self._tell)
         async with anyio.create_task_group() as tasks, dispatcher.running():
             tasks.start_soon(self._heartbeat, connection, dispatcher)
@@ -264,27 +262,16 @@ class Worker:
         while True:
             await anyio.sleep(heartbeat_interval_s(liveness_timeout_s, idle=not news))
             news = self._link.beat()
+            self._states.catch_up()
             connection.tell_overdue()
             dispatcher.tell_overdue()
             if reason := self._limits.reached(self._counters):
                 self._link.ask_for_successor(reason)
 
     def _tell(self, state: WorkerState, detail: str) -> None:
-        """Report a state to the runner, and log it unless the same was just said."""
+        """Report a state to the runner, and to the log."""
         self._link.tell(state, detail)
-        if state in ("backoff", "ready"):
-            # By kind, not by the node's own words: it could say something new each time.
-            held = self._repeats.admit(f"{state} {_KIND.split(detail)[0]}")
-            if held is not None:
-                told: dict[str, Any] = {"like_it_before": held} if held else {}
-                if state == "backoff":
-                    self._log.warning(state, reason=detail, **told)
-                else:
-                    self._log.info(state, **told)
-        elif state in ("draining", "stopped"):
-            self._log.info(state)
-        else:
-            self._log.debug(state)
+        self._states.note(state, detail)
 
 
 def _kind_of_link(tracing: bool) -> type[Link]:

@@ -1,6 +1,7 @@
 """What a handler prints, and what its own threads fail with, as lines of the log.
 
-So that each line says which worker it is of, and a log of JSON lines holds nothing else.
+So that each line says which worker it is of. What goes past `sys.stdout` and `sys.stderr` (from C, from a program that
+the handler starts, a crash's last words) is left as it is: a pipe that this process has to read would lose the last.
 """
 
 from __future__ import annotations

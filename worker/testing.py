@@ -120,6 +120,7 @@ async def _running(
         agent = Agent(name=NAME, handler=_REF, nodes=(address,), connection=Connection(reconnect_interval_ms=100))
         spec = WorkerSpec(name=NAME, agent=agent, node=address, index=1)
         dispatcher = dispatcher_for(handler, memory, counters, 1, timeout_s)
+        dispatcher.quotes_queries = True
         line = Line(spec, handler.capabilities, dispatcher, counters, lambda state, detail: None)
         memory.open()
         try:

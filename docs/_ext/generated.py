@@ -100,7 +100,7 @@ def _collected() -> Iterator[Metric]:
     row |= {"name": "echo_server", "agent": "echo", "node": "ws://localhost:8080", "state": "ready", "detail": ""}
     worker = msgspec.convert(row | {"pid": os.getpid(), "ignored": {}, "last_error": ""}, WorkerRow)
     counted = Counters(ignored={"binary": 1})
-    yield from metrics.collected([metrics.Sample(worker, counted, {"killed": 1}, 0, 0.0)])
+    yield from metrics.collected([metrics.Sample(worker, counted, {"killed": 1}, 0, 0.0, {}, {})], metrics.Own({}, 0))
 
 
 PARTS: Final[dict[str, Callable[[], str]]] = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from disco import NodeSettings, serve
-from runner.metrics import Sample, exposition
+from runner.metrics import Own, Sample, exposition
 from shared.ipc import Counters
 from tests.cluster import ROOT, agent, cluster
 from tests.unit.test_status import row
@@ -34,7 +34,7 @@ def promtool(*arguments: str | Path, text: str = "") -> str:
 
 def known() -> set[str]:
     """The names of all series that `GET /metrics` has."""
-    exposed = exposition([Sample(row(pid=os.getpid()), Counters(), {}, 0, 0.0)]).decode()
+    exposed = exposition([Sample(row(pid=os.getpid()), Counters(), {}, 0, 0.0, {}, {})], Own({}, 0)).decode()
     return set(re.findall(r"^(\w+)", exposed, re.MULTILINE))
 
 
@@ -115,7 +115,7 @@ def test_expressions_of_the_dashboard_are_promql(tmp_path: Path) -> None:
 
 @needs_promtool
 def test_alert_rules_are_some_that_prometheus_takes() -> None:
-    assert "7 rules found" in promtool("check", "rules", ROOT / "deploy" / "alerts.yml")
+    assert "8 rules found" in promtool("check", "rules", ROOT / "deploy" / "alerts.yml")
 
 
 @needs_promtool

@@ -89,10 +89,9 @@ async def test_a_change_of_state_is_one_line(tmp_path: Path, node: Node) -> None
         await running.wait_ready()
         assert await running.stop() == 0
         told = [line["event"] for line in lines(running) if "incarnation" in line and "agent" in line]
-        assert told == ["ready", "draining", "stopped"]
+        assert told == ["worker_started", "ready", "draining", "stopped"]
         assert [line["event"] for line in lines(running) if "agent" not in line] == [
             "started",
-            "worker_started",
             "draining",
             "stopped",
         ]

@@ -301,7 +301,8 @@ async def test_failure_is_logged_with_its_traceback_once_and_then_counted(kind: 
             assert table.counters.errors == 20
     (line,) = logs
     assert (line["event"], line["error"]) == ("handler_failed", "ValueError: q0")
-    assert isinstance(line["exc_info"], ValueError)
+    assert "in handle" in line["exception"]
+    assert line["exception"].endswith("ValueError: q0")
 
 
 async def test_plain_handler_that_returns_a_coroutine_is_told_to_be_async() -> None:
@@ -766,3 +767,57 @@ async def test_query_that_waits_for_its_memory_to_be_written_is_never_given_back
         "hangs": Outcome.TIMED_OUT,
         "behind": Outcome.RETURNED,
     }
+
+
+# --- what the log may have ---
+
+
+@KINDS
+@pytest.mark.parametrize("quotes", [False, True])
+async def test_text_of_a_query_that_a_failure_quotes_is_left_out_of_the_log(kind: str, quotes: bool) -> None:
+    def handle(body: str, memory: dict[Any, Any]) -> Any:
+        try:
+            return int(body), memory
+        except ValueError as exc:
+            raise RuntimeError(f"no number in {body}") from exc
+
+    with capture_logs() as logs:
+        async with bench(handler_of(kind, handle)) as table:
+            table.dispatcher.quotes_queries = quotes
+            told = await table.failure("4111-1111 \n'")
+            told += table.counters.last_error
+    (line,) = logs
+    assert ("4111-1111" in told + line["error"] + line["exception"]) is quotes
+    assert "int(body)" in line["exception"], "the place is there"
+    assert ("RuntimeError: no number in (the query)" in line["exception"]) is not quotes
+
+
+async def test_flood_of_time_outs_is_one_line() -> None:
+    async def handle(body: str, memory: dict[Any, Any]) -> Any:
+        await anyio.sleep_forever()
+
+    handler = Handler(handle=handle, is_async=True)
+    dispatcher = dispatcher_for(handler, memory_for("none", "w", Path("/nowhere")), Counters(), 20, 0.02)
+    asker = Asker()
+    with capture_logs() as logs:
+        async with dispatcher.running():
+            dispatcher.submit([Job(asker, body, body) for body in names(40)])
+            answers = await asker.have(40)
+    assert {outcome for _, outcome, _ in answers} == {Outcome.TIMED_OUT}
+    assert [line["event"] for line in logs] == ["handler_timed_out"]
+
+
+async def test_query_that_is_there_before_the_handler_is_has_its_whole_time() -> None:
+    async def handle(body: str, memory: dict[Any, Any]) -> Any:
+        await anyio.sleep(0.02)
+        return body, memory
+
+    counters = Counters()
+    handler = Handler(handle=handle, is_async=True)
+    dispatcher = dispatcher_for(handler, memory_for("ram", "w", Path("/nowhere")), counters, 1, LIMIT_S)
+    asker = Asker()
+    async with dispatcher.running():
+        dispatcher.submit([Job(asker, "x", "x")])
+        assert await asker.have(1) == [("x", *ok("x"))]
+        dispatcher.count()
+    assert sum(counters.durations[:36]) == 1, "it took no more than some seconds"

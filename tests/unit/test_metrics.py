@@ -8,17 +8,20 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from runner.metrics import Sample, exposition
+from runner.lines import Ending
+from runner.metrics import Own, Sample, exposition
 from shared.ipc import Counters, Outcome
 from tests.unit.test_status import row
 
 ROOT = Path(__file__).resolve().parents[2]
 
+OWN = Own({}, 1024)
 
-def exposed(*samples: Sample) -> dict[str, float]:
+
+def exposed(*samples: Sample, own: Own = OWN) -> dict[str, float]:
     """Return each sample line but for the runner's own process, by its name and its labels without worker and node."""
     found = {}
-    for family in text_string_to_metric_families(exposition(samples).decode()):
+    for family in text_string_to_metric_families(exposition(samples, own).decode()):
         assert family.documentation, family.name
         for sample in family.samples:
             assert sample.labels.get("worker", "a_server") == "a_server"
@@ -28,7 +31,14 @@ def exposed(*samples: Sample) -> dict[str, float]:
 
 
 def sample(counted: Counters, **more: Any) -> Sample:
-    values: dict[str, Any] = {"row": row(), "restarts": {}, "in_flight": 0, "silent_s": 0.0}
+    values: dict[str, Any] = {
+        "row": row(),
+        "restarts": {},
+        "in_flight": 0,
+        "silent_s": 0.0,
+        "endings": {},
+        "replacements": {},
+    }
     return Sample(counted=counted, **values | more)
 
 
@@ -67,7 +77,7 @@ def test_what_a_worker_is_at_is_told_as_gauges() -> None:
     found = exposed(sample(Counters(), in_flight=3, silent_s=0.5, restarts={"killed": 2}, row=row(uptime_s=9.0)))
     assert found["em_runner_worker_registered"] == 1
     assert found["em_runner_worker_state{'state': 'ready'}"] == 1
-    assert found["em_runner_queries_in_flight"] == 3
+    assert found["em_runner_queries_in_flight{'transport': 'http'}"] == 3
     assert found["em_runner_worker_heartbeat_age_seconds"] == 0.5
     assert found["em_runner_worker_uptime_seconds"] == 9
     assert found["em_runner_worker_restarts_total{'reason': 'killed'}"] == 2
@@ -106,3 +116,26 @@ def test_counters_of_successive_processes_add_up() -> None:
     assert both.ignored == {"binary": 2, "malformed": 2}
     assert (both.durations[20], both.busy_s) == (7, 1.5)
     assert (before.node[Outcome.OK], before.ignored) == (5, {"binary": 1}), "what was added is as it was"
+
+
+def test_clients_of_direct_queries_are_counted_by_what_they_were_told() -> None:
+    found = exposed(sample(Counters(), endings={Ending.TIMED_OUT: 3, Ending.REFUSED: 15}, replacements={"limit": 2}))
+    assert found["em_runner_direct_queries_total{'outcome': 'timed_out'}"] == 3
+    assert found["em_runner_direct_queries_total{'outcome': 'refused'}"] == 15
+    assert found["em_runner_direct_queries_total{'outcome': 'worker_gone'}"] == 0
+    assert found["em_runner_worker_replacements_total{'reason': 'limit'}"] == 2
+    assert found["em_runner_worker_replacements_total{'reason': 'handler'}"] == 0
+
+
+def test_requests_that_reach_no_worker_are_counted_by_status() -> None:
+    found = exposed(own=Own({401: 7, 418: 1}, 5))
+    assert found["em_runner_requests_refused_total{'status': '401'}"] == 7
+    assert found["em_runner_requests_refused_total{'status': '418'}"] == 1
+    assert found["em_runner_requests_refused_total{'status': '404'}"] == 0
+    assert found["em_runner_max_in_flight"] == 5
+
+
+def test_what_is_in_flight_is_told_by_where_it_came_from() -> None:
+    found = exposed(sample(Counters(in_flight_node=9), in_flight=4))
+    assert found["em_runner_queries_in_flight{'transport': 'http'}"] == 4
+    assert found["em_runner_queries_in_flight{'transport': 'websocket'}"] == 9
