@@ -43,9 +43,10 @@ _WHY: Final = {
     404: "There is no such agent or worker.",
     408: "The request was not sent in time.",
     413: f"The body is larger than {MAX_BODY_BYTES} bytes.",
-    500: "The handler raised, took too long, or returned what is no JSON; the log has the traceback.",
+    405: "The route is not asked in this way; `Allow` says how.",
+    500: "The handler raised, or returned what is no JSON; the log has the traceback.",
     503: "No worker is up, or it is busy, or it died with the query; `Retry-After` says when to ask again.",
-    504: "There was no answer before the deadline, `query_timeout_ms`.",
+    504: "There was no answer before the deadline: `query_timeout_ms`, or the handler's own `handler_timeout_ms`.",
 }
 _WORKER: Final = {"X-Worker": {"description": "Who was asked.", "schema": {"type": "string"}}}
 _RETRY: Final = {"Retry-After": {"description": "In seconds.", "schema": {"type": "integer"}}}
@@ -63,7 +64,11 @@ def document() -> bytes:
         "info": {
             "title": "em-runner",
             "version": version(),
-            "description": 'Direct queries to agents, and how their workers are. Every error is `{"error": ...}`.',
+            "description": (
+                'Direct queries to agents, and how their workers are. Every error is `{"error": ...}`. Each GET answers '
+                "HEAD too. Whatever the route: 400 for what is no HTTP request or has no Host, 404 for an unknown path, "
+                "405 for another method, 408 for a request that is not sent in time, 431 for a head that is too large."
+            ),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],

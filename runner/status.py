@@ -24,10 +24,12 @@ EXIT_NOT_READY: Final = 1
 EXIT_NO_RUNNER: Final = 2
 LONGEST_REASON: Final = 120
 _COLOURS: Final = {"ready": "green", "failed": "bold red", "crashed": "red", "restarting": "red", "backoff": "yellow"}
-_SPENT_FIRST: Final = ("p50", "queries", "up", "pid", "p99", "a second", "node", "restarts", "errors")
+_SPENT_FIRST: Final = ("p50", "queries", "up", "p99", "a second", "node", "pid", "restarts", "errors")
 """What a terminal that is too narrow does without, in this order."""
 
-LEAST_REASON: Final = 24
+_WHY: Final = "why, or the last error"
+
+LEAST_REASON: Final = 20
 """How many characters of the reason are worth more than a column."""
 
 _GAP: Final = 2
@@ -75,9 +77,11 @@ def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     for heading in columns:
         grid.add_column(heading, justify="left" if heading in ("worker", "state", "node") else "right", no_wrap=True)
     fitted = 1 if width is not None else None
-    grid.add_column("why, or the last error", overflow="ellipsis", no_wrap=True, ratio=fitted)
+    if any(reasons) or width is None:
+        left = width - sum(_width(name, cells) for name, cells in columns.items()) if width is not None else len(_WHY)
+        grid.add_column(_WHY if left >= len(_WHY) else "why", overflow="ellipsis", no_wrap=True, ratio=fitted)
     for *cells, reason in zip(*columns.values(), map(Text, reasons), strict=True):
-        grid.add_row(*cells, reason)
+        grid.add_row(*cells, *([reason] if len(grid.columns) > len(cells) else []))
     return grid
 
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import anyio
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -138,3 +139,81 @@ async def test_metrics_ask_for_the_token_where_there_is_one(tmp_path: Path, node
         assert (await running.http.get("/metrics")).status_code == 401
         running.http.headers["authorization"] = "Bearer let-me-in"
         assert (await running.http.get("/metrics")).status_code == 200
+
+
+SLOW = """
+import time
+def handle(body, memory):
+    time.sleep(float(body) if body != "x" else 0)
+    return body, memory
+"""
+
+
+async def test_what_clients_were_told_is_counted_whatever_the_worker_did(tmp_path: Path, node: Node) -> None:
+    runner = "query_timeout_ms = 300\nmax_in_flight = 2"
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=SLOW, runner=runner) as running:
+        await running.wait_ready()
+        value = values(running)
+        statuses: list[int] = []
+
+        async def ask(body: str) -> None:
+            statuses.append((await running.ask(body)).status_code)
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(6):
+                tasks.start_soon(ask, "0.6")
+        assert sorted(statuses) == [503] * 4 + [504] * 2
+        assert await value("em_runner_direct_queries_total", outcome="refused") == 4
+        assert await value("em_runner_direct_queries_total", outcome="timed_out") == 2
+        assert await value("em_runner_direct_queries_total", outcome="ok") == 0
+        assert await value("em_runner_max_in_flight") == 2
+
+
+async def test_requests_that_reach_no_worker_are_counted_and_intruders_told_of_once(tmp_path: Path, node: Node) -> None:
+    (tmp_path / "token").write_text("let-me-in\n")
+    (tmp_path / "token").chmod(0o600)
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=HANDLERS, runner='http_token_file = "token"'
+    ) as running:
+        for number in range(5):
+            wrong = {"authorization": f"Bearer guess-{number}"}
+            assert (await running.http.get("/workers", headers=wrong)).status_code == 401
+            assert (await running.http.post("/agent/query", headers=wrong, json={"query": "x"})).status_code == 401
+        running.http.headers["authorization"] = "Bearer let-me-in"
+        await running.wait_ready()
+        assert (await running.http.post("/agents/b/query", json={"query": "x"})).status_code == 404
+        assert (await running.http.post("/agent/query", json={})).status_code == 400
+        value = values(running)
+        assert await value("em_runner_requests_refused_total", status="401") == 10
+        assert await value("em_runner_requests_refused_total", status="404") == 1
+        assert await value("em_runner_requests_refused_total", status="400") == 1
+        (told,) = running.events("request_refused")
+        assert (told["status"], told["client"]) == (401, "127.0.0.1")
+        assert "guess" not in running.log
+
+
+async def test_what_was_counted_of_one_node_is_not_said_to_be_of_another(
+    tmp_path: Path, node: Node, other_node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        value = values(running)
+        for _ in range(3):
+            await running.ask("x")
+
+        async def counted() -> bool:
+            return await value("em_runner_queries_total", node=node.url) == 3
+
+        await until(counted, "they are counted")
+        configure(tmp_path, agent("a", [other_node.url]))
+        running.process.send_signal(signal.SIGHUP)
+        await until(lambda: running.events("reloaded"), "it is reloaded")
+        await running.wait_ready()
+        await running.ask("x")
+
+        async def anew() -> bool:
+            return await value("em_runner_queries_total", node=other_node.url) == 1
+
+        await until(anew, "the other node's begin at 0")
+        assert await value("em_runner_queries_total", node=node.url) == 0, "and its own are no more"
+        assert await value("em_runner_worker_restarts_total") == 0

@@ -384,3 +384,28 @@ def test_endless_kinds_of_events_do_not_fill_the_memory() -> None:
     for number in range(5000):
         assert folded.admit(str(number)) == 0
     assert len(folded._seen) <= 256
+
+
+# --- what nobody may do to a terminal ---
+
+
+def test_no_text_of_a_peer_or_a_handler_moves_the_cursor_or_poses_as_a_line(stderr: Read) -> None:
+    logs.configure("debug", "console")
+    log().info("a library\nsays", text="\x1b]0;pwned\x07", reason="\x1b[31mred\r")
+    try:
+        raise ValueError("\x1b[2J\n12:00:00 [info     ] forged")
+    except ValueError as exc:
+        log().error("handler_failed", exc_info=exc)
+    found = stderr()
+    assert not set(found) & {"\x1b", "\x07", "\r"}
+    assert "\\x1b]0;pwned\\x07" in found
+    first, *rest = found.splitlines()
+    assert "says" in first
+    assert [line for line in rest if line.startswith("12:00:00")] == []
+    assert "forged" in found
+
+
+def test_json_lines_keep_texts_as_they_are(stderr: Read) -> None:
+    logs.configure("info", "json")
+    log().info("x", text="\x1b[31m\n")
+    assert json.loads(stderr())["text"] == "\x1b[31m\n"
