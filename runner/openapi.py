@@ -66,8 +66,8 @@ def document() -> bytes:
             "version": version(),
             "description": (
                 'Direct queries to agents, and how their workers are. Every error is `{"error": ...}`. Each GET '
-                "answers HEAD too. Whatever the route: 400 for what is no HTTP request or has no Host, 404 for an unknown "
-                "path, 405 for another method, 408 for what is not sent in time, 431 for a head that is too large."
+                "answers HEAD too. Whatever the route: 400 for what is no HTTP request or has no Host, 404 for an "
+                "unknown path, 405 for another method, 408 for what is not sent in time, 431 for too large a head."
             ),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },

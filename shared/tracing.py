@@ -74,7 +74,7 @@ class Tracing:
         self._log = structlog.get_logger("tracing").bind(**own)
         self._folded = Folded()
         _listen_to_library(_Told(self._log))
-        sends = _sends(os.environ)
+        sends = sends(os.environ)
         try:
             self._exporter = _Exporter()
             self._provider = TracerProvider(resource=_resource(attributes), shutdown_on_exit=False)
@@ -127,7 +127,7 @@ class Tracing:
             self._log.error("tracing_fault", exc_info=exc)
 
 
-def _sends(environ: Mapping[str, str]) -> bool:
+def sends(environ: Mapping[str, str]) -> bool:
     """Return whether spans are sent: the library itself looks at none of these, but in its command-line launcher.
 
     Raises:

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests.docs.markdown import PAGES, ROOT
+from tests.screenshots import DIGEST, page_digest
 
 LINK = re.compile(r"(?<!`)\[[^\]\n]*\]\(([^)\s]+)\)")
 LOADS = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data"}
@@ -102,3 +103,8 @@ def test_every_generated_part_is_filled(site: Path) -> None:
     assert "handler_timeout_ms" in text
     assert "em-runner status" in (site / "reference" / "commands.html").read_text()
     assert "em_runner_queries_total" in (site / "reference" / "metrics.html").read_text()
+
+
+def test_pictures_are_of_the_page_as_it_is() -> None:
+    told = (ROOT / "docs" / "images" / DIGEST).read_text().strip()
+    assert told == page_digest(), "run scripts/screenshots.sh"

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState
 
 from runner.tracing import _trace_in
+from shared.errors import ConfigError
 from shared.ipc import NO_TRACE
-from shared.tracing import MAX_HEADER, read, written
+from shared.tracing import MAX_HEADER, read, sends, written
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -115,3 +116,24 @@ def test_headers_name_one_parent_and_as_many_states_as_there_are() -> None:
     assert _trace_in([parent, (b"tracestate", b"a=b"), (b"tracestate", b"c=d")]) == (PARENT, "a=b,c=d")
     assert _trace_in([parent, parent]) == NO_TRACE
     assert _trace_in([(b"traceparent", b"\xff\xfe")]) == ("\xff\xfe", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("OTEL_TRACES_EXPORTER", "zipkin", "expected otlp or none"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "expected http/protobuf"),
+        ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc", "expected http/protobuf"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "nonsense", "expected one such as http://localhost:4318"),
+    ],
+)
+def test_what_the_environment_asks_for_in_vain_is_an_error(name: str, value: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        sends({name: value})
+    assert name in str(caught.value)
+
+
+def test_environment_may_ask_for_no_spans_to_be_sent() -> None:
+    assert not sends({"OTEL_TRACES_EXPORTER": "none"})
+    assert sends({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": "https://collector:4318/v1"})
+    assert sends({})
