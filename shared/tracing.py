@@ -74,11 +74,11 @@ class Tracing:
         self._log = structlog.get_logger("tracing").bind(**own)
         self._folded = Folded()
         _listen_to_library(_Told(self._log))
-        sends = sends(os.environ)
+        sending = sends(os.environ)
         try:
             self._exporter = _Exporter()
             self._provider = TracerProvider(resource=_resource(attributes), shutdown_on_exit=False)
-            if sends:
+            if sending:
                 self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
             self._tracer = self._provider.get_tracer("em-runner")
         except Exception as exc:  # noqa: BLE001 - each part has its own way to refuse
