@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,12 +173,16 @@ def handle(body, memory):
         async def ask_node(text: str) -> None:
             found.extend(await node.query(text))
 
+        async def http_has_asked() -> bool:
+            exposed = (await running.http.get("/metrics")).text
+            return re.search(r'in_flight\{.*transport="http".*\} 5\.0$', exposed, re.MULTILINE) is not None
+
         async with anyio.create_task_group() as tasks:
             for number in range(5):
                 tasks.start_soon(ask_http, f"h{number}")
                 tasks.start_soon(ask_node, f"n{number}")
             await until(lambda: node.in_flight == 5, "the node has asked")
-            await until(lambda: len(psutil_connections(running.process.pid)) >= 5, "HTTP has asked")
+            await until(http_has_asked, "HTTP has asked")
             running.process.send_signal(signal.SIGTERM)
             await until(lambda: running.events("draining"), "the runner drains")
             (tmp_path / "gate").touch()
