@@ -70,9 +70,15 @@ def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     reasons = [printable_line(row.detail or row.last_error)[:LONGEST_REASON] for row in rows]
     if width is not None:
         left = width - min(LEAST_REASON, max(map(len, reasons), default=0))
+        whole, spent = columns, []
         for heading in _SPENT_FIRST:
-            if sum(_width(name, cells) for name, cells in columns.items()) > left:
-                del columns[heading]
+            if sum(_width(name, columns[name]) for name in columns if name not in spent) > left:
+                spent.append(heading)
+        for heading in reversed(spent[:]):  # what is narrow may fit where what is wide did not
+            kept = [name for name in whole if name not in spent or name == heading]
+            if sum(_width(name, whole[name]) for name in kept) <= left:
+                spent.remove(heading)
+        columns = {name: cells for name, cells in whole.items() if name not in spent}
     grid = Grid(box=None, pad_edge=False, expand=width is not None, padding=(0, _GAP, 0, 0))
     for heading in columns:
         grid.add_column(heading, justify="left" if heading in ("worker", "state", "node") else "right", no_wrap=True)

@@ -78,11 +78,12 @@ def _harmless(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappin
     for key, value in event.items():
         if type(value) is str and not value.isprintable():
             lines = value.split("\n") if key == "exception" else [value]
-            event[key] = "\n    ".join(map(_escaped, lines))
+            event[key] = "\n    ".join(map(escaped, lines))
     return event
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text with what is not printable as Python writes it, such as `\\x1b`."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
     )

@@ -29,6 +29,7 @@ class RunAgent(Protocol):
         folder: Path | None = None,
         state_dir: Path | None = None,
         timeout_s: float = 5.0,
+        setup_timeout_s: float = 30.0,
     ) -> AgentUnderTest:
         """Run a handler at an embedded node until the end of the test."""
 
@@ -50,11 +51,19 @@ def run_agent(request: pytest.FixtureRequest) -> Iterator[RunAgent]:
             folder: Path | None = None,
             state_dir: Path | None = None,
             timeout_s: float = 5.0,
+            setup_timeout_s: float = 30.0,
         ) -> AgentUnderTest:
             if memory == "disk" and state_dir is None:
                 state_dir = request.getfixturevalue("tmp_path")
             where = folder or request.path.parent
-            agent = running(handler, memory=memory, folder=where, state_dir=state_dir, timeout_s=timeout_s)
+            agent = running(
+                handler,
+                memory=memory,
+                folder=where,
+                state_dir=state_dir,
+                timeout_s=timeout_s,
+                setup_timeout_s=setup_timeout_s,
+            )
             return agents.enter_context(agent)
 
         yield run

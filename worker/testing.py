@@ -34,6 +34,7 @@ from worker.dispatchers import dispatcher_for
 from worker.handler import Handler, examined, load
 from worker.memories import memory_for
 from worker.memory import Memory
+from worker.results import HandlerFault
 
 NAME: Final = "agent_under_test"
 _REF: Final = HandlerRef("the handler under test", None, "handle", Path())
@@ -79,6 +80,7 @@ def running(
     folder: Path | None = None,
     state_dir: Path | None = None,
     timeout_s: float = 5.0,
+    setup_timeout_s: float = 30.0,
 ) -> Iterator[AgentUnderTest]:
     """Run a handler at an embedded node for as long as the `with` lasts.
 
@@ -88,10 +90,11 @@ def running(
         folder: where a handler's file or module is looked for; else the current folder.
         state_dir: where a disk memory's file is made; else `folder`.
         timeout_s: how long one query may take.
+        setup_timeout_s: how long the handler's `setup` may take.
 
     Raises:
         ConfigError: when it cannot be loaded.
-        HandlerFault: when its `setup` fails.
+        HandlerFault: when its `setup` fails, or takes too long.
     """
     state_dir = state_dir or folder
     if memory == "disk" and state_dir is None:
@@ -99,7 +102,9 @@ def running(
     here = folder or Path.cwd()
     loaded = load(parse_handler(handler, here)) if isinstance(handler, str) else examined(handler, _REF)
     with start_blocking_portal(backend_options={"use_uvloop": True}) as portal:
-        life = portal.wrap_async_context_manager(_running(portal, loaded, memory, state_dir or here, timeout_s))
+        life = portal.wrap_async_context_manager(
+            _running(portal, loaded, memory, state_dir or here, timeout_s, setup_timeout_s)
+        )
         try:
             agent = life.__enter__()
         except BaseExceptionGroup as group:
@@ -112,7 +117,12 @@ def running(
 
 @asynccontextmanager
 async def _running(
-    portal: BlockingPortal, handler: Handler, kind: MemoryKind, folder: Path, timeout_s: float
+    portal: BlockingPortal,
+    handler: Handler,
+    kind: MemoryKind,
+    folder: Path,
+    timeout_s: float,
+    setup_timeout_s: float,
 ) -> AsyncIterator[AgentUnderTest]:
     counters, memory = Counters(), memory_for(kind, NAME, folder)
     async with serve(NodeSettings(port=0, query_timeout_ms=round((timeout_s + _PATIENCE_S) * 1000))) as node:
@@ -125,7 +135,10 @@ async def _running(
         memory.open()
         try:
             async with anyio.create_task_group() as tasks, dispatcher.running():
-                await dispatcher.set_up()
+                with anyio.move_on_after(setup_timeout_s) as limit:
+                    await dispatcher.set_up()
+                if limit.cancelled_caught:
+                    raise HandlerFault(f"the handler's setup() has not ended after {setup_timeout_s:g} s")
                 tasks.start_soon(line.run)
                 await node.wait_for(NAME, _PATIENCE_S)
                 yield AgentUnderTest(portal, node, memory, counters)

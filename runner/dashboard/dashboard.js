@@ -94,6 +94,7 @@ function lost(words, link = "gone") {
   byId("link").dataset.link = link;
   put(byId("link"), words);
   put(byId("news"), words);
+  put(byId("summary"), "unknown how it stands");
   document.title = `${link} - em-runner`;
 }
 
@@ -199,7 +200,8 @@ async function onSubmit(event) {
     if (found.ok) put(result, pretty(found.text));
   } catch (error) {
     answer.classList.add("failed");
-    put(byId("verdict"), `No answer: ${error.message}`);
+    const unreachable = error instanceof TypeError; // fetch's way to say that nobody was there
+    put(byId("verdict"), `No answer: ${unreachable ? "the runner cannot be reached; this page looks for it" : error.message}`);
   } finally {
     asking = null;
     button.disabled = false;
@@ -208,10 +210,17 @@ async function onSubmit(event) {
   }
 }
 
+function onNoTarget() {
+  byId("result").hidden = true;
+  byId("answer").classList.add("failed");
+  put(byId("verdict"), "Nobody was asked: the one who was chosen is gone. Choose whom to ask.");
+}
+
 findRows();
 put(byId("link"), "connecting"); // Without a script it says that the page has to be loaded again.
 byId("ask").hidden = false;
 byId("ask").querySelector("form").addEventListener("submit", onSubmit);
+byId("ask").addEventListener("invalid", (event) => event.target === byId("target") && onNoTarget(), true);
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) listen();
 });

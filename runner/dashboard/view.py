@@ -11,6 +11,7 @@ import msgspec
 from runner import table
 from runner.recent import STEPS
 from runner.table import WorkerRow
+from shared.logs import escaped, printable_line
 
 SPARK_WIDTH: Final = 2 * STEPS
 SPARK_HEIGHT: Final = 20
@@ -87,8 +88,8 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         queries=f"{row.queries:,}",
         errors=f"{row.errors:,}",
         restarts=f"{row.restarts:,}",
-        brief=" ".join(row.last_error.split())[:_LONGEST_BRIEF],
-        last_error=row.last_error,
+        brief=printable_line(row.last_error)[:_LONGEST_BRIEF],
+        last_error="\n".join(map(escaped, row.last_error.split("\n"))),  # no override of the direction of reading
     )
 
 

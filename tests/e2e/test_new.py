@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from shared.errors import ConfigError
@@ -164,3 +166,29 @@ def test_fixture_runs_agents_beside_the_test_until_its_end(tmp_path: Path) -> No
     elsewhere.mkdir()
     tested = run(elsewhere, "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path))
     assert "2 passed" in tested.stdout, tested.stdout
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+def test_setup_that_hangs_is_told_and_given_up(kind: str) -> None:
+    over = threading.Event()
+
+    class Hangs:
+        def handle(self, body: str, memory: dict[str, Any]) -> Any:
+            return [], memory
+
+        def setup(self) -> None:
+            over.wait(60)
+
+    class HangsLater(Hangs):
+        async def handle(self, body: str, memory: dict[str, Any]) -> Any:
+            return [], memory
+
+        async def setup(self) -> None:
+            await anyio.sleep_forever()
+
+    handler = Hangs if kind == "plain" else HangsLater
+    try:
+        with pytest.raises(HandlerFault, match="has not ended after 0.1 s"), running(handler, setup_timeout_s=0.1):
+            pass
+    finally:
+        over.set()
