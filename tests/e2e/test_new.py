@@ -188,7 +188,7 @@ def test_setup_that_hangs_is_told_and_given_up(kind: str) -> None:
 
     handler = Hangs if kind == "plain" else HangsLater
     try:
-        with pytest.raises(HandlerFault, match="has not ended after 0.1 s"), running(handler, setup_timeout_s=0.1):
+        with pytest.raises(HandlerFault, match=r"has not ended after 0\.1 s"), running(handler, setup_timeout_s=0.1):
             pass
     finally:
         over.set()
