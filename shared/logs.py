@@ -165,8 +165,8 @@ class Folded:
 
     def admit(self, key: str) -> int | None:
         """Return None to hold this event back, else how many like it were held back before it."""
-        now = self._clock()
         with self._one_at_a_time:
+            now = self._clock()  # inside: another thread's later time would be before it
             since, held = self._seen.get(key, (None, 0))
             if since is not None and now - since < self._every_s:
                 self._seen[key] = (since, held + 1)
@@ -178,8 +178,8 @@ class Folded:
 
     def overdue(self) -> list[tuple[str, int]]:
         """Return (key, number held back) of events whose time is up, so that their end is told too."""
-        now = self._clock()
         with self._one_at_a_time:
+            now = self._clock()  # inside: another thread's later time would be before it
             found = [(key, held) for key, (since, held) in self._seen.items() if now - since >= self._every_s]
             for key, _ in found:
                 del self._seen[key]
