@@ -144,7 +144,7 @@ async def test_place_of_a_failure_is_shown(tmp_path: Path) -> None:
 async def test_handler_that_waits_is_waited_for(tmp_path: Path) -> None:
     found = await trial(tmp_path, "handlers:waits_a_little")
     assert (found.returncode, found.stderr) == (0, "")
-    assert float(found.stdout.split()[-2]) > 10, "a timer may be early by a little"
+    assert float(found.stdout.split()[-2]) >= 19, "the loop counts in whole milliseconds"
 
 
 @pytest.mark.parametrize(
