@@ -32,13 +32,13 @@ class Changes:
 
 
 class Hub:
-    """The parts of one node: registry, queries, log, rates. No sockets."""
+    """The parts of one node: registry, queries, log, rates. No sockets. `url` is where agents find it."""
 
-    def __init__(self, settings: NodeSettings) -> None:
+    def __init__(self, settings: NodeSettings, url: str) -> None:
         self.settings = settings
         self.registry = Registry()
         self.queries = Queries(self.registry, settings.query_timeout_ms)
-        self.journal = Journal()
+        self.journal = Journal(url)
         self.stopping = False
         self._query_rate = Bucket(settings.queries_per_s)
         self._connection_rate = Bucket(settings.connections_per_s)

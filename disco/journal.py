@@ -16,11 +16,15 @@ WINDOW_S = 10.0
 
 
 class Journal:
-    """One line for each agent registered, gone or refused; a count of those held back rides on the next."""
+    """One line for each agent registered, gone or refused; a count of those held back rides on the next.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` returns seconds of a monotonic clock."""
-        self._log = structlog.get_logger("disco")
+    Args:
+        node: the node's URL, which tells its lines from those of others in this process.
+        clock: returns seconds of a monotonic clock.
+    """
+
+    def __init__(self, node: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = structlog.get_logger("disco").bind(node=node)
         self._clock = clock
         self._refusals = Throttle(REFUSALS_PER_WINDOW, WINDOW_S)
         self._changes = Throttle(CHANGES_PER_WINDOW, WINDOW_S)

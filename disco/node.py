@@ -30,7 +30,7 @@ class Node:
     def __init__(self, hub: Hub, host: str, port: int) -> None:
         """`host` and `port` are where clients of this machine reach it."""
         self._hub = hub
-        self._authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._authority = _authority(host, port)
         self.host = host
         self.port = port
 
@@ -113,16 +113,21 @@ async def serve(settings: NodeSettings) -> AsyncIterator[Node]:
             "set one so that agents must show a token, or listen on 127.0.0.1"
         )
     listener = listen(place, hint=settings.port_hint)
-    host, port = listener.getsockname()[:2]
-    hub = Hub(settings)
+    bound, port = listener.getsockname()[:2]
+    host = _reachable(bound)
+    hub = Hub(settings, f"ws://{_authority(host, port)}")
     server = HttpServer(application(hub), listener, ws=functools.partial(AgentSocket, hub))
     try:
         await server.start()
-        yield Node(hub, _reachable(host), port)
+        yield Node(hub, host, port)
     finally:
         hub.stop()
         with anyio.CancelScope(shield=True):
             await server.stop(GRACE_S)
+
+
+def _authority(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _reachable(host: str) -> str:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from runner.process import ForkServer
 from runner.reload import check_handlers
 from shared import logs, tokens
 from shared.config import Agent, Config, worker_specs
 from shared.tokens import TokenError, TokenSource
+
+_COLUMNS: Final = ("worker", "agent", "node", "handler", "memory", "capabilities", "token")
+_ANY: Final = 10_000
 
 
 class Report(NamedTuple):
@@ -46,6 +54,24 @@ def check(config: Config) -> Report:
         for spec in worker_specs(config)
     ]
     return Report(rows, [problem for agent in config.agents for problem in token_problems(agent)])
+
+
+def show(rows: Sequence[tuple[str, ...]], console: Console) -> None:
+    """Print the workers: a line for each, or a paragraph where a terminal is too narrow for lines."""
+    table = Table(*_COLUMNS, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    wanted = Measurement.get(console, console.options.update(max_width=_ANY), table).maximum
+    if not console.is_terminal or wanted <= console.width:
+        console.print(table)
+        return
+    for name, *cells in rows:
+        paragraph = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+        paragraph.add_column()
+        paragraph.add_column(overflow="fold")
+        for heading, cell in zip(_COLUMNS[1:], cells, strict=True):
+            paragraph.add_row(heading, Text(cell))
+        console.print(Text(name, style="bold"), paragraph, sep="\n")
 
 
 def token_problems(agent: Agent) -> list[str]:

@@ -12,15 +12,16 @@ import structlog
 from anyio.abc import TaskGroup
 
 from runner.incarnation import Incarnation
+from runner.lines import Ending
 from runner.metrics import Sample
 from runner.process import ForkServer, SpawnError
 from runner.recent import Recent
 from runner.restarts import ReplacementReason, RestartHistory, RestartPolicy, RestartReason
 from runner.router import Router
-from runner.table import ChildState, WorkerRow
+from runner.table import ChildState, WorkerRow, last_errors
 from shared import ipc
 from shared.config import WorkerSpec
-from shared.ipc import KEY_BYTES, Counters, Launch
+from shared.ipc import KEY_BYTES, Counters, Launch, Mishap
 
 START_TIMEOUT_S: Final = 60.0
 """How long a worker may take to load its handler and set it up."""
@@ -38,7 +39,7 @@ class Child:
         self._router = router
         self._history = RestartHistory(policy)
         self._state: ChildState = "starting"
-        self._last_error = ""
+        self._last_end: Mishap | None = None
         self._current: Incarnation | None = None
         self._incarnations: dict[int, Incarnation] = {}
         self._numbers = 0
@@ -58,6 +59,7 @@ class Child:
     def row(self) -> WorkerRow:
         """The worker as operators see it now."""
         current, counted = self._current, self.counted
+        errors = last_errors(counted.handler_error, counted.connection_error, self._last_end)
         return WorkerRow(
             name=self.spec.name,
             agent=self.spec.agent.name,
@@ -77,7 +79,9 @@ class Child:
             errors=counted.errors,
             reconnects=counted.reconnects,
             ignored=counted.ignored,
-            last_error=self._last_words,
+            unanswered=self._unanswered,
+            last_error=errors[0].error if errors else "",
+            last_errors=errors,
         )
 
     @property
@@ -98,6 +102,7 @@ class Child:
         """Have another spec from now on. At another node nothing has been counted yet."""
         if spec.node != self.spec.node:
             self._before = Counters()
+            self._last_end = None
             self._recent = Recent(time.monotonic())
             self._restarts.clear()
             self._replacements.clear()
@@ -133,13 +138,13 @@ class Child:
         )
 
     @property
-    def _last_words(self) -> str:
-        now = self._current.counters.last_error if self._current is not None else ""
-        return now or self._last_error
+    def _unanswered(self) -> int:
+        endings = self._router.endings_of(self.spec.name)
+        return sum(endings.get(ending, 0) for ending in (Ending.TIMED_OUT, Ending.WORKER_GONE, Ending.REFUSED))
 
     @property
     def _detail(self) -> str:
-        return self._last_error if self._state in ("restarting", "failed") else ""
+        return self._last_end.words if self._last_end and self._state in ("restarting", "failed") else ""
 
     async def run(self) -> None:
         """Keep the worker running until it is told to stop."""
@@ -217,7 +222,6 @@ class Child:
         ended = await incarnation.process.how()
         how = incarnation.failure or f"the process ended: {ended}"
         self._cause = incarnation.cause or _cause(ended)
-        self._last_error = incarnation.counters.last_error or self._last_error
         incarnation.process.release()
         return how
 
@@ -225,7 +229,7 @@ class Child:
         """Decide about a death, and wait as long as that says."""
         decision = self._history.died(time.monotonic(), up_s)
         self._restarts[self._cause] += 1
-        self._last_error = how
+        self._last_end = Mishap.now(how)
         self._state = "failed" if decision.failed else "restarting"
         if decision.failed:
             self._router.retire(self.spec.name)

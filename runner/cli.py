@@ -11,8 +11,6 @@ from typing import Annotated, Any, Final, NoReturn
 import anyio
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from runner import client
 from shared import logs, tokens
@@ -156,10 +154,7 @@ def check(config: ConfigFile = Path("em-runner.toml")) -> None:
     from runner import check as checking
 
     report = checking.check(load(config))
-    table = Table("worker", "agent", "node", "handler", "memory", "capabilities", "token", box=None, pad_edge=False)
-    for row in report.rows:
-        table.add_row(*map(Text, row))
-    _out.print(table)
+    checking.show(report.rows, _out)
     for problem in report.problems:
         print(f"em-runner: {problem}", file=sys.stderr)
     if report.problems:

@@ -24,7 +24,7 @@ EXIT_NOT_READY: Final = 1
 EXIT_NO_RUNNER: Final = 2
 LONGEST_REASON: Final = 120
 _COLOURS: Final = {"ready": "green", "failed": "bold red", "crashed": "red", "restarting": "red", "backoff": "yellow"}
-_SPENT_FIRST: Final = ("p50", "queries", "up", "p99", "a second", "node", "pid", "restarts", "errors")
+_SPENT_FIRST: Final = ("p50", "queries", "up", "p99", "a second", "node", "pid", "restarts", "503, 504", "errors")
 """What a terminal that is too narrow does without, in this order."""
 
 _WHY: Final = "why, or the last error"
@@ -67,7 +67,7 @@ def exit_status(rows: Sequence[WorkerRow]) -> int:
 def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     """Return the rows as a table; of the width of a terminal, a row is one line, and what matters least is left out."""
     columns = _columns(rows)
-    reasons = [printable_line(row.detail or row.last_error)[:LONGEST_REASON] for row in rows]
+    reasons = [printable_line(row.detail or _last_error(row))[:LONGEST_REASON] for row in rows]
     if width is not None:
         left = width - min(LEAST_REASON, max(map(len, reasons), default=0))
         whole, spent = columns, []
@@ -103,8 +103,16 @@ def _columns(rows: Sequence[WorkerRow]) -> dict[str, list[Text]]:
         "p50": [Text(table.latency(row.p50_s)) for row in rows],
         "p99": [Text(table.latency(row.p99_s)) for row in rows],
         "errors": [Text(f"{row.errors:,}") for row in rows],
+        # The rarest of all: it is there when it says something.
+        **({"503, 504": [Text(f"{row.unanswered:,}") for row in rows]} if any(row.unanswered for row in rows) else {}),
         "restarts": [Text(str(row.restarts)) for row in rows],
     }
+
+
+def _last_error(row: WorkerRow) -> str:
+    """Return the newest error in a line; one of the connection, which is over, only where there is no other."""
+    found = sorted(row.last_errors, key=lambda each: (each.source != "connection", each.at))
+    return f"{table.ago(found[-1].at)}: {found[-1].error}" if found else ""
 
 
 def _width(heading: str, cells: Sequence[Text]) -> int:

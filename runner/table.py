@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
+
+from shared.ipc import Mishap
 
 ChildState = Literal[
     "starting",
@@ -24,6 +27,20 @@ ChildState = Literal[
 STATES: Final[tuple[ChildState, ...]] = get_args(ChildState)
 
 _SPANS: Final = ((86_400, "d"), (3600, "h"), (60, "m"))
+
+
+ErrorSource = Literal["handler", "connection", "process"]
+
+
+class LastError(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong last in one part of a worker."""
+
+    source: Annotated[
+        ErrorSource,
+        Meta(description="The handler, the connection to the node, or the process that ended unplanned."),
+    ]
+    at: Annotated[datetime, Meta(description="When, in UTC.")]
+    error: Annotated[str, Meta(description="What, in words.")]
 
 
 class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,9 +68,20 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     ]
     p99_s: Annotated[float | None, Meta(description="In what time 99 of 100.")]
     errors: Annotated[int, Meta(description="Queries whose handler failed or took too long.")]
+    unanswered: Annotated[
+        int,
+        Meta(
+            description="Direct queries whose client was told 503 or 504, whatever the handler did; "
+            "those at which the handler took too long are among `errors` too."
+        ),
+    ]
     reconnects: Annotated[int, Meta(description="Connections to the node that were lost, or not had.")]
     ignored: Annotated[dict[str, int], Meta(description="Frames of the node that meant nothing, by reason.")]
-    last_error: Annotated[str, Meta(description="The last thing that went wrong in it.")]
+    last_error: Annotated[str, Meta(description="The last thing that went wrong in it; empty when nothing has.")]
+    last_errors: Annotated[
+        list[LastError],
+        Meta(description="The same of each part of it in which something went wrong, the newest first."),
+    ]
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -74,6 +102,22 @@ class Ready(msgspec.Struct, frozen=True):
 
     ready: bool
     agents: dict[str, AgentReady]
+
+
+def last_errors(handler: Mishap | None, connection: Mishap | None, process: Mishap | None) -> list[LastError]:
+    """Return what went wrong last in each part of a worker, the newest first."""
+    named: dict[ErrorSource, Mishap | None] = {"handler": handler, "connection": connection, "process": process}
+    found = [
+        LastError(source=source, at=datetime.fromtimestamp(round(each.at_s, 3), UTC), error=each.words)
+        for source, each in named.items()
+        if each is not None
+    ]
+    return sorted(found, key=lambda each: each.at, reverse=True)
+
+
+def ago(at: datetime) -> str:
+    """Return how long ago something was, such as `3m 2s ago`."""
+    return f"{uptime(max((datetime.now(UTC) - at).total_seconds(), 0.0))} ago"
 
 
 def readiness(rows: Sequence[WorkerRow], agents: Mapping[str, Sequence[str]]) -> dict[str, AgentReady]:
@@ -115,10 +159,10 @@ def latency(seconds: float | None) -> str:
         return ""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= size:
-            return f"{seconds / size:{'.0f' if seconds / size >= 10 else '.1f'}} {unit}"
+            return f"{seconds / size:{'.0f' if seconds / size >= 9.95 else '.1f'}} {unit}"
     return f"{seconds * 1e6:.0f} us"
 
 
 def rate(per_s: float) -> str:
     """Return queries a second, with a decimal place only where it says something."""
-    return f"{per_s:,.0f}" if per_s >= 10 or not per_s else f"{per_s:.1f}"
+    return f"{per_s:,.0f}" if per_s >= 9.95 or not per_s else f"{per_s:.1f}"

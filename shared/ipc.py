@@ -8,6 +8,7 @@ incarnation: a reply of a dead process is never taken for one of its successor.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Final, Literal
@@ -126,8 +127,24 @@ IGNORED: Final = (
 """Why a node's frame may mean nothing to a worker."""
 
 
+class Mishap(msgspec.Struct, frozen=True, array_like=True):
+    """Something that went wrong: when, in seconds since 1970, and what, in words."""
+
+    at_s: float
+    words: str
+
+    @classmethod
+    def now(cls, words: str) -> Mishap:
+        """Return one that has just happened."""
+        return cls(time.time(), words)
+
+
+def _later(one: Mishap | None, other: Mishap | None) -> Mishap | None:
+    return max((each for each in (one, other) if each is not None), key=lambda each: each.at_s, default=None)
+
+
 class Counters(msgspec.Struct, kw_only=True):
-    """What a worker counted since its process began, and the last thing that went wrong in it.
+    """What a worker counted since its process began, and what went wrong in it last.
 
     Attributes:
         node, http: answers by `Outcome`, to the node and to direct queries.
@@ -138,7 +155,7 @@ class Counters(msgspec.Struct, kw_only=True):
         durations: how long handlers took: how many times in [2**(n-1), 2**n) nanoseconds, at index n, which is
             the duration's `bit_length`. `busy_s` is the sum; of what runs just now, a little may be missing.
         in_flight_node: how many queries of the node were there and not answered; no count, but how it is just now.
-        last_error: the last thing that went wrong.
+        handler_error, connection_error: what went wrong last in the handler, and with the connection to the node.
     """
 
     node: list[int] = field(default_factory=_none_yet(OUTCOMES))
@@ -150,7 +167,8 @@ class Counters(msgspec.Struct, kw_only=True):
     durations: list[int] = field(default_factory=_none_yet(BUCKETS))
     busy_s: float = 0.0
     in_flight_node: int = 0
-    last_error: str = ""
+    handler_error: Mishap | None = None
+    connection_error: Mishap | None = None
 
     @property
     def queries_node(self) -> int:
@@ -175,7 +193,8 @@ class Counters(msgspec.Struct, kw_only=True):
             reason: self.ignored.get(reason, 0) + other.ignored.get(reason, 0)
             for reason in self.ignored | other.ignored
         }
-        self.last_error = other.last_error or self.last_error
+        self.handler_error = _later(self.handler_error, other.handler_error)
+        self.connection_error = _later(self.connection_error, other.connection_error)
 
 
 class Status(msgspec.Struct, array_like=True, tag=3):

@@ -112,6 +112,7 @@ async def picture(
     await ask(page)
     if open_error is not None:
         await page.locator(f"[data-worker={open_error}] [data-cell=brief]").click()
+    await page.evaluate("scrollTo(0, 0)")
     await page.screenshot(path=path, full_page=True)
     await page.context.close()
     print(path)

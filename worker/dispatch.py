@@ -21,7 +21,7 @@ import anyio
 import anyio.abc
 import structlog
 
-from shared.ipc import BUCKETS, Counters, Outcome
+from shared.ipc import BUCKETS, Counters, Mishap, Outcome
 from shared.logs import Folded
 from worker.flusher import Flusher
 from worker.handler import Handler
@@ -215,7 +215,7 @@ class Dispatcher(ABC):
         job.settled = True
         if answer[0] is Outcome.HANDLER_FAILED or answer[0] is Outcome.TIMED_OUT:
             self._counters.errors += 1
-            self._counters.last_error = answer[1].decode("utf-8", "replace")
+            self._counters.handler_error = Mishap.now(answer[1].decode("utf-8", "replace"))
         job.source.answer(job, answer)
         self.pending -= 1
         if not self.pending and self._idle is not None:

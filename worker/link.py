@@ -15,7 +15,7 @@ import structlog
 import zmq
 
 from shared import ipc
-from shared.ipc import Counters, Launch, Outcome, WorkerState
+from shared.ipc import Counters, Launch, Mishap, Outcome, WorkerState
 from worker.dispatch import Dispatcher
 from worker.jobs import Answer, Job
 from worker.results import encode_result, is_json
@@ -88,7 +88,7 @@ class Link:
         if state == "stopped":
             self._flush()  # these are the last words, and the runner waits for no others
         if detail and state == "backoff":
-            self._counters.last_error = detail
+            self._counters.connection_error = Mishap.now(detail)
         self._send_status()
 
     def tell_failed(self, reason: str) -> None:

@@ -68,7 +68,7 @@ class AgentUnderTest:
         errors = self._counters.errors
         found: list[Any] = self._portal.call(self._node.query, text)
         if self._counters.errors > errors:
-            raise HandlerFailed(self._counters.last_error)
+            raise HandlerFailed(self._counters.handler_error.words if self._counters.handler_error else "")
         return found
 
 

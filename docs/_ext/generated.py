@@ -98,7 +98,7 @@ def metrics_table() -> str:
 def _collected() -> Iterator[Metric]:
     row: dict[str, object] = {field.name: 0 for field in msgspec.structs.fields(WorkerRow)}
     row |= {"name": "echo_server", "agent": "echo", "node": "ws://localhost:8080", "state": "ready", "detail": ""}
-    worker = msgspec.convert(row | {"pid": os.getpid(), "ignored": {}, "last_error": ""}, WorkerRow)
+    worker = msgspec.convert(row | {"pid": os.getpid(), "ignored": {}, "last_error": "", "last_errors": []}, WorkerRow)
     counted = Counters(ignored={"binary": 1})
     yield from metrics.collected([metrics.Sample(worker, counted, {"killed": 1}, 0, 0.0, {}, {})], metrics.Own({}, 0))
 

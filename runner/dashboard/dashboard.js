@@ -27,12 +27,35 @@ function put(element, text) {
 function show(view) {
   const row = rows.get(view.name);
   if (row === undefined) return null;
-  const before = row.dataset.state;
+  const [before, restarts] = [row.dataset.state, row.querySelector("[data-cell=restarts]").textContent];
   row.dataset.state = view.state;
   for (const cell of row.querySelectorAll("[data-cell]")) put(cell, view[cell.dataset.cell]);
   row.querySelector("polyline").setAttribute("points", view.spark);
   row.querySelector(".error").hidden = view.last_error === "";
-  return before === view.state ? null : `${view.name}: ${view.state}`;
+  if (before !== view.state) return `${view.name}: ${view.state}`;
+  return restarts === view.restarts ? null : `${view.name}: restarted`; // too fast for its states to be seen
+}
+
+// Of many workers, those that are not ready, above the table.
+function listTroubled() {
+  const list = byId("troubled");
+  const found = [...rows].filter(([, row]) => row.dataset.state !== "ready");
+  list.hidden = found.length === 0 || rows.size <= Number(list.dataset.glance);
+  const shown = list.hidden ? [] : found.map(([name, row]) => [`#worker-${name}`, `${name} `, row.dataset.state]);
+  const links = [...list.querySelectorAll("a")];
+  for (const link of links.splice(shown.length)) link.remove();
+  while (links.length < shown.length) {
+    const link = document.createElement("a");
+    link.append("", document.createElement("strong"));
+    list.append(link);
+    links.push(link);
+  }
+  shown.forEach(([href, name, state], index) => {
+    const [link, text] = [links[index], links[index].firstChild];
+    if (link.getAttribute("href") !== href) link.setAttribute("href", href);
+    if (text.data !== name) text.data = name;
+    put(link.querySelector("strong"), state);
+  });
 }
 
 function take(update) {
@@ -40,6 +63,7 @@ function take(update) {
   if (update.version !== document.body.dataset.version) return void location.reload();
   if (String(update.layout) !== byId("agents").dataset.layout) return void replaceTable();
   const news = update.changed.map(show).filter((words) => words !== null);
+  listTroubled();
   put(byId("summary"), update.summary);
   document.title = `${update.summary} - em-runner`;
   if (news.length > 0) put(byId("news"), news.slice(0, 5).join(", "));
@@ -57,7 +81,7 @@ async function replaceTable() {
     const opened = [...rows].filter(([, row]) => row.querySelector("details").open).map(([name]) => name);
     const focused = document.activeElement;
     const [inTable, inList] = [focused.closest("[data-worker]")?.dataset.worker, focused === byId("target")];
-    for (const id of ["agents", "target", "summary"]) byId(id).replaceWith(document.adoptNode(page.getElementById(id)));
+    for (const id of ["agents", "target", "summary", "troubled"]) byId(id).replaceWith(document.adoptNode(page.getElementById(id)));
     findRows();
     choose(chosen);
     // What was open stays open, and the keyboard stays where it was.
@@ -218,7 +242,7 @@ function onNoTarget() {
 
 findRows();
 put(byId("link"), "connecting"); // Without a script it says that the page has to be loaded again.
-byId("ask").hidden = false;
+byId("ask").hidden = byId("to-ask").hidden = false;
 byId("ask").querySelector("form").addEventListener("submit", onSubmit);
 byId("ask").addEventListener("invalid", (event) => event.target === byId("target") && onNoTarget(), true);
 document.addEventListener("visibilitychange", () => {

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from runner.answers import unavailable
 from runner.dashboard import ASSETS
-from runner.dashboard.view import SPARK_HEIGHT, SPARK_WIDTH, Update, View, layout, summary, views
+from runner.dashboard.view import GLANCE, SPARK_HEIGHT, SPARK_WIDTH, Update, View, layout, summary, troubled, views
 from runner.metrics import version
 from runner.table import WorkerRow
 
@@ -91,6 +91,8 @@ class Dashboard:
             version=version(),
             summary=summary(rows),
             layout=layout(rows),
+            troubled=troubled(rows),
+            glance=GLANCE,
             spark_width=SPARK_WIDTH,
             spark_height=SPARK_HEIGHT,
         )

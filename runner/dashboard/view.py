@@ -10,18 +10,25 @@ import msgspec
 
 from runner import table
 from runner.recent import STEPS
-from runner.table import WorkerRow
+from runner.table import LastError, WorkerRow
 from shared.logs import escaped, printable_line
 
 SPARK_WIDTH: Final = 2 * STEPS
 SPARK_HEIGHT: Final = 20
 """The size of a sparkline's view box; the page's template has it too."""
 
-_LONGEST_BRIEF: Final = 80
+GLANCE: Final = 8
+"""Past so many workers those that are not ready are listed above the table; the page's script knows it from there."""
+
+_LONGEST_BRIEF: Final = 160
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
-    """The cells of one worker. `spark` is the points of a line; `peak` says its height in words."""
+    """The cells of one worker.
+
+    `spark` is the points of a line; `peak` says its height in words. `last_error` is what went wrong last in each
+    part of it, in full and with the time; `brief` has of each a line, and how long ago it was.
+    """
 
     name: str
     agent: str
@@ -36,6 +43,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     p99: str
     queries: str
     errors: str
+    unanswered: str
     restarts: str
     brief: str
     last_error: str
@@ -60,6 +68,11 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
 def views(rows: Sequence[WorkerRow], rates: Mapping[str, Sequence[float]]) -> list[View]:
     """Return what is shown of each worker; `rates` are its queries a second in each step of the last five minutes."""
     return [_view(row, rates.get(row.name, ())) for row in rows]
+
+
+def troubled(rows: Sequence[View]) -> list[View]:
+    """Return the workers that are not ready, where there are too many to be seen at a glance."""
+    return [row for row in rows if row.state != "ready"] if len(rows) > GLANCE else []
 
 
 def layout(rows: Sequence[View]) -> int:
@@ -87,10 +100,19 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         p99=table.latency(row.p99_s),
         queries=f"{row.queries:,}",
         errors=f"{row.errors:,}",
+        unanswered=f"{row.unanswered:,}",
         restarts=f"{row.restarts:,}",
-        brief=printable_line(row.last_error)[:_LONGEST_BRIEF],
-        last_error="\n".join(map(escaped, row.last_error.split("\n"))),  # no override of the direction of reading
+        brief="\n".join(
+            f"{each.source}, {table.ago(each.at)}: {printable_line(each.error)[:_LONGEST_BRIEF]}"
+            for each in row.last_errors
+        ),
+        last_error="\n\n".join(map(_in_full, row.last_errors)),
     )
+
+
+def _in_full(error: LastError) -> str:
+    text = "\n".join(map(escaped, error.error.split("\n")))  # no override of the direction of reading
+    return f"{error.source}, {error.at:%Y-%m-%d %H:%M:%S} UTC\n{text}"
 
 
 def _spark(rates: Sequence[float]) -> str:

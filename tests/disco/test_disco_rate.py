@@ -32,10 +32,11 @@ def test_throttle_counts_what_it_holds_back_until_the_next_window() -> None:
 def test_refusals_of_hostile_clients_do_not_flood_the_log(clients: int) -> None:
     now = 0.0
     with capture_logs() as lines:
-        journal = Journal(clock=lambda: now)
+        journal = Journal("ws://127.0.0.1:8080", clock=lambda: now)
         for _ in range(clients):
             journal.refused("no token")
         now = WINDOW_S
         journal.refused("no token")
     assert len(lines) == REFUSALS_PER_WINDOW + 1
+    assert lines[-1]["node"] == "ws://127.0.0.1:8080"
     assert lines[-1]["suppressed"] == clients - REFUSALS_PER_WINDOW

@@ -92,11 +92,17 @@ async def test_states_change_on_the_page(tmp_path: Path, chromium: Browser) -> N
                 await expect(full).not_to_be_visible()
                 await seen.cell("b_server", "brief").click()
                 await expect(full).to_be_visible()
+                await expect(full).to_contain_text("process, 20")
                 await expect(full).to_contain_text("killed by SIGKILL")
+                assert (await running.ask("x", worker="b_server")).status_code == 503
+                await expect(seen.cell("b_server", "unanswered")).to_have_text("1")
 
-                # A node goes away, and comes back.
+                # A node goes away, and comes back. What the handler had done is still said.
+                await running.ask("fail", agent="a")
                 await first_life.aclose()
                 await expect(seen.cell("a_server", "state")).to_have_text("backoff")
+                await expect(seen.cell("a_server", "brief")).to_contain_text("connection, ")
+                await expect(seen.cell("a_server", "brief")).to_contain_text("s ago: ValueError: <img")
                 await expect(page.locator("#summary")).to_have_text("0 of 2 workers ready")
                 async with serve(NodeSettings(port=int(node.url.rpartition(":")[2]))):
                     await expect(seen.cell("a_server", "state")).to_have_text("ready")
@@ -204,6 +210,34 @@ async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(
         assert seen.complaints == []
 
 
+async def test_trouble_among_many_is_seen_and_reached_from_the_top(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with AsyncExitStack() as life:
+        other = await life.enter_async_context(serve(NodeSettings(port=0)))
+        agents = [agent(name, [node.url]) for name in "abcdefgh"] + [agent("z", [other.url])]
+        async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+            await running.wait_ready()
+            seen = await look(chromium, running, viewport={"width": 1300, "height": 300})
+            await expect(seen.page.locator("#summary")).to_have_text("9 of 9 workers ready")
+            troubled = seen.page.get_by_role("navigation", name="Workers that are not ready")
+            await expect(troubled).to_be_hidden()
+            await life.aclose()
+            await expect(troubled).to_have_text("z_server backoff")
+            await expect(seen.cell("z_server", "state")).not_to_be_in_viewport()
+            await troubled.get_by_role("link").click()
+            await expect(seen.cell("z_server", "state")).to_be_in_viewport()
+            # And whoever opens the page now sees the same, without a script too.
+            still = await look(chromium, running, java_script_enabled=False)
+            await expect(still.page.locator("#troubled a")).to_have_text("z_server backoff")
+            async with serve(NodeSettings(port=int(other.url.rpartition(":")[2]))):
+                await expect(troubled).to_be_hidden()
+            await seen.page.evaluate("scrollTo(0, 0)")
+            await seen.page.get_by_role("link", name="Ask").click()
+            await expect(seen.page.get_by_label("Query", exact=True)).to_be_in_viewport()
+            assert seen.complaints == []
+
+
 async def test_choice_and_open_errors_outlive_a_reload_and_no_question_goes_to_another(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
@@ -271,7 +305,7 @@ async def test_page_is_a_plain_table_without_a_script(tmp_path: Path, chromium: 
         await expect(seen.cell("b_server", "detail")).to_contain_text("Connection refused")
         await expect(seen.page.locator("#ask")).to_be_hidden()
         rows = seen.page.get_by_role("row")
-        assert await rows.count() == 5, "two headings, two workers, an error"
+        assert await rows.count() == 6, "a heading, two agents, two workers, an error"
         await expect(rows.filter(has_text="a_server").get_by_role("cell").nth(1)).to_have_text(node.url)
 
 

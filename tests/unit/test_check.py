@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from runner.check import token_problems
+from runner.check import show, token_problems
 from shared.config import Agent
 from shared.handlers import HandlerRef
 from shared.nodes import parse_node
@@ -60,3 +62,13 @@ def test_half_of_a_key_pair_is_told(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("ssh-rsa AAAAB3NzaC1yc2E")
     (problem,) = problems(TokenSource(secret_file=tmp_path / "secret"))
     assert "no token can be signed with this secret" in problem
+
+
+@pytest.mark.parametrize(("width", "lines"), [(80, 7), (120, 2)])
+def test_narrow_terminal_shows_all_of_a_worker(width: int, lines: int) -> None:
+    row = ("echo_server", "echo", "ws://localhost:8080", "examples.echo:handle", "ram", "search, query, echo", "none")
+    console = Console(width=width, record=True, force_terminal=True, file=StringIO())
+    show([row], console)
+    text = console.export_text()
+    assert len(text.splitlines()) == lines
+    assert all(cell in text for cell in row)

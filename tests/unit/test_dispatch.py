@@ -264,7 +264,8 @@ async def test_failed_query_says_why_leaves_the_memory_as_it_was_and_harms_no_ot
             assert words in payload.decode()
             assert len(payload) <= 500
         assert table.counters.errors == 2
-        assert words in table.counters.last_error
+        assert table.counters.handler_error is not None
+        assert words in table.counters.handler_error.words
 
 
 @KINDS
@@ -785,7 +786,8 @@ async def test_text_of_a_query_that_a_failure_quotes_is_left_out_of_the_log(kind
         async with bench(handler_of(kind, handle)) as table:
             table.dispatcher.quotes_queries = quotes
             told = await table.failure("4111-1111 \n'")
-            told += table.counters.last_error
+            assert table.counters.handler_error is not None
+            told += table.counters.handler_error.words
     (line,) = logs
     assert ("4111-1111" in told + line["error"] + line["exception"]) is quotes
     assert "int(body)" in line["exception"], "the place is there"

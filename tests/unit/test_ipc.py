@@ -21,6 +21,7 @@ from shared.ipc import (
     Failed,
     Hello,
     Launch,
+    Mishap,
     Queries,
     Replies,
     Status,
@@ -36,7 +37,7 @@ counters = st.builds(
     node=st.lists(numbers, min_size=5, max_size=5),
     errors=numbers,
     ignored=st.dictionaries(words, numbers),
-    last_error=words,
+    handler_error=st.none() | st.builds(Mishap, st.floats(0, 2**40), words),
 )
 states = st.sampled_from(["starting", "connecting", "registering", "ready", "backoff", "draining", "stopped"])
 from_runner = st.one_of(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console
 
 from runner.client import parse_url
 from runner.status import exit_status, grid, summary, view
-from runner.table import WorkerRow, latency, rate
+from runner.table import ErrorSource, WorkerRow, last_errors, latency, rate
+from shared.ipc import Mishap
+
+SOURCES = get_args(ErrorSource)
 
 
 def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
@@ -32,9 +36,21 @@ def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
         "errors": 0,
         "reconnects": 0,
         "ignored": {},
+        "unanswered": 0,
         "last_error": "",
+        "last_errors": [],
     }
     return WorkerRow(**values | more)
+
+
+def wrong(**errors: tuple[float, str]) -> dict[str, Any]:
+    """Return what a row has of errors, by their source: how many seconds ago, and what."""
+    found = last_errors(*(None if name not in errors else mishap(*errors[name]) for name in SOURCES))
+    return {"last_error": found[0].error, "last_errors": found}
+
+
+def mishap(ago_s: float, words: str) -> Mishap:
+    return Mishap(time.time() - ago_s, words)
 
 
 def printed(*rows: WorkerRow, width: int = 200) -> list[str]:
@@ -47,20 +63,46 @@ def printed(*rows: WorkerRow, width: int = 200) -> list[str]:
 
 def test_row_has_what_one_looks_for() -> None:
     heading, line, last = printed(
-        row(queries=12_345, errors=3, restarts=2, uptime_s=3 * 3600 + 59, last_error="ValueError: no\nsuch [bold]thing")
+        row(
+            queries=12_345,
+            errors=3,
+            restarts=2,
+            uptime_s=3 * 3600 + 59,
+            **wrong(handler=(200.5, "ValueError: no\nsuch [bold]thing")),
+        )
     )
     for word in ("worker", "state", "node", "pid", "up", "queries", "errors", "restarts"):
         assert word in heading
     for cell in ("a_server", "ready", "ws://localhost:8080", "42", "3h 0m", "12,345", "3", "2"):
         assert f" {cell} " in f" {line} "
-    assert "ValueError: no such [bold]thing" in line, "one line, and as it is"
+    assert "3m 20s ago: ValueError: no such [bold]thing" in line, "one line, and as it is"
     assert last == "1 of 1 worker ready"
 
 
 def test_what_a_worker_is_at_goes_before_what_once_went_wrong() -> None:
-    line = printed(row(state="backoff", detail="cannot connect to localhost:8080", last_error="long ago"))[1]
+    line = printed(row(state="backoff", detail="cannot connect to localhost:8080", **wrong(handler=(1, "long ago"))))[1]
     assert "cannot connect" in line
     assert "long ago" not in line
+
+
+def test_connection_that_was_lost_hides_no_error_of_the_handler() -> None:
+    rows = (
+        row(**wrong(handler=(90.5, "ValueError: no"), connection=(5.5, "lost"))),
+        row("b", **wrong(connection=(5.5, "lost"))),
+    )
+    _, first, second, _ = printed(*rows)
+    assert "1m 30s ago: ValueError: no" in first
+    assert "lost" not in first
+    assert "5s ago: lost" in second
+    assert rows[0].last_error == "lost"
+    assert [each.source for each in rows[0].last_errors] == ["connection", "handler"], "the newest first"
+
+
+def test_direct_queries_without_an_answer_are_shown_where_there_are_some() -> None:
+    heading, line, *_ = printed(row(unanswered=1234), row("b_server"))
+    assert "503, 504" in heading
+    assert " 1,234 " in line
+    assert "503" not in printed(row())[0]
 
 
 def test_rate_and_times_are_shown() -> None:
@@ -79,6 +121,7 @@ def test_rate_and_times_are_shown() -> None:
         (2e-7, "0 us"),
         (0.000999, "999 us"),
         (0.00123, "1.2 ms"),
+        (0.00996, "10 ms"),
         (0.0456, "46 ms"),
         (1.26, "1.3 s"),
         (64.0, "64 s"),
@@ -89,7 +132,7 @@ def test_latency_is_told_with_two_digits(seconds: float | None, shown: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("per_s", "shown"), [(0.0, "0"), (0.2, "0.2"), (9.94, "9.9"), (10.4, "10"), (54321.0, "54,321")]
+    ("per_s", "shown"), [(0.0, "0"), (0.2, "0.2"), (9.94, "9.9"), (9.96, "10"), (10.4, "10"), (54321.0, "54,321")]
 )
 def test_rate_has_a_decimal_place_only_where_it_says_something(per_s: float, shown: str) -> None:
     assert rate(per_s) == shown
@@ -97,7 +140,10 @@ def test_rate_has_a_decimal_place_only_where_it_says_something(per_s: float, sho
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 150])
 def test_narrow_terminal_does_without_columns_and_cuts_no_name(width: int) -> None:
-    rows = row("word_counter_server_2", queries=123_456, p50_s=0.001, last_error="x" * 300), row("b", "registering")
+    rows = (
+        row("word_counter_server_2", queries=123_456, p50_s=0.001, **wrong(handler=(0, "x" * 300))),
+        row("b", "registering"),
+    )
     heading, *lines, _ = printed(*rows, width=width)
     assert [line.split()[:2] for line in lines] == [["word_counter_server_2", "ready"], ["b", "registering"]]
     assert all(len(line) <= width for line in lines)
@@ -145,7 +191,7 @@ def test_table_of_a_runner_that_is_gone_is_said_to_be_from_before() -> None:
 
 
 def test_no_word_of_a_handler_moves_the_cursor() -> None:
-    assert "?[2Jgone ?]0;title?" in "".join(printed(row(last_error="\x1b[2Jgone\n\x1b]0;title\x07")))
+    assert "?[2Jgone ?]0;title?" in "".join(printed(row(**wrong(handler=(0, "\x1b[2Jgone\n\x1b]0;title\x07")))))
 
 
 @pytest.mark.parametrize(
