@@ -242,14 +242,14 @@ class Child:
 
     # --- one process takes another's place ---
 
-    async def renew(self, why: str) -> bool:
+    async def renew(self, why: str) -> str:
         """Have a process that loads the handler afresh take over; one that waits to be started is started now.
 
-        Returns what `replace` does.
+        Returns why the new one did not come up and the old one stays, and leaves it to the caller to say so; else "".
         """
         self._renewals += 1
         self._hurry.set()
-        return await self.replace(None, why, "handler", if_stale=True)
+        return await self._replace(None, why, "handler", if_stale=True)
 
     async def replace(
         self, spec: WorkerSpec | None, why: str, reason: ReplacementReason, *, if_stale: bool = False
@@ -261,16 +261,21 @@ class Child:
         started since is left alone. Returns whether there is a worker by the new spec, or will be; False when the
         new process did not come up and the old one stays.
         """
+        if problem := await self._replace(spec, why, reason, if_stale):
+            self._log.error("replacement_failed", why=problem)
+        return not problem
+
+    async def _replace(self, spec: WorkerSpec | None, why: str, reason: ReplacementReason, if_stale: bool) -> str:
         async with self._handover:
             spec = spec or self.spec  # as it is now: another replacement may just have changed it
             while True:
                 old = self._current
                 if old is None or self._stopping.is_set() or (if_stale and not self._is_stale(old, spec)):
                     self._adopt(spec)
-                    return True
-                replaced = await self._replace_once(old, spec, why, reason)
-                if replaced is not None:
-                    return replaced
+                    return ""
+                problem = await self._replace_once(old, spec, why, reason)
+                if problem is not None:
+                    return problem
                 if_stale = True
 
     def _is_stale(self, incarnation: Incarnation, spec: WorkerSpec) -> bool:
@@ -278,29 +283,30 @@ class Child:
 
     async def _replace_once(
         self, old: Incarnation, spec: WorkerSpec, why: str, reason: ReplacementReason
-    ) -> bool | None:
-        """Try to replace a running process; return None when it ended meanwhile, and another one runs or will."""
+    ) -> str | None:
+        """Try to replace a running process, and return why that failed or "".
+
+        None means that it ended meanwhile, and that another one runs or will.
+        """
         try:
             new = await self._fork(spec, standby=True)
         except SpawnError as exc:
-            self._log.error("replacement_failed", why=str(exc))
-            return False
+            return str(exc)
         up = False
         with anyio.move_on_after(START_TIMEOUT_S):
             up = await new.reached("standby")
         if up and self._current is old and not self._stopping.is_set():
             await self._hand_over(old, new, why, reason)
-            return True
+            return ""
         new.process.kill()
         await new.process.ended()
         found = await self._bury(new)
         if self._stopping.is_set():
-            return True
+            return ""
         if up:
             self._adopt(spec)  # whoever is started next has it; who has been started without it is replaced
             return None
-        self._log.error("replacement_failed", why=found)
-        return False
+        return found
 
     async def _hand_over(self, old: Incarnation, new: Incarnation, why: str, reason: ReplacementReason) -> None:
         which = self._which(old.launch.incarnation)

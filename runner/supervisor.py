@@ -126,21 +126,23 @@ class Supervisor:
             len(wanted) - len(added) - len(changed),
         )
 
-    async def renew(self, handler: HandlerRef, why: str) -> list[str]:
-        """Have the workers of a handler load it afresh, each in its own time; return those that did."""
-        renewed: list[str] = []
+    async def renew(self, handler: HandlerRef, why: str) -> dict[str, str]:
+        """Have the workers of a handler load it afresh, each in its own time.
+
+        Returns for each why its new process did not come up and the old one stays, or "".
+        """
+        renewed: dict[str, str] = {}
         some_at_a_time = anyio.CapacityLimiter(REPLACED_AT_ONCE)
 
         async def renew(child: Child) -> None:
             async with some_at_a_time:
-                if await child.renew(why):
-                    renewed.append(child.spec.name)
+                renewed[child.spec.name] = await child.renew(why)
 
         async with anyio.create_task_group() as tasks:
             for child in self._children.values():
                 if child.spec.agent.handler == handler:
                     tasks.start_soon(renew, child)
-        return sorted(renewed)
+        return dict(sorted(renewed.items()))
 
     async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
         async with limiter:

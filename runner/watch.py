@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.to_thread
@@ -26,6 +26,9 @@ from runner.supervisor import Supervisor
 from shared.config import Config
 from shared.errors import ConfigError
 from shared.handlers import HandlerRef
+
+NOTICE_MS: Final = 20
+"""How soon after a change files are looked at; what the kernel tells meanwhile is of the same look."""
 
 STEP_MS: Final = 100
 """How long it must be quiet after a change: an editor's several writes are one."""
@@ -283,22 +286,23 @@ class Watcher:
             *folders,
             watch_filter=None,
             debounce=DEBOUNCE_MS,
-            step=STEP_MS,
+            step=NOTICE_MS,
             stop_event=self._stop,
             rust_timeout=LOOK_MS,
             yield_on_timeout=True,
             recursive=False,
         )
         async with aclosing(changes):
-            async for told in changes:
-                await self._look(tasks, quiet=bool(told))
+            async for _ in changes:
+                await self._look(tasks)
                 if await anyio.to_thread.run_sync(lambda: self._watched.folders) != folders:
                     return
 
-    async def _settled(self, quiet: bool) -> Changed:
-        """Return what changed, once it is quiet; `quiet` when it is known to be. An empty file is waited for."""
+    async def _settled(self) -> Changed:
+        """Return what changed, once it is quiet. An empty file is waited for."""
         found = await anyio.to_thread.run_sync(self._watched.changed)
         ends_s = time.monotonic() + DEBOUNCE_MS / 1000
+        quiet = False
         while (found.handlers or found.others) and not (quiet and not found.emptied) and time.monotonic() < ends_s:
             await anyio.sleep(STEP_MS / 1000)
             more = await anyio.to_thread.run_sync(self._watched.changed)
@@ -308,9 +312,9 @@ class Watcher:
             )
         return found
 
-    async def _look(self, tasks: TaskGroup, *, quiet: bool = False) -> None:
+    async def _look(self, tasks: TaskGroup) -> None:
         async with self._looking:
-            changed = await self._settled(quiet)
+            changed = await self._settled()
         if self._file in changed.others:
             self._log.info("config_changed", file=str(self._file))
             self._reload()
@@ -336,19 +340,21 @@ class Watcher:
             await anyio.to_thread.run_sync(self._fork_server.probe, ref, abandon_on_cancel=True)
         except ConfigError as exc:
             if ref not in self._due and not self._supervisor.leaving:
-                self._log.error(
-                    "handler_not_reloaded",
-                    file=str(file),
-                    agents=agents,
-                    error=str(exc),
-                    do="the old one still answers",
-                )
+                self._tell_failed(file, agents, str(exc))
             return
         except Exception as exc:  # noqa: BLE001 - a fault of ours must not end the runner, whose workers are well
             self._log.error("handler_not_reloaded", file=str(file), agents=agents, exc_info=exc)
             return
-        if renewed := await self._supervisor.renew(ref, f"{file.name} has changed"):
+        found = await self._supervisor.renew(ref, f"{file.name} has changed")
+        if renewed := [worker for worker, problem in found.items() if not problem]:
             self._log.info("handler_reloaded", file=str(file), agents=agents, workers=renewed)
+        if failed := {worker: problem for worker, problem in found.items() if problem}:
+            self._tell_failed(file, agents, "; ".join(dict.fromkeys(failed.values())), workers=list(failed))
+
+    def _tell_failed(self, file: Path, agents: Sequence[str], error: str, **more: Any) -> None:
+        self._log.error(
+            "handler_not_reloaded", file=str(file), agents=agents, error=error, do="the old one still answers", **more
+        )
 
     def _tell_lost(self) -> None:
         for ref in self._watched.lost():

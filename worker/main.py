@@ -158,18 +158,19 @@ class Worker:
         dispatcher.on_hung = self._hang
         dispatcher.quotes_queries = self._spec.log_level == "debug"
         connection = Connection(self._spec, capabilities, dispatcher, self._counters, self._tell)
+        status = EXIT_FAILED
         async with anyio.create_task_group() as tasks, dispatcher.running():
             tasks.start_soon(self._heartbeat, connection, dispatcher)
             tasks.start_soon(self._obey_sigterm)
             try:
                 await self._get_ready(dispatcher, memory)
             except (HandlerFault, MemoryFault) as exc:
-                tasks.cancel_scope.cancel()
-                return self._give_up(str(exc), EXIT_FAILED)
-            tasks.start_soon(connection.run)
-            await self._leaving.wait()
-            self._leaves_since_s = time.monotonic()
-            status = await self._leave(dispatcher, connection, memory)
+                self._give_up(str(exc), status)
+            else:
+                tasks.start_soon(connection.run)
+                await self._leaving.wait()
+                self._leaves_since_s = time.monotonic()
+                status = await self._leave(dispatcher, connection, memory)
             tasks.cancel_scope.cancel()
         self._tell("stopped", "")
         return status

@@ -261,6 +261,8 @@ class Agent:
             return "the database is closed" in (await running.row("a_server"))["last_error"]
 
         await until(told, "the failure is shown")
+        assert running.events("worker_failed")
+        assert not running.events("worker_crashed"), "a handler that fails is no fault of the worker's"
         (tmp_path / "open").touch()
         await running.wait_ready()
         assert await running.results("x") == "x"

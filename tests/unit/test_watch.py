@@ -206,10 +206,10 @@ class Supervised:
         self.probed.append(ref.file.read_text())
         return ()
 
-    async def renew(self, ref: HandlerRef, why: str) -> list[str]:
+    async def renew(self, ref: HandlerRef, why: str) -> dict[str, str]:
         self.renewed.append(ref)
         self.changed.set()
-        return ["a_server"]
+        return {"a_server": ""}
 
 
 @pytest.mark.anyio
