@@ -94,7 +94,7 @@ class ForkServer:
         Raises:
             ConfigError: when it cannot be loaded.
         """
-        phase, told = IMPORTING, Trial(None, repr(memory), 0.0, "")
+        phase, told = IMPORTING, Trial(None, repr(memory), None, "")
         with self._probing(trial, (ref, text, memory, timeout_s)) as (process, receiver):
             try:
                 while receiver.poll(PROBE_TIMEOUT_S if phase == IMPORTING else timeout_s + STOP_GRACE_S):

@@ -52,7 +52,9 @@ def _told(trial: Trial) -> Report:
     if trial.result is not None:
         lines.append(f"result  {_indented(msgspec.json.format(trial.result).decode())}")
     lines.append(f"memory  {trial.memory}")
-    lines.append(f"time    {trial.seconds * 1000:.3g} ms")
+    if trial.seconds is not None:
+        milliseconds = trial.seconds * 1000
+        lines.append(f"time    {milliseconds:{'.3g' if milliseconds < 100 else '.0f'}} ms")
     if trial.result is not None:
         objection = _objection(msgspec.json.decode(trial.result))
         lines += [f"note    {note}" for note in (objection, *trial.notes) if note]

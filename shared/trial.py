@@ -11,14 +11,14 @@ class Trial(NamedTuple):
     Attributes:
         result: what a node would be sent, as JSON; None when the handler failed.
         memory: what the next query would get, as Python writes it.
-        seconds: how long it took, from the query to the answer.
+        seconds: how long it took, from the query to the answer; None when there was none.
         error: why it failed, else empty.
         notes: what would surprise its author, though it did not fail.
     """
 
     result: bytes | None
     memory: str
-    seconds: float
+    seconds: float | None
     error: str
     notes: tuple[str, ...] = ()
 

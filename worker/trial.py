@@ -63,7 +63,7 @@ async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: f
     dispatcher = dispatcher_for(handler, memory, Counters(), 1, timeout_s)
     dispatcher.quotes_queries = True  # its author reads it, and nobody else
     asker = _Asker()
-    trial = Trial(None, repr(before), 0.0, "")
+    trial = Trial(None, repr(before), None, "")
     async with dispatcher.running():
         try:
             tell(SETTING_UP)

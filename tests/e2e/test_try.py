@@ -120,6 +120,9 @@ async def test_failure_is_explained(handler: str, says: str, tmp_path: Path) -> 
     assert found.returncode == 3
     assert says in found.stderr.splitlines()[-1]
     assert "result" not in found.stdout
+    asked = not (says.startswith("handle() has") or handler.startswith("SetUp"))
+    assert ("time" in found.stdout) is asked, "of what had no end no time is told"
+    assert "e+" not in found.stdout
 
 
 @pytest.mark.parametrize(
