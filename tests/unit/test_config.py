@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -371,19 +371,59 @@ def test_wrong_files_end_the_command_with_78_and_one_line(tmp_path: Path) -> Non
     chosen = [wrong for wrong in WRONG if wrong.name in THROUGH_THE_COMMAND]
     assert len(chosen) >= 20
 
-    def check(wrong: Wrong) -> tuple[Wrong, Path, subprocess.CompletedProcess[str]]:
+    def checked(wrong: Wrong) -> Path:
         (tmp_path / wrong.name).mkdir()
-        file = write(tmp_path / wrong.name, wrong.text, wrong.beside)
-        return wrong, file, run_check(file, tmp_path, wrong.environ)
+        return write(tmp_path / wrong.name, wrong.text, wrong.beside)
 
-    with ThreadPoolExecutor(4) as several:
-        for wrong, file, done in several.map(check, chosen):
-            assert_refused(done, str(file), *wrong.says)
+    files = {wrong.name: checked(wrong) for wrong in chosen}
+    found = run_checks([(files[wrong.name], wrong.environ) for wrong in chosen], tmp_path)
+    for wrong, done in zip(chosen, found, strict=True):
+        assert_refused(done, str(files[wrong.name]), *wrong.says)
 
 
-def run_check(file: Path, home: Path, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+CHECKS = """
+import os, sys, tempfile
+from runner.cli import main
+def check(file, environ):
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if (pid := os.fork()) == 0:
+            os.environ.update(environ)
+            sys.argv = ["em-runner", "check", "-c", file]
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            status = 0
+            try:
+                main()
+            except SystemExit as exc:
+                status = exc.code
+            sys.stderr.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0), err.seek(0)
+        return status, out.read().decode(), err.read().decode()
+print([check(*each) for each in eval(sys.stdin.read())])
+"""
+"""A process that has imported the command once, and is the command in a copy of itself for each file."""
+
+
+def run_checks(files: Sequence[tuple[Path, Mapping[str, str]]], home: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run `em-runner check` for each file, with some variables."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKS],
+        input=repr([(str(file), dict(environ)) for file, environ in files]),
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [subprocess.CompletedProcess("check", *found) for found in ast.literal_eval(done.stdout)]
+
+
+def run_check(file: Path, home: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runner", "check", "-c", str(file)]
-    variables = {"PATH": os.environ["PATH"], "HOME": str(home), **environ}
+    variables = {"PATH": os.environ["PATH"], "HOME": str(home)}
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -400,7 +440,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *says: str) -> None:
 
 def test_handler_that_cannot_be_imported_ends_the_command_with_78_and_one_line(tmp_path: Path) -> None:
     file = write(tmp_path, AGENT.replace("worker.echo", "broken"), {"broken.py": "\n\nimport no_such_module_at_all\n"})
-    done = run_check(file, tmp_path, {})
+    done = run_check(file, tmp_path)
     assert_refused(done, "agent 'echo'", "no_such_module_at_all", "broken.py, line 3")
 
 
