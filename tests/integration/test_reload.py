@@ -28,9 +28,10 @@ async def reload(running: Cluster) -> Any:
     )
 
 
-def configure(folder: Path, *agents: str, runner: str = "") -> None:
+def configure(folder: Path, *agents: str, runner: str = "", supervision: str = "") -> None:
     (folder / "em-runner.toml").write_text(
-        f"[runner]\n{runner}\n[connection]\nreconnect_interval_ms = 100\n" + "\n".join(agents)
+        f"[runner]\n{runner}\n[connection]\nreconnect_interval_ms = 100\n[supervision]\n{supervision}\n"
+        + "\n".join(agents)
     )
 
 
