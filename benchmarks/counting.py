@@ -1,7 +1,8 @@
-"""What counting for /metrics costs a worker, of all that a query costs it: `python -m benchmarks.counting`.
+"""What counting for /metrics costs worker and runner, of all that a query costs them: `python -m benchmarks.counting`.
 
-Counted are how long each handler took (one line of a dispatcher) and how it ended (one of an answer's source).
-These lines are timed as they are, read out of the sources; the whole is the processor time of a worker under load.
+A worker counts how long each handler took (one line of a dispatcher) and how it ended (one of an answer's source).
+These lines are timed as they are, read out of the sources; the runner counts what the client of a direct query was
+told, by a method that is called. The whole is the processor time of a worker, or of the runner, under load.
 """
 
 from __future__ import annotations
@@ -9,19 +10,25 @@ from __future__ import annotations
 import inspect
 import statistics
 import timeit
+from pathlib import Path
 from time import perf_counter
 
 import psutil
 
+from benchmarks.http import NO_NODE
+from benchmarks.load_http import closed_loop
 from benchmarks.load_node import LoadNode
-from benchmarks.systems import em_runner
+from benchmarks.raw_http import ask
+from benchmarks.systems import em_runner, wait_for
 from benchmarks.ws import workload_for
+from runner.lines import Ending
+from runner.router import Router
 from shared.ipc import Counters, Outcome
 from worker import attempt, loop_dispatcher
 
 ROUNDS = 20
 SECONDS = 1.0
-WINDOW = 64
+WINDOW = CONNECTIONS = 64
 COUNTED = (("lane.durations", loop_dispatcher), ("counters.node", attempt))
 
 
@@ -76,11 +83,39 @@ def is_worker(process: psutil.Process) -> bool:
     return "em-worker" in " ".join(process.cmdline())
 
 
+def runner_counting_us() -> float:
+    """Return what the runner's counting takes, the least of many rounds."""
+    router, number = Router(Path("unused")), 100_000
+    names = {"count": router._count, "ending": Ending.OK, "nothing": lambda name, ending: None}
+    times = [
+        min(timeit.repeat(f'{each}("echo_server", ending)', globals=names, number=number, repeat=ROUNDS))
+        for each in ("count", "nothing")
+    ]
+    return (times[0] - times[1]) / number * 1e6
+
+
+def direct_query_us() -> list[float]:
+    """Return the runner's processor time for one direct query, of several blasts."""
+    found = []
+    with em_runner([NO_NODE]) as runner:
+        wait_for(lambda: ask(runner.http, "/agent/query", "x").status == 200, runner.process, runner.log)
+        process = psutil.Process(runner.process.pid)
+        for _ in range(5):
+            before, began = process.cpu_times(), perf_counter()
+            rate = closed_loop(runner.http, CONNECTIONS, 2)
+            after, took_s = process.cpu_times(), perf_counter() - began
+            found.append((after.user + after.system - before.user - before.system) / (rate * took_s) * 1e6)
+    return found
+
+
 def main() -> None:
-    """Print both, and their ratio."""
-    counting, whole = counting_us(), statistics.median(query_us())
+    """Print of both what counting takes, what a query takes, and the ratio."""
     print(lines())
-    print(f"counting {counting:.3f} us of {whole:.1f} us a query: {100 * counting / whole:.2f} %")
+    for whose, counting, whole in (
+        ("worker, a query of its node", counting_us(), statistics.median(query_us())),
+        ("runner, a direct query", runner_counting_us(), statistics.median(direct_query_us())),
+    ):
+        print(f"{whose}: counting {counting:.3f} us of {whole:.1f} us, {100 * counting / whole:.2f} %")
 
 
 if __name__ == "__main__":
