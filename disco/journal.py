@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import structlog
-
 from disco.rate import Throttle
 from disco.registry import Agent
+from shared.logs import get_logger
 
 REFUSALS_PER_WINDOW = 20
 CHANGES_PER_WINDOW = 1000
@@ -24,7 +23,7 @@ class Journal:
     """
 
     def __init__(self, node: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._log = structlog.get_logger("disco").bind(node=node)
+        self._log = get_logger("disco").bind(node=node)
         self._clock = clock
         self._refusals = Throttle(REFUSALS_PER_WINDOW, WINDOW_S)
         self._changes = Throttle(CHANGES_PER_WINDOW, WINDOW_S)

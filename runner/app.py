@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 import anyio.abc
-import structlog
 import zmq
 
+from runner import descriptors
 from runner.http import Api
 from runner.process import ForkServer
 from runner.reload import ReadConfig, Reloader, policy_of, workers_by_agent
@@ -28,6 +28,7 @@ from runner.watch import Watcher
 from shared.config import Config, HttpAddress, worker_specs
 from shared.errors import StartError
 from shared.http_server import HttpServer
+from shared.logs import get_logger
 from shared.signals import obeyed
 
 if TYPE_CHECKING:
@@ -84,15 +85,18 @@ class Runner:
         )
         if tracing is not None:
             self._api.queries.exchange = tracing.exchange
-        self._reloader = Reloader(read_again, config, fork_server, self._supervisor, self._router, self._api, state)
+        self._reloader = Reloader(
+            read_again, config, fork_server, self._supervisor, self._router, self._api, state, self._make_room
+        )
         self._watcher: Watcher | None = None
         if watched is not None:
             self._watcher = Watcher(config, watched, fork_server, self._supervisor, self._reloader.ask)
             self._reloader.follow = self._watcher.follow
         self._server = HttpServer(self._api.app, listener, direct=self._api.queries.take)
+        self._server.reserve(descriptors.needed(len(specs)))
         self._service_manager = service_manager
         self._leaving_since_s: float | None = None
-        self._log = structlog.get_logger("runner")
+        self._log = get_logger("runner")
 
     async def run(self, on_started: OnStarted, around: Surroundings | None) -> None:
         """Run until a signal says otherwise, then drain."""
@@ -120,6 +124,15 @@ class Runner:
         finally:
             self._router.close()
         self._log.info("stopped")
+
+    def _make_room(self, workers: int) -> None:
+        """Have file descriptors for so many workers.
+
+        Raises:
+            StartError: when the system does not allow it.
+        """
+        descriptors.require(workers)
+        self._server.reserve(descriptors.needed(workers))
 
     def _announce(self, on_started: OnStarted) -> None:
         address = HttpAddress(self._config.http.host, self._listener.getsockname()[1])

@@ -8,7 +8,6 @@ from collections import Counter
 from typing import Any, Final
 
 import anyio
-import structlog
 from anyio.abc import TaskGroup
 
 from runner.incarnation import Incarnation
@@ -22,6 +21,7 @@ from runner.table import ChildState, WorkerRow, last_errors
 from shared import ipc
 from shared.config import WorkerSpec
 from shared.ipc import KEY_BYTES, Counters, Launch, Mishap
+from shared.logs import get_logger
 
 START_TIMEOUT_S: Final = 60.0
 """How long a worker may take to load its handler and set it up."""
@@ -53,7 +53,7 @@ class Child:
         self._ended = anyio.Event()
         self._handover = anyio.Lock()
         self._replacements: Counter[ReplacementReason] = Counter()
-        self._log = structlog.get_logger("supervisor").bind(worker=spec.name, agent=spec.agent.name)
+        self._log = get_logger("supervisor").bind(worker=spec.name, agent=spec.agent.name)
 
     @property
     def row(self) -> WorkerRow:
@@ -262,7 +262,7 @@ class Child:
         new process did not come up and the old one stays.
         """
         if problem := await self._replace(spec, why, reason, if_stale):
-            self._log.error("replacement_failed", why=problem)
+            self._log.error("replacement_failed", why=problem, **self._which(self._numbers))
         return not problem
 
     async def _replace(self, spec: WorkerSpec | None, why: str, reason: ReplacementReason, if_stale: bool) -> str:
@@ -319,7 +319,8 @@ class Child:
         longest_ms = max(spec.shutdown_timeout_ms, old.launch.spec.agent.handler_timeout_ms)
         await old.drain(longest_ms / 1000 + KILL_GRACE_S, hand_over=True)
         if old.legacy is None and spec.agent.memory == "ram" == old.launch.spec.agent.memory:
-            self._log.error("memory_not_handed_over", why="the worker left nothing; the agent starts with an empty one")
+            why = "the worker left nothing; the agent starts with an empty one"
+            self._log.error("memory_not_handed_over", why=why, **which)
         self._router.promote(new.launch, old.legacy or None)  # empty: it has said itself why there is nothing
 
     async def _recycle_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
@@ -334,7 +335,7 @@ class Child:
         try:
             await self.replace(None, why, reason, if_stale=if_stale)
         except Exception as exc:  # noqa: BLE001 - a fault of ours here must not end the worker that still runs
-            self._log.error("replacement_failed", exc_info=exc)
+            self._log.error("replacement_failed", exc_info=exc, **self._which(self._numbers))
 
     # --- what the worker says (router.Listener) ---
 

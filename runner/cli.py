@@ -133,13 +133,14 @@ def run(
 def reload(state_dir: StateDir = Path(DEFAULT_STATE_DIR)) -> None:
     """Have a running runner read its configuration again, and say what it changed.
 
-    Exit status: 0 when it is done, 1 when there is no runner or it does not answer, 78 when it was refused.
+    Exit status: 0 when it is done, 1 when there is no runner, it does not answer, or some workers could not be
+    replaced, 78 when it was refused.
 
     Example: em-runner reload --state-dir ~/.local/state/em-runner
     """
     outcome = client.reload(state_dir.expanduser())
     if not outcome.done:
-        _leave(outcome.message, EXIT_CONFIG)
+        _leave(outcome.message, EXIT_FAILED if outcome.changed else EXIT_CONFIG)
     print(outcome.message)
 
 

@@ -18,13 +18,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runner.answers import Refusal
 from runner.dashboard import PATHS
 from shared.config import HttpAddress
-from shared.logs import Folded
+from shared.logs import Folded, get_logger
 from shared.nodes import is_address
 from shared.tokens import Secret
 
@@ -144,7 +143,7 @@ class Refusals:
     def __init__(self) -> None:
         self.by_status: Counter[int] = Counter()
         self._folded = Folded()
-        self._log = structlog.get_logger("http")
+        self._log = get_logger("http")
 
     def note(self, refusal: Refusal, client: Sequence[Any] | None) -> None:
         """Count a refusal; `client` is the address of who asked, where there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import anyio.to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -95,8 +96,10 @@ class Api:
         return JSON(Table(list(self._rows())))
 
     async def _metrics(self, request: Request) -> Response:
-        own = Own(self._refusals.by_status, self._router.max_in_flight)
-        return Response(exposition(self._samples(), own), media_type=CONTENT_TYPE)
+        own = Own(dict(self._refusals.by_status), self._router.max_in_flight)
+        # Of a hundred workers it takes a tenth of a second, in which queries go on.
+        text = await anyio.to_thread.run_sync(exposition, self._samples(), own)
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def _openapi(self, request: Request) -> Response:
         return JSON(openapi.document())

@@ -6,13 +6,13 @@ import time
 from typing import Final
 
 import anyio
-import structlog
 
 from runner.process import WorkerProcess
 from runner.restarts import RestartReason
 from runner.router import Router
 from shared import ipc
 from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
+from shared.logs import get_logger
 
 LAST_WORDS_S: Final = 1.0
 """How long the last messages of a worker that left in good order may take to arrive."""
@@ -52,7 +52,7 @@ class Incarnation:
         self._draining = False
         self._killed = False
         self._router = router
-        self._log = structlog.get_logger("supervisor").bind(
+        self._log = get_logger("supervisor").bind(
             worker=launch.spec.name,
             agent=launch.spec.agent.name,
             node=str(launch.spec.node),

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable
 import anyio
 import anyio.to_thread
 import msgspec
-import structlog
 
 from runner.http import Api
 from runner.process import ForkServer
@@ -15,8 +14,10 @@ from runner.restarts import RestartPolicy
 from runner.router import Router
 from runner.state_dir import Reloaded, StateDir
 from runner.supervisor import Changes, Supervisor
+from shared import logs
 from shared.config import Agent, Config, WorkerSpec, worker_specs
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StartError
+from shared.logs import get_logger
 
 ReadConfig = Callable[[], Config]
 
@@ -59,6 +60,7 @@ class Reloader:
         read: reads the configuration again; None where there is no file to read.
         config: what runs now.
         fork_server, supervisor, router, api, state: the parts that are changed, or told.
+        make_room: sees to it that there can be so many workers; raises StartError when there cannot.
 
     Attributes:
         follow: told of a configuration before its workers are started, where anybody wants to know.
@@ -73,6 +75,7 @@ class Reloader:
         router: Router,
         api: Api,
         state: StateDir,
+        make_room: Callable[[int], None],
     ) -> None:
         self._read = read
         self._config = config
@@ -81,10 +84,11 @@ class Reloader:
         self._router = router
         self._api = api
         self._state = state
+        self._make_room = make_room
         self.follow: Callable[[Config], Awaitable[None]] | None = None
         self._number = 0
         self._asked = anyio.Event()
-        self._log = structlog.get_logger("runner")
+        self._log = get_logger("runner")
 
     def ask(self) -> None:
         """Ask for a reload; several asked for while one runs are one."""
@@ -96,34 +100,41 @@ class Reloader:
             await self._asked.wait()
             self._asked = anyio.Event()
             self._number += 1
-            done, message = await self._once()
-            (self._log.info if done else self._log.error)("reloaded" if done else "reload_refused", what=message)
+            outcome = await self._once()
+            event = "reloaded" if outcome.done else "reload_incomplete" if outcome.changed else "reload_refused"
+            (self._log.info if outcome.done else self._log.error)(event, what=outcome.message)
             try:
-                self._state.tell_reload(Reloaded(self._number, done, message))
+                self._state.tell_reload(outcome)
             except OSError as exc:
                 self._log.error("reload_not_told", error=str(exc))
 
-    async def _once(self) -> tuple[bool, str]:
+    def _refused(self, why: str) -> Reloaded:
+        return Reloaded(self._number, False, why, changed=False)
+
+    async def _once(self) -> Reloaded:
         if self._read is None:
-            return False, "there is no configuration file to read again"
+            return self._refused("there is no configuration file to read again")
         try:
             config = await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True)
             known = {(agent.name, agent.handler) for agent in self._config.agents}
             new = tuple(agent for agent in config.agents if (agent.name, agent.handler) not in known)
             await anyio.to_thread.run_sync(check_handlers, new, self._fork_server, abandon_on_cancel=True)
-        except ConfigError as exc:
-            return False, f"nothing was changed: {exc}"
+            self._make_room(len(worker_specs(config)))
+        except (ConfigError, StartError) as exc:
+            return self._refused(f"nothing was changed: {exc}")
         except Exception as exc:  # noqa: BLE001 - a fault of ours must not end the runner, whose workers are well
             self._log.error("reload_fault", exc_info=exc)
-            return False, f"nothing was changed: a fault of em-runner's own, {type(exc).__name__} (see the log)"
+            return self._refused(f"nothing was changed: a fault of em-runner's own, {type(exc).__name__} (see the log)")
         return await self._apply(config)
 
-    async def _apply(self, config: Config) -> tuple[bool, str]:
+    async def _apply(self, config: Config) -> Reloaded:
         # These hold for as long as the runner does: its lock, its socket and its memory files are where they are.
         kept = {name: getattr(self._config, name) for name in ("http", "http_token", "state_dir", "tracing")}
         fixed = [name for name, value in kept.items() if getattr(config, name) != value]
         config = msgspec.structs.replace(config, **kept)
         specs = worker_specs(config)
+        if (config.log_level, config.log_format) != (self._config.log_level, self._config.log_format):
+            logs.configure(config.log_level, config.log_format)
         self._router.bound(
             query_timeout_s=config.query_timeout_ms / 1000,
             max_in_flight=config.max_in_flight,
@@ -134,7 +145,7 @@ class Reloader:
             await self.follow(config)
         changes = await self._supervisor.change(specs, policy_of(config), config.supervision.shutdown_timeout_ms / 1000)
         self._config = config
-        return not changes.failed, _in_words(changes, fixed)
+        return Reloaded(self._number, not changes.failed, _in_words(changes, fixed), changed=True)
 
 
 def _in_words(changes: Changes, fixed: list[str]) -> str:

@@ -16,13 +16,12 @@ from math import inf
 from pathlib import Path
 from typing import Final
 
-import structlog
 import zmq
 
 from runner.lines import Ending, Line, Listener, OnReply, Pending, Reply
 from shared import ipc
 from shared.ipc import NO_TRACE, Launch, Outcome, Trace
-from shared.logs import Folded
+from shared.logs import Folded, get_logger
 
 MAX_MESSAGE_BYTES: Final = 1 << 30
 READ_BYTES: Final = 1 << 20
@@ -70,7 +69,7 @@ class Router:
         self._dirty: dict[bytes, Line] = {}
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._folded = Folded()
-        self._log = structlog.get_logger("router")
+        self._log = get_logger("router")
 
     def bound(self, *, query_timeout_s: float, max_in_flight: int, max_in_flight_total: int) -> None:
         """Change the bounds; queries in flight keep their deadlines, or get the new one where that is earlier."""

@@ -7,7 +7,6 @@ it at once, so the runner's parts are imported here, behind the fork server's st
 from __future__ import annotations
 
 import os
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -16,20 +15,14 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
+from runner import descriptors
 from runner.process import ForkServer
 from runner.service_manager import ServiceManager
 from shared.config import Config, HttpAddress, worker_specs
-from shared.errors import StartError
 
 if TYPE_CHECKING:
     from runner.reload import ReadConfig
     from runner.tracing import RunnerTracing
-
-OWN_DESCRIPTORS: Final = 64
-"""What the runner needs without a worker or a client: sockets, ZeroMQ, the fork server, some to spare."""
-
-WORKER_DESCRIPTORS: Final = 4
-"""What it keeps open for one worker: its pidfd, the two pipes of its fork, its ZeroMQ connection."""
 
 PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
 
@@ -58,7 +51,7 @@ def run(
         ConfigError: when a handler cannot be loaded, or tracing not begin.
         StartError: when the state folder or the address is in use, or there are too few file descriptors.
     """
-    _require_descriptors(len(worker_specs(config)))
+    descriptors.require(len(worker_specs(config)))
     signal.signal(signal.SIGTERM, _leave_early)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
     if watched is not None:
@@ -77,19 +70,6 @@ def run(
         check_handlers(config.agents, fork_server)
         runner = Runner(config, read_again, fork_server, state, listener, service_manager, tracing, watched)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
-
-
-def _require_descriptors(workers: int) -> None:
-    """Raise the limit on open files to what these workers need, if it is lower; ZeroMQ would abort without."""
-    needed = OWN_DESCRIPTORS + WORKER_DESCRIPTORS * workers
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise StartError(
-            f"only {hard} files may be open at once, and {workers} workers need {needed}; "
-            "raise the limit with ulimit -n, or LimitNOFILE in a systemd unit"
-        )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @contextmanager

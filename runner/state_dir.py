@@ -26,11 +26,15 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class Reloaded(msgspec.Struct, frozen=True):
-    """What `reload.json` holds: how the last reload went, and which one it was."""
+    """What `reload.json` holds: which reload was the last, and how it went.
+
+    Not `done` and `changed` is one that some workers did not follow: their old processes stay.
+    """
 
     number: int
     done: bool
     message: str
+    changed: bool = True
 
 
 class StateDir:

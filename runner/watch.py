@@ -18,7 +18,6 @@ from typing import Any, Final, NamedTuple
 
 import anyio
 import anyio.to_thread
-import structlog
 from anyio.abc import TaskGroup
 
 from runner.process import ForkServer
@@ -26,6 +25,7 @@ from runner.supervisor import Supervisor
 from shared.config import Config
 from shared.errors import ConfigError
 from shared.handlers import HandlerRef
+from shared.logs import get_logger
 
 NOTICE_MS: Final = 20
 """How soon after a change files are looked at; what the kernel tells meanwhile is of the same look."""
@@ -235,7 +235,7 @@ class Watcher:
         self._due: dict[HandlerRef, Path] = {}
         self._busy: set[HandlerRef] = set()
         self._stop = anyio.Event()
-        self._log = structlog.get_logger("watch")
+        self._log = get_logger("watch")
 
     async def follow(self, config: Config) -> None:
         """Watch the files of another configuration's handlers from now on."""

@@ -29,6 +29,7 @@ SWEEP_S: Final = 1.0
 """How often the clients are held to their time-outs."""
 
 RESERVED_FILES: Final = 256
+LEAST_CONNECTIONS: Final = 8
 """How many file descriptors are left to everything else when connections take all they may."""
 
 
@@ -74,7 +75,7 @@ class HttpServer:
         self._direct = direct
         self._listener = listener
         self._limits = limits or HttpLimits()
-        self._max_connections = min(self._limits.max_connections, _spare_files())
+        self.reserve(None)
         self._state = HttpState()
         self._state.connections = self._connections = Connections()
         self._server: asyncio.Server | None = None
@@ -90,6 +91,10 @@ class HttpServer:
             access_log=False,
             proxy_headers=False,
         )
+
+    def reserve(self, files: int | None) -> None:
+        """Leave so many of the files that may be open to others; None: some, but never more than half."""
+        self.max_connections = min(self._limits.max_connections, _spare_files(files))
 
     async def start(self) -> None:
         """Begin to accept connections."""
@@ -133,7 +138,7 @@ class HttpServer:
 
     def _admit(self, newcomer: HttpConnection) -> bool:
         """Return whether there is a place for a connection; one that waits for a request may have to make it."""
-        if len(self._connections) <= self._max_connections:
+        if len(self._connections) <= self.max_connections:
             return True
         waiting = [
             connection
@@ -202,9 +207,9 @@ def resolve(host: str, port: int, *, hint: str) -> Place:
     return Place(family, address, f"{host}:{port}")
 
 
-def _spare_files() -> int:
+def _spare_files(reserved: int | None) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(soft - RESERVED_FILES, soft // 2)
+    return max(soft - RESERVED_FILES, soft // 2) if reserved is None else max(soft - reserved, LEAST_CONNECTIONS)
 
 
 def listen(place: Place, *, hint: str) -> socket.socket:

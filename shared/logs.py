@@ -1,12 +1,14 @@
 """Logging for every process: structlog, one event a line on standard error.
 
 Pretty on a terminal, JSON lines otherwise. A log that cannot be written (its reader is gone, the
-disk is full) is dropped: it must never end a process. Tracebacks show no local variables, which
-could hold secrets; what is very long is cut in its middle.
+disk is full) is dropped: it must never end a process, nor hold one up. Tracebacks show no local variables,
+which could hold secrets; what is very long is cut in its middle. What a handler makes of structlog's
+configuration is its own: em-runner's loggers have theirs.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -19,6 +21,7 @@ from typing import Any, Final, TextIO
 import structlog
 
 from shared.schema import LogFormat, LogLevel
+from shared.sink import Sink
 
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _MAX_FOLDED_KEYS: Final = 256
@@ -27,20 +30,75 @@ LONGEST_CHARS: Final = 8192
 """The longest value of a field, a traceback too: it may hold what a node or a client has sent."""
 
 
-class _Line:
-    """structlog's sink: one `write` a line, so that lines of several processes do not mix."""
+FLUSH_S: Final = 0.5
+"""How long the end of a process may take to write what its log's reader has not taken yet."""
 
-    def __init__(self, stream: TextIO | None) -> None:
+
+class _Lines:
+    """What structlog hands its lines to. Until `configure`, whatever `sys.stderr` is."""
+
+    def __init__(self) -> None:
+        self.threshold = _LEVELS["debug"]
+        self.sink: Sink | None = None
+
+    def aim(self, stream: TextIO | None) -> None:
+        """Write to a stream's descriptor from now on."""
         try:
-            self._fd = -1 if stream is None else stream.fileno()  # None: started without one
+            fd = -1 if stream is None else stream.fileno()  # None: started without one
         except (OSError, ValueError):  # closed, or no file
-            self._fd = -1
+            fd = -1
+        if self.sink is not None:
+            self.sink.close()
+        self.sink = Sink(fd, lambda lines: get_logger("log").warning("lines_dropped", lines=lines))
 
     def msg(self, message: str) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._fd, message.encode("utf-8", "backslashreplace") + b"\n")
+        """Write a line."""
+        if self.sink is not None:
+            self.sink.write(message.encode("utf-8", "backslashreplace") + b"\n")
+        elif sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"{message}\n")
 
     log = debug = info = warning = warn = error = critical = exception = msg
+
+
+_lines: Final = _Lines()
+
+
+class Logger(structlog.BoundLoggerBase):
+    """A logger of em-runner's own; make it with `get_logger`."""
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """Log at this level; the others do it at theirs."""
+        self._say("debug", event, fields)
+
+    def info(self, event: str, **fields: Any) -> None:  # noqa: D102
+        self._say("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:  # noqa: D102
+        self._say("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:  # noqa: D102
+        self._say("error", event, fields)
+
+    def _say(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        if _LEVELS[level] >= _lines.threshold:
+            self._proxy_to_logger(level, event, **fields)
+
+
+def get_logger(name: str) -> Logger:
+    """Return a logger. `name` is for the reader of the source: the events are told apart by their own."""
+    return Logger(_lines, CHAIN, {})
+
+
+def flush() -> None:
+    """Write what waits for a slow reader, for a moment. For the process's end."""
+    if _lines.sink is not None:
+        _lines.sink.flush(FLUSH_S)
+
+
+atexit.register(flush)
+os.register_at_fork(after_in_child=lambda: None if _lines.sink is None else _lines.sink.begin_anew())
 
 
 class _FromLogging(logging.Handler):
@@ -53,7 +111,7 @@ class _FromLogging(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):
             words = record.getMessage().strip()
-            held = self._folded.admit(f"{record.name} {record.levelno} {words[:LONGEST_CHARS]}")
+            held = self._folded.admit(f"{record.name} {record.levelno} {_kind(record) or words[:LONGEST_CHARS]}")
             if held is None:
                 return
             event: dict[str, Any] = {"library": record.name}
@@ -61,9 +119,24 @@ class _FromLogging(logging.Handler):
                 event["like_it_before"] = held
             if record.exc_info:
                 event["exc_info"] = record.exc_info
-            log = structlog.get_logger()
+            log = get_logger("library")
             say = log.error if record.levelno >= logging.ERROR else log.warning
             say(words, **event)
+
+
+def _kind(record: logging.LogRecord) -> str:
+    """Return what tells an exception from others, whatever words it and its line hold; else an empty text."""
+    exc = record.exc_info[1] if record.exc_info else None
+    return "" if exc is None else place_of(exc)
+
+
+def place_of(exc: BaseException) -> str:
+    """Return an exception's type, and where it was raised."""
+    trace, where = exc.__traceback__, ""
+    while trace is not None:
+        where = f" {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"{type(exc).__qualname__}{where}"
 
 
 def _cut(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -113,38 +186,49 @@ def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any)
     """
     terminal = _is_terminal(sys.stderr)
     pretty = style == "console" or (style == "auto" and terminal)
-    render: list[Any] = (
-        [
-            structlog.dev.ConsoleRenderer(
-                colors=terminal, exception_formatter=structlog.dev.plain_traceback, sort_keys=False
-            )
-        ]
-        if pretty
-        else [structlog.processors.JSONRenderer()]
-    )
+    render = [_console(terminal)] if pretty else [structlog.processors.JSONRenderer()]
 
     def add_bound(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         # Not by contextvars: a thread of a handler's own has none of ours, and a handler may clear them.
-        return {**event, **{key: value for key, value in bound.items() if key not in event}}
+        # And they are ours: whose line it is, nobody says but we.
+        return {**event, **bound}
 
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            add_bound,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso" if not pretty else "%H:%M:%S", utc=not pretty),
-            structlog.processors.format_exc_info,
-            _cut,
-            *([_harmless] if pretty else []),
-            *render,
-        ],
+    CHAIN[:] = [
+        structlog.contextvars.merge_contextvars,
+        add_bound,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso" if not pretty else "%H:%M:%S", utc=not pretty),
+        structlog.processors.format_exc_info,
+        _cut,
+        *([_harmless] if pretty else []),
+        *render,
+    ]
+    _lines.threshold = _LEVELS[level]
+    _lines.aim(sys.stderr)
+    structlog.configure(  # for handlers that use it and do not configure it
+        processors=CHAIN,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=lambda *_: _Line(sys.stderr),
+        logger_factory=lambda *_: _lines,
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()
     logging.captureWarnings(True)
     logging.basicConfig(level=logging.WARNING, handlers=[_FromLogging()], force=True)
+
+
+def _console(colours: bool) -> Any:
+    return structlog.dev.ConsoleRenderer(
+        colors=colours, exception_formatter=structlog.dev.plain_traceback, sort_keys=False
+    )
+
+
+CHAIN: Final[list[Any]] = [
+    structlog.processors.add_log_level,
+    structlog.processors.format_exc_info,
+    _harmless,
+    _console(False),
+]
+"""What a line goes through. Until `configure`, a few words for whoever embeds a part of em-runner."""
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -12,11 +12,11 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
+from urllib.parse import unquote
 from uuid import uuid4
 
-import structlog
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -38,7 +38,8 @@ from opentelemetry.trace import (
 
 from shared.errors import ConfigError
 from shared.ipc import NO_TRACE, Trace
-from shared.logs import Folded
+from shared.logs import Folded, Logger, get_logger
+from shared.tokens import redact
 
 FLUSH_S: Final = 1.0
 """How long a process that ends in good order waits at the most for its last spans to be taken."""
@@ -70,8 +71,7 @@ class Tracing:
     """
 
     def __init__(self, attributes: Attributes) -> None:
-        own = structlog.contextvars.get_contextvars()  # the thread that sends has a context of its own
-        self._log = structlog.get_logger("tracing").bind(**own)
+        self._log = get_logger("tracing")
         self._folded = Folded()
         _listen_to_library(_Told(self._log))
         sending = sends(os.environ)
@@ -144,7 +144,17 @@ def sends(environ: Mapping[str, str]) -> bool:
         endpoint = environ.get(name, "").strip()
         if endpoint and not re.match(r"https?://[^/]", endpoint):
             raise ConfigError(f"{name}: found no URL, expected one such as http://localhost:4318")
+    if any(not value.isprintable() for value in _header_values(environ)):
+        raise ConfigError("the OTEL_EXPORTER_OTLP_HEADERS hold a character that no header can; is there a line's end?")
     return exporter != "none"
+
+
+def _header_values(environ: Mapping[str, str]) -> Iterator[str]:
+    """Return what the environment has exporters send as headers: tokens, mostly."""
+    for name in ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"):
+        for header in environ.get(name, "").split(","):
+            value = header.partition("=")[2].strip()
+            yield from (value, unquote(value))
 
 
 class _Exporter(OTLPSpanExporter):
@@ -176,7 +186,7 @@ class _Exporter(OTLPSpanExporter):
 class _Told(logging.Handler):
     """Has what OpenTelemetry says appear in the log as our own lines do, once a minute for each of its parts."""
 
-    def __init__(self, log: structlog.typing.FilteringBoundLogger) -> None:
+    def __init__(self, log: Logger) -> None:
         super().__init__(logging.WARNING)
         self._log = log
         self._folded = Folded()
@@ -187,6 +197,7 @@ class _Told(logging.Handler):
             return
         # That part quotes headers of the environment that it cannot read, and they hold tokens.
         words = str(record.msg) if record.name == "opentelemetry.util.re" else record.getMessage()
+        words = redact(words, *_header_values(os.environ))
         more = {"like_it_before": held} if held else {}
         self._log.warning("tracing_trouble", why=" ".join(words.split())[:500], library=record.name, **more)
 

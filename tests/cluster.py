@@ -149,10 +149,11 @@ async def launched(
     environ: dict[str, str] | None = None,
     output: Path | None = None,
     http: str = "127.0.0.1:0",
+    errors: int | None = None,
 ) -> AsyncIterator[Cluster]:
     """Start `em-runner` with these arguments, plus a free port (or `http`) and a state folder below `folder`.
 
-    Its output goes to the log, or to the file named by `output`.
+    Its output goes to the log, or to the file named by `output`, and what goes to standard error to `errors`.
     """
     state_dir, log = folder / "state", folder / "runner.log"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("EM_DISCO", "EM_FILTER"))}
@@ -164,7 +165,7 @@ async def launched(
             env=env,
             stdin=subprocess.DEVNULL,
             stdout=out,
-            stderr=sink,
+            stderr=sink if errors is None else errors,
             start_new_session=True,
         )
     cluster = Cluster(process, state_dir, log)
@@ -217,6 +218,7 @@ async def cluster(
     environ: dict[str, str] | None = None,
     http: str = "127.0.0.1:0",
     options: tuple[str, ...] = (),
+    errors: int | None = None,
 ) -> AsyncIterator[Cluster]:
     """Run these agents, with `handlers` as `handlers.py` beside the configuration."""
     (folder / "handlers.py").write_text(handlers)
@@ -225,7 +227,7 @@ async def cluster(
     )
     (folder / "em-runner.toml").chmod(0o600)
     arguments = ("run", "-c", str(folder / "em-runner.toml"), *options)
-    async with launched(folder, *arguments, environ=environ, http=http) as running:
+    async with launched(folder, *arguments, environ=environ, http=http, errors=errors) as running:
         yield running
 
 

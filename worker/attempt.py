@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 import anyio
-import structlog
 from websockets.frames import CloseCode
 
 from shared.config import Connection as Options
 from shared.ipc import Counters, Outcome
+from shared.logs import get_logger
 from worker.dispatch import Dispatcher
 from worker.jobs import Answer, Job
 from worker.results import encode_result
@@ -34,7 +34,7 @@ CLOSE_TIMEOUT_S: Final = 1.0
 DRAIN_POLL_S: Final = 0.01
 """How often a drain looks whether the node has read its answers: nothing tells when it has."""
 
-_log = structlog.get_logger("worker.connection")
+_log = get_logger("worker.connection")
 
 
 class Lost(Exception):

@@ -16,11 +16,10 @@ from typing import Any, Final
 
 import aiohappyeyeballs
 import anyio
-import structlog
 
 from shared.config import WorkerSpec
 from shared.ipc import Counters, WorkerState
-from shared.logs import Folded
+from shared.logs import Folded, get_logger
 from shared.nodes import is_address
 from shared.tokens import TokenError, redact
 from worker.attempt import Attempt
@@ -75,7 +74,7 @@ class Connection:
         self._folded = Folded()
         self._attempt: Attempt | None = None
         self._draining = False
-        self._log = structlog.get_logger("worker.connection")
+        self._log = get_logger("worker.connection")
 
     async def run(self) -> None:
         """Connect, and again after each loss, until drained or cancelled."""

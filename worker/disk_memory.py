@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import structlog
 
+from shared.logs import get_logger
 from worker.memory import MemoryFault
 
 APPLICATION_ID: Final = 0x454D5231  # "EMR1", in SQLite's header at byte 68: whose file this is
@@ -151,7 +151,7 @@ def _open(path: Path) -> tuple[sqlite3.Connection, bytes]:
     except _NotOurs as exc:
         why = str(exc)
     aside = _move_aside(path)
-    structlog.get_logger("worker.memory").error(
+    get_logger("worker.memory").error(
         "memory_moved_aside",
         file=str(path),
         to=str(aside),

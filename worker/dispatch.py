@@ -8,6 +8,7 @@ answer may leave (not before a durable memory is), and what becomes of a query t
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections import deque
@@ -19,10 +20,9 @@ from typing import Any, Final
 
 import anyio
 import anyio.abc
-import structlog
 
 from shared.ipc import BUCKETS, Counters, Mishap, Outcome
-from shared.logs import Folded
+from shared.logs import Folded, get_logger
 from worker.flusher import Flusher
 from worker.handler import Handler
 from worker.jobs import CANCELLED, RETURNED, Answer, Job, Source
@@ -40,6 +40,7 @@ STOP_GRACE_S: Final = 1.0
 """How long an `async def` handler that is cancelled for its time-out may take to stop."""
 
 _SHORTEST_QUOTE: Final = 3
+_UNMISTAKABLE: Final = 8
 """What is shorter than this is in every other word."""
 
 SUSPENDED_S: Final = 1.0
@@ -100,7 +101,7 @@ class Dispatcher(ABC):
         self._flusher = Flusher(memory, self._settle)
         self._idle: anyio.Event | None = None
         self._folded = Folded()
-        self._log = structlog.get_logger("worker.dispatch")
+        self._log = get_logger("worker.dispatch")
 
     # --- what a subclass decides ---
 
@@ -260,8 +261,15 @@ class Dispatcher(ABC):
         """Return what an exception says, without the text of the query that many of them quote."""
         if self.quotes_queries or len(job.body) < _SHORTEST_QUOTE:
             return words
-        for text in {job.body, repr(job.body)[1:-1]}:
-            words = re.sub(rf"(?<!\w){re.escape(text)}(?!\w)", "(the query)", words)
+        body = job.body
+        # A short word is only taken out where it stands alone: it may be part of any other.
+        alone = len(body) < _UNMISTAKABLE and body.isascii() and body.isalnum()
+        quoted = {body, *(each[1:-1] for each in (repr(body), json.dumps(body), ascii(body))), str(body.encode())[2:-1]}
+        for text in sorted(quoted, key=len, reverse=True):
+            if alone:
+                words = re.sub(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", "(the query)", words)
+            else:
+                words = words.replace(text, "(the query)")
         return words
 
     # --- the time-out ---

@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Final
 
-import structlog
-
 from shared.ipc import Outcome
-from shared.logs import Folded
+from shared.logs import Folded, get_logger
 from worker.jobs import Answer, Job
 from worker.memory import Memory, MemoryFault
 
@@ -40,7 +38,7 @@ class Flusher:
         self._busy = False
         self._fault = _NOT_WRITTEN
         self._folded = Folded()
-        self._log = structlog.get_logger("worker.dispatch")
+        self._log = get_logger("worker.dispatch")
 
     def start(self) -> None:
         """Start the thread. Call it on the event loop."""

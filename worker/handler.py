@@ -14,11 +14,10 @@ from types import ModuleType
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from shared.errors import ConfigError
 from shared.handlers import HandlerRef
-from shared.logs import shortened
+from shared.logs import get_logger, shortened
 from shared.schema import LogLevel
 
 LONGEST_QUERY_CHARS: Final = 200
@@ -82,7 +81,7 @@ def told(handler: Handler, level: LogLevel) -> Handler:
     """Have each query's text in the log, cut, where that is at debug level; else return the handler as it is."""
     if level != "debug":
         return handler
-    handle, log = handler.handle, structlog.get_logger("worker.query")
+    handle, log = handler.handle, get_logger("worker.query")
 
     def handle_and_tell(body: str, memory: dict[Any, Any]) -> Any:
         log.debug("query", text=shortened(body, LONGEST_QUERY_CHARS))

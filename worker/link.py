@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
-import structlog
 import zmq
 
 from shared import ipc
 from shared.ipc import Counters, Launch, Mishap, Outcome, WorkerState
+from shared.logs import get_logger
 from worker.dispatch import Dispatcher
 from worker.jobs import Answer, Job
 from worker.results import encode_result, is_json
@@ -53,7 +53,7 @@ class Link:
         self._detail = ""
         self._told = b""
         self._flush_due = False
-        self._log = structlog.get_logger("worker.link")
+        self._log = get_logger("worker.link")
 
     def open(self) -> None:
         """Connect and say hello. Call it on the running event loop."""

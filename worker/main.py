@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import setproctitle
-import structlog
 
 from shared import logs
 from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
+from shared.logs import get_logger
 from worker import output
 from worker.connection import Connection
 from worker.dispatch import Dispatcher
@@ -66,7 +66,7 @@ def run(launch: Launch) -> None:
     try:
         status = anyio.run(Worker(launch).run, backend_options={"use_uvloop": True})
     except BaseException as exc:  # noqa: BLE001 - the last line of defence: say it, leave, be started again
-        structlog.get_logger("worker").error("worker_crashed", exc_info=exc)
+        get_logger("worker").error("worker_crashed", exc_info=exc)
     output.finish()
     os._exit(status)  # a handler's thread that hangs, or its atexit hooks, must not keep the process
 
@@ -113,7 +113,7 @@ class Worker:
         self._hung = ""
         self._called = anyio.Event()
         self._inherited: bytes | None = None
-        self._log = structlog.get_logger("worker")
+        self._log = get_logger("worker")
         self._states = StateLog(self._log)
 
     async def run(self) -> int:

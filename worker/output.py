@@ -14,11 +14,10 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, TextIO
 
-import structlog
+from shared.logs import LONGEST_CHARS, Folded, flush, get_logger, place_of
 
-from shared.logs import LONGEST_CHARS
-
-_log: Final = structlog.get_logger("worker.output")
+_log: Final = get_logger("worker.output")
+_folded: Final = Folded()
 
 
 class Printed(io.TextIOBase):
@@ -94,17 +93,29 @@ def finish() -> None:
         with contextlib.suppress(Exception):
             if original is not None:
                 original.flush()
+    flush()
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
-    if not issubclass(args.exc_type, SystemExit):
+    if issubclass(args.exc_type, SystemExit):
+        return
+    more = _like_it("thread", args.exc_value)
+    if more is not None:
         name = args.thread.name if args.thread is not None else None
-        _log.error("thread_failed", thread=name, exc_info=_info(args.exc_value, args.exc_traceback))
+        _log.error("thread_failed", thread=name, exc_info=_info(args.exc_value, args.exc_traceback), **more)
 
 
 def _not_raised(args: sys.UnraisableHookArgs) -> None:
-    at = getattr(args.object, "__qualname__", type(args.object).__name__)
-    _log.warning("exception_ignored", at=at, exc_info=_info(args.exc_value, args.exc_traceback))
+    more = _like_it("ignored", args.exc_value)
+    if more is not None:
+        at = getattr(args.object, "__qualname__", type(args.object).__name__)
+        _log.warning("exception_ignored", at=at, exc_info=_info(args.exc_value, args.exc_traceback), **more)
+
+
+def _like_it(what: str, exc: BaseException | None) -> dict[str, int] | None:
+    """Return what a line says of those like it that were held back; None when it is itself."""
+    held = _folded.admit(f"{what} {place_of(exc)}" if exc is not None else what)
+    return None if held is None else {"like_it_before": held} if held else {}
 
 
 def _info(exc: BaseException | None, traceback: TracebackType | None) -> Any:

@@ -23,6 +23,7 @@ from websockets.uri import parse_uri
 from shared import frames
 from shared.logs import printable_line
 from shared.nodes import NodeAddress
+from shared.tokens import redact
 from worker.framing import Splitter, TextFrames
 
 SessionState = Literal["connecting", "registering", "ready", "closed"]
@@ -68,6 +69,7 @@ class Session:
         self.ignored: Counter[str] = Counter()
         self.ponged = True
         self._agent = agent
+        self._token = token
         self._capabilities = capabilities
         self._message: bytearray | None = None
         self._message_is_text = False
@@ -131,7 +133,7 @@ class Session:
                 self._protocol.receive_data(self._splitter.take_rest() + data)
                 self._take_events(queries)
         except Exception as exc:  # noqa: BLE001 - whatever a node provokes ends its session, not the worker
-            self._end(f"the node's bytes could not be read: {_cut(exc)}")
+            self._end(f"the node's bytes could not be read: {self._said(exc)}")
         self._put_output()
         self._look_for_end(eof=not data)
         return queries
@@ -266,7 +268,7 @@ class Session:
     def _error(self, frame: frames.NodeFrame) -> None:
         reason = str(frame.reason if frame.reason is not None else frame.error)
         if self.state == "registering":
-            self._end(f"{_cut(reason)}: {_ADVICE.get(reason, 'the node refused the registration')}")
+            self._end(f"{self._said(reason)}: {_ADVICE.get(reason, 'the node refused the registration')}")
             self.close(CloseCode.NORMAL_CLOSURE)
         else:
             self.ignored["error_frame"] += 1
@@ -274,11 +276,11 @@ class Session:
     def _look_for_end(self, *, eof: bool) -> None:
         protocol = self._protocol
         if protocol.handshake_exc is not None:
-            self._end(_refusal(protocol.handshake_exc))
+            self._end(self._refusal(protocol.handshake_exc))
         elif protocol.close_rcvd is not None:
-            self._end(f"the node closed the connection ({_cut(protocol.close_rcvd)})")
+            self._end(f"the node closed the connection ({self._said(protocol.close_rcvd)})")
         elif protocol.close_sent is not None and not self._leaving:
-            self._end(f"the connection was closed ({_cut(protocol.close_sent)})")
+            self._end(f"the connection was closed ({self._said(protocol.close_sent)})")
         elif eof:
             self._end("the node cut the connection")
 
@@ -287,18 +289,16 @@ class Session:
         if self.ended is None:
             self.ended = why
 
+    def _refusal(self, exc: Exception) -> str:
+        """Return why the upgrade failed, from what the node answered instead."""
+        if isinstance(exc, InvalidStatus):
+            status = exc.response.status_code
+            if 300 <= status < 400:
+                return f"the node redirects elsewhere ({status}), which is not followed: configure its own address"
+            return _STATUS_ADVICE.get(status, f"the node answered {status} instead of the upgrade")
+        return f"what answers at this address is no em_disco: {self._said(exc)}"
 
-def _refusal(exc: Exception) -> str:
-    """Return why the upgrade failed, from what the node answered instead."""
-    if isinstance(exc, InvalidStatus):
-        status = exc.response.status_code
-        if 300 <= status < 400:
-            return f"the node redirects elsewhere ({status}), which is not followed: configure its own address"
-        return _STATUS_ADVICE.get(status, f"the node answered {status} instead of the upgrade")
-    return f"what answers at this address is no em_disco: {_cut(exc)}"
-
-
-def _cut(text: object) -> str:
-    """Return a peer's words as one short printable line."""
-    line = printable_line(text)
-    return line if len(line) <= 200 else line[:197] + "..."
+    def _said(self, text: object) -> str:
+        """Return a peer's words as one short printable line, without our token: it may quote what it was told."""
+        line = printable_line(redact(str(text), self._token))
+        return line if len(line) <= 200 else line[:197] + "..."

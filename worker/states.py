@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-import structlog
-
 from shared.ipc import WorkerState
-from shared.logs import Folded
+from shared.logs import Folded, Logger
 
 SETTLED_S: Final = 5.0
 """How long a state lasts before it is logged although others like it just were."""
@@ -29,7 +27,7 @@ class StateLog:
         clock: seconds that only go forward.
     """
 
-    def __init__(self, log: structlog.typing.FilteringBoundLogger, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, log: Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log
         self._clock = clock
         self._folded = Folded(clock=clock)

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import anyio
 import msgspec
-import structlog
 
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Outcome
+from shared.logs import get_logger
 from shared.trial import ASKING, CLOSING, IMPORTING, SETTING_UP, Phase, Trial
 from worker.dispatchers import dispatcher_for
 from worker.handler import Handler, load
@@ -85,7 +85,7 @@ async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: f
                 tell(CLOSING)
                 await dispatcher.tear_down()
         except HandlerFault as exc:
-            structlog.get_logger("worker.trial").error("handler_failed", exc_info=exc.__cause__)
+            get_logger("worker.trial").error("handler_failed", exc_info=exc.__cause__)
             return trial._replace(error=str(exc))
     return trial
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import os
 import random
 import signal
@@ -30,10 +29,10 @@ from typing import Any, NamedTuple
 
 import anyio
 import psutil
-import structlog
 import uvloop
 
 from disco import Node, NodeSettings, serve
+from shared import logs
 from tests.chaos.load import Answer, HttpLoad, http_load
 from tests.chaos.proxy import Line, proxied
 from tests.cluster import Cluster, agent, cluster, until
@@ -326,7 +325,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
     print(f"soak: {options.seconds:g} s, seed {options.seed}", flush=True)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))  # the nodes' logs
+    logs.configure("error")  # the nodes' logs
     with tempfile.TemporaryDirectory(prefix="em-soak-") as folder:
         return uvloop.run(soak(options.seconds, options.seed, Path(folder)))
 

@@ -19,6 +19,7 @@ import pytest
 
 from disco import Node
 from runner.state_dir import read_address
+from shared.http_server import HttpServer, listen, resolve
 from tests.chaos.load import ECHO, Client, all_ready, ask_once, http_load, report
 from tests.cluster import COUNTER, ROOT, agent, alive, cluster, until
 from worker.disk_memory import DiskMemory
@@ -250,3 +251,40 @@ async def test_start_raises_a_soft_limit_that_is_too_low(tmp_path: Path, node: N
     done = await run_with_limit("-Sn 24", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+
+
+async def test_reload_makes_room_for_more_workers_or_is_refused(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("e", [node.url]), handlers=ECHO) as running:
+        await all_ready(running)
+        pid, config = running.process.pid, tmp_path / "em-runner.toml"
+        before, more = config.read_text(), "\n".join(agent(f"more_{number}", [node.url]) for number in range(6))
+        # 64 of its own, 4 for each of seven workers.
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (80, 80))
+        config.write_text(before + more)
+        os.kill(pid, signal.SIGHUP)
+        await until(lambda: running.events("reload_refused"), "it is refused")
+        (refused,) = running.events("reload_refused")
+        assert "nothing was changed: only 80 files may be open at once, and 7 workers need 92" in refused["what"]
+        assert list(await running.rows()) == ["e_server"]
+    if os.geteuid() == 0:  # nobody else may raise a hard limit again
+        async with cluster(tmp_path, agent("e", [node.url]), handlers=ECHO) as running:
+            await all_ready(running)
+            pid = running.process.pid
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (80, 5000))
+            config.write_text(before + more)
+            os.kill(pid, signal.SIGHUP)
+            await until(lambda: running.events("reloaded"), "it is done")
+            assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] >= 92 + 4096
+            await all_ready(running)
+            assert len(await running.rows()) == 7
+
+
+def test_clients_never_have_the_descriptors_of_workers() -> None:
+    listener = listen(resolve("127.0.0.1", 0, hint=""), hint="")
+    server = HttpServer(lambda *_: None, listener)  # type: ignore[arg-type]
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server.reserve(soft - 20)
+    assert server.max_connections == 20
+    server.reserve(soft + 20)
+    assert server.max_connections > 0, "somebody can ask how it is"
+    listener.close()

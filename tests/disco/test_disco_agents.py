@@ -11,7 +11,6 @@ from typing import Any
 import anyio
 import httpx
 import pytest
-from structlog.testing import capture_logs
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
@@ -32,6 +31,7 @@ from tests.disco.harness import (
     raw_socket,
     token_for,
 )
+from tests.logs import capture_logs
 
 pytestmark = pytest.mark.anyio
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from structlog.testing import capture_logs
 
 from disco.journal import REFUSALS_PER_WINDOW, WINDOW_S, Journal
 from disco.rate import Bucket, Throttle
+from tests.logs import capture_logs
 
 
 def test_bucket_admits_a_second_s_worth_at_once_and_then_its_rate() -> None:

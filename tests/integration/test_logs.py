@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from disco import Node
@@ -127,3 +133,90 @@ async def test_flood_of_failures_is_one_line(tmp_path: Path, node: Node) -> None
 
         await until(counted, "all have failed")
         assert len(running.events("handler_failed")) == 1
+
+
+async def test_reader_of_the_log_that_stalls_holds_up_nobody(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import asyncio, os, signal
+async def handle(body, memory):
+    for number in range(1000 if body == "flood" else 0):
+        print(number, "x" * (number % 90 * 100))
+    if body == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return body, memory
+"""
+    reading, writing = os.pipe()
+    data = bytearray()
+
+    def read_all() -> None:
+        while found := os.read(reading, 1 << 16):
+            data.extend(found)
+
+    agents = [agent("talks", [node.url]), agent("quiet", [node.url])]
+    supervision = "liveness_timeout_ms = 1000"
+    try:
+        async with cluster(tmp_path, *agents, handlers=handlers, supervision=supervision, errors=writing) as running:
+            os.close(writing)
+            await running.wait_ready()
+            for _ in range(3):
+                assert await running.results("flood", agent="talks") == "flood"
+            pid = await running.worker_pid("quiet_server")
+            assert (await running.ask("die", agent="quiet")).status_code == 503
+            await running.wait_ready()  # the runner itself has had to log
+            assert await running.results("x", agent="quiet") == "x"
+            assert await running.worker_pid("quiet_server") != pid
+            row = await running.row("talks_server")
+            assert (row["restarts"], row["errors"]) == (0, 0)
+            assert await running.stop() == 0
+    finally:
+        reader = threading.Thread(target=read_all)
+        reader.start()
+        reader.join(20)
+        os.close(reading)
+
+
+async def test_lines_of_a_runner_and_its_workers_do_not_mix_on_a_pipe(tmp_path: Path, node: Node) -> None:
+    handlers = """
+def handle(body, memory):
+    for number in range(60):
+        print(number, "x" * (number % 3 * 4000))
+    return body, memory
+"""
+    reading, writing = os.pipe()
+    data = bytearray()
+
+    def read_slowly() -> None:
+        while found := os.read(reading, 3000):
+            data.extend(found)
+
+    reader = threading.Thread(target=read_slowly)
+    async with cluster(
+        tmp_path, *(agent(name, [node.url]) for name in "abc"), handlers=handlers, errors=writing
+    ) as running:
+        os.close(writing)
+        reader.start()
+        await running.wait_ready()
+        async with anyio.create_task_group() as tasks:
+            for name in "abc":
+                tasks.start_soon(partial(running.results, "x", agent=name))
+        assert await running.stop() == 0
+    await anyio.to_thread.run_sync(reader.join, 20)
+    os.close(reading)
+    found = [json.loads(line) for line in data.splitlines()]
+    assert len([line for line in found if line["event"] == "printed"]) == 180
+    assert {"started", "ready", "stopped"} <= {line["event"] for line in found}
+
+
+async def test_level_of_the_log_can_be_changed_by_a_reload(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
+        await running.wait_ready()
+        config = tmp_path / "em-runner.toml"
+        config.write_text(
+            config.read_text().replace("[runner]\n", '[runner]\nlog_format = "console"\nlog_level = "error"\n')
+        )
+        os.kill(running.process.pid, signal.SIGHUP)
+        await until(lambda: '"stopped"' in running.log, "the old worker has left")
+        await running.wait_ready()
+        before = running.log
+        assert await running.stop() == 0
+        assert running.log == before, "what is said at an end is at info level"

@@ -102,9 +102,12 @@ class Broken:
         await running.wait_ready()
         pid = await running.worker_pid("count_server")
         configure(tmp_path, agent("count", [node.url], handler="handlers.py:Broken"))
-        refused = await reload(running)
-        assert refused.returncode == 78
-        assert "NOT replaced" in refused.stderr
+        incomplete = await reload(running)
+        assert incomplete.returncode == 1, "it is no refusal: the rest of the file holds"
+        assert "NOT replaced" in incomplete.stderr
+        assert running.events("reload_incomplete")
+        (failed,) = running.events("replacement_failed")
+        assert failed["node"] == node.url
         assert await running.worker_pid("count_server") == pid
         assert (await running.results("x"))["properties"]["count"] == 1
         assert "the database is closed" in running.log

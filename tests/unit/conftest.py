@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import structlog
 from hypothesis import HealthCheck, settings
+
+from tests import logs
 
 # Two busy cores make a single example slow now and then; that is no failure.
 settings.register_profile("unit", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
@@ -14,6 +15,5 @@ settings.load_profile("unit")
 @pytest.fixture(autouse=True, scope="package")
 def _silent_log():
     """Render no log lines; tests that are about them capture them."""
-    structlog.configure(processors=[], logger_factory=structlog.testing.ReturnLoggerFactory())
-    yield
-    structlog.reset_defaults()
+    with logs.chain(logs.nothing):
+        yield

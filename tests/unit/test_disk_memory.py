@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
+from tests.logs import capture_logs
 from worker.disk_memory import APPLICATION_ID, DiskMemory
 from worker.memory import MemoryFault
 

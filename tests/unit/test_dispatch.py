@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -15,10 +16,10 @@ import anyio.lowlevel
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from shared.ipc import Counters, Outcome
 from shared.schema import MemoryKind
+from tests.logs import capture_logs
 from worker.disk_memory import DiskMemory
 from worker.dispatch import Dispatcher
 from worker.dispatchers import dispatcher_for
@@ -792,6 +793,28 @@ async def test_text_of_a_query_that_a_failure_quotes_is_left_out_of_the_log(kind
     assert ("4111-1111" in told + line["error"] + line["exception"]) is quotes
     assert "int(body)" in line["exception"], "the place is there"
     assert ("RuntimeError: no number in (the query)" in line["exception"]) is not quotes
+
+
+@pytest.mark.parametrize(
+    ("body", "quote", "left"),
+    [
+        ("plainsecret", "no such _plainsecret_", "no such _(the query)_"),
+        ("tok", "no such _tok_, tokens", "no such _(the query)_, tokens"),
+        ("4111", "4111, 41112", "(the query), 41112"),
+        ("caf\u00e9 noir", json.dumps("caf\u00e9 noir"), '"(the query)"'),
+        ("caf\u00e9 noir", repr("caf\u00e9 noir".encode()), "b'(the query)'"),
+        ("\u79d8\u5bc6\u3067", "\u8a9e\u79d8\u5bc6\u3067\u3059", "\u8a9e(the query)\u3059"),
+        ("two\nlines", repr("two\nlines"), "'(the query)'"),
+    ],
+)
+async def test_quote_is_found_however_it_is_written(body: str, quote: str, left: str) -> None:
+    def handle(body: str, memory: dict[Any, Any]) -> Any:
+        raise ValueError(quote)
+
+    with capture_logs() as logs:
+        async with bench(handler_of("plain", handle)) as table:
+            assert left in await table.failure(body)
+    assert left in logs[0]["error"]
 
 
 async def test_flood_of_time_outs_is_one_line() -> None:

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from shared import logs
 from shared.logs import Folded
 from shared.tokens import Secret
+from tests.logs import chain
+from worker import output
 from worker.handler import Handler, told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,9 +33,11 @@ Read = Callable[[], str]
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    before, root = structlog.get_config(), logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
+    before, root, lines = structlog.get_config(), logging.getLogger(), logs._lines
+    handlers, level, sink, threshold = root.handlers[:], root.level, lines.sink, lines.threshold
+    with chain(*logs.CHAIN):
+        yield
+    lines.sink, lines.threshold = sink, threshold
     structlog.configure(**before)
     structlog.contextvars.clear_contextvars()
     logging.captureWarnings(False)
@@ -48,7 +52,7 @@ def stderr(capfd: pytest.CaptureFixture[str]) -> Read:
 
 
 def log() -> Any:
-    return structlog.get_logger("test")
+    return logs.get_logger("test")
 
 
 # --- lines ---
@@ -247,6 +251,62 @@ def test_query_text_is_logged_at_debug_level_alone_cut_and_otherwise_costs_nothi
     assert found["text"].startswith("qqq")
     assert "59800 characters" in found["text"]
     assert len(found["text"]) < 250
+
+
+def others(style: Any) -> None:
+    """What applications do in their first lines."""
+    if style == "plain":
+        structlog.configure(processors=[structlog.processors.JSONRenderer()])
+    elif style == "standard library":
+        structlog.configure(
+            processors=[structlog.stdlib.filter_by_level, structlog.processors.KeyValueRenderer()],
+            wrapper_class=structlog.stdlib.BoundLogger,
+            logger_factory=structlog.stdlib.LoggerFactory(),
+        )
+    else:
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory())
+
+
+@pytest.mark.parametrize("style", ["plain", "standard library", "printed"])
+def test_handler_that_configures_structlog_configures_its_own_lines_alone(style: Any, stderr: Read) -> None:
+    logs.configure("info", "json", worker="echo_server")
+    bound = log().bind(node="n")
+    others(style)
+    structlog.contextvars.bind_contextvars(worker="another")
+    bound.error("handler_failed", exc_info=ValueError("x"))
+    bound.debug("held back")
+    logging.getLogger("own").warning("of its own")
+    first, second = (json.loads(line) for line in stderr().splitlines())
+    assert (first["event"], first["level"], first["node"]) == ("handler_failed", "error", "n")
+    assert first["worker"] == second["worker"] == "echo_server", "whose line it is, a handler does not say"
+    assert "timestamp" in first
+    assert "ValueError: x" in first["exception"]
+    assert second["event"] == "of its own"
+
+
+def test_exceptions_of_one_kind_are_folded_whatever_they_say(stderr: Read) -> None:
+    logs.configure("info", "json")
+    for number in range(3):
+        try:
+            raise ValueError(f"query {number}")
+        except ValueError:
+            logging.getLogger("asyncio").error("Task exception was never retrieved, Task-%d", number, exc_info=True)
+    assert len(stderr().splitlines()) == 1
+
+
+def test_failures_of_a_handlers_own_threads_are_folded(stderr: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs.configure("info", "json")
+
+    def fail(number: int) -> None:
+        raise ValueError(f"query {number}")
+
+    monkeypatch.setattr(threading, "excepthook", output._thread_failed)
+    for number in range(3):
+        thread = threading.Thread(target=fail, args=(number,))
+        thread.start()
+        thread.join()
+    (line,) = stderr().splitlines()
+    assert json.loads(line)["event"] == "thread_failed"
 
 
 # --- a log that cannot be written ---

@@ -15,7 +15,6 @@ import pytest
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from runner.lines import Ending, Reply
 from runner.router import Router
@@ -24,6 +23,7 @@ from shared.config import Agent, WorkerSpec
 from shared.handlers import HandlerRef
 from shared.ipc import Cancel, Counters, Drain, DrainRequest, Failed, Hello, Launch, Outcome, Queries, Replies, Status
 from shared.nodes import parse_node
+from tests.logs import capture_logs
 
 pytestmark = pytest.mark.anyio
 

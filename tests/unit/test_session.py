@@ -100,6 +100,16 @@ def test_token_reaches_no_log(caplog: pytest.LogCaptureFixture) -> None:
     assert "s3cr3t" not in caplog.text
 
 
+@pytest.mark.parametrize("length", [20, 190, 400])
+def test_token_that_a_node_quotes_is_in_no_reason(length: int) -> None:
+    token = "eyJhbGciOi" + "t0k" * (length // 3)
+    peer = upgraded(session(token=token))
+    peer.say({"status": "error", "reason": f"the token {token} was not signed by this node"})
+    assert peer.client.ended is not None
+    assert "t0k" not in peer.client.ended
+    assert "the token *** was not signed" in peer.client.ended
+
+
 def test_both_handshake_frames_leave_in_order_without_waiting_for_an_answer() -> None:
     peer = Peer(session())
     assert peer.client.state == "connecting"

@@ -125,12 +125,14 @@ def test_headers_name_one_parent_and_as_many_states_as_there_are() -> None:
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "expected http/protobuf"),
         ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "grpc", "expected http/protobuf"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "nonsense", "expected one such as http://localhost:4318"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20s3cr3t%0Ax", "a character that no header can"),
     ],
 )
 def test_what_the_environment_asks_for_in_vain_is_an_error(name: str, value: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         sends({name: value})
     assert name in str(caught.value)
+    assert "s3cr3t" not in str(caught.value)
 
 
 def test_environment_may_ask_for_no_spans_to_be_sent() -> None:

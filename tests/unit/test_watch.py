@@ -7,13 +7,12 @@ from pathlib import Path
 
 import anyio
 import pytest
-import structlog
 import watchfiles
-from structlog.testing import capture_logs
 
 from runner.watch import Changed, Import, Watched, Watcher, imports
 from shared.config import Agent, Config
 from shared.handlers import HandlerRef
+from tests.logs import capture_logs
 
 HOME = Path("/home")
 
@@ -233,7 +232,6 @@ async def test_kernel_that_takes_no_more_watches_is_one_error_and_files_are_look
     ref = HandlerRef(None, file, "handle", tmp_path)
     parts = Supervised()
     with capture_logs() as lines:
-        structlog.get_logger()
         config = Config(agents=(Agent(name="a", handler=ref, nodes=()),))
         watcher = Watcher(config, tmp_path / "em-runner.toml", parts, parts, lambda: None)  # type: ignore[arg-type]
         async with anyio.create_task_group() as tasks:

@@ -1,0 +1,176 @@
+"""Where a process's log lines go: written whole, and never waited for.
+
+A line is written at once where that is possible. Where it is not (a reader that stalls, a terminal that is held, a
+shipper that hangs) a thread writes it when it can, and what comes on top of some megabytes is dropped and counted: no
+event loop, and no handler, ever waits for the reader of a log.
+
+On a pipe, lines longer than the kernel keeps whole would mix with those of other processes: who writes holds a lock
+on the pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+MOST_BYTES: Final = 4 << 20
+"""How much may wait for a reader that stalls."""
+
+
+class Sink:
+    """Writes lines to a descriptor.
+
+    Args:
+        fd: where to; -1 for nowhere. It stays as it is: blocking, and its owner's.
+        tell_dropped: called, from a thread, with how many lines were dropped, once lines can be written again.
+    """
+
+    def __init__(self, fd: int, tell_dropped: Callable[[int], None] = lambda _: None) -> None:
+        self._fd = fd
+        self._tell_dropped = tell_dropped
+        self._socket: socket.socket | None = None
+        self._own = -1
+        self.begin_anew()
+
+    def _open(self, fd: int) -> None:
+        """Have a way to `fd` that never waits; a file and /dev/null have none, and need none."""
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISSOCK(mode):  # such as journald's
+            self._socket = socket.socket(fileno=os.dup(fd))
+        elif stat.S_ISFIFO(mode) or os.isatty(fd):
+            # Opened anew: the flag for not waiting would hold for every process that has inherited the old one.
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self._own = os.open(f"/proc/self/fd/{fd}", flags)
+            self._locks = stat.S_ISFIFO(mode)
+
+    def begin_anew(self) -> None:
+        """Begin with nothing, as a process that has just been forked must: it has no thread yet, and no lock."""
+        if self._own != -1:
+            os.close(self._own)
+        self._own, self._locks = -1, False
+        if self._socket is None:
+            with contextlib.suppress(OSError):
+                self._open(self._fd)
+        self._mutex = threading.RLock()  # reentrant: a destructor may log in the midst of it
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._idle.set()
+        self._within_line = False
+
+    def write(self, line: bytes) -> None:
+        """Write a line, now or later, or drop it. Never raises, never waits."""
+        with self._mutex:
+            if self._waiting:
+                self._keep(line)
+            elif rest := self._at_once(line):
+                self._keep(rest)
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until nothing waits any more, for so long at the most."""
+        self._idle.wait(timeout_s)
+
+    def close(self) -> None:
+        """Let go of what was opened, unless something waits: then it goes with the process."""
+        with self._mutex:
+            if not self._waiting:
+                if self._own != -1:
+                    os.close(self._own)
+                if self._socket is not None:
+                    self._socket.close()
+                self._own, self._socket, self._fd, self._locks = -1, None, -1, False
+
+    # --- at once ---
+
+    def _at_once(self, line: bytes) -> bytes:
+        """Write as much as can be written now, and return the rest."""
+        try:
+            self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
+            rest = line[self._write_some(line) :]
+        except BlockingIOError:
+            return line
+        except OSError:  # its reader is gone, the disk is full: there is nobody to be told
+            rest = b""
+        if not rest:
+            self._end_line()
+        return rest
+
+    def _lock(self, how: int) -> None:
+        if self._locks and not self._within_line:
+            try:
+                fcntl.flock(self._own, how)
+            except BlockingIOError:
+                raise
+            except OSError:  # there are no locks here: lines may mix, and none is lost
+                self._locks = False
+        self._within_line = True
+
+    def _write_some(self, data: bytes) -> int:
+        if self._socket is not None:
+            return self._socket.send(data, socket.MSG_DONTWAIT)
+        return os.write(self._fd if self._own == -1 else self._own, data)
+
+    def _end_line(self) -> None:
+        self._within_line = False
+        if self._locks:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._own, fcntl.LOCK_UN)
+
+    # --- later ---
+
+    def _keep(self, line: bytes) -> None:
+        if self._waiting_bytes + len(line) > MOST_BYTES:
+            self._dropped += 1
+            return
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+        self._idle.clear()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_later, name="log", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # no thread is to be had
+                self._dropped += len(self._waiting)
+                self._waiting.clear()
+                self._over()
+
+    def _write_later(self) -> None:
+        while True:
+            with self._mutex:
+                if not self._waiting:
+                    dropped, self._dropped = self._dropped, 0
+                    self._over()
+                    break
+                line = self._waiting[0]
+            self._write_when_possible(line)
+            with self._mutex:
+                self._waiting.popleft()
+                self._waiting_bytes -= len(line)
+        if dropped:
+            self._tell_dropped(dropped)
+
+    def _over(self) -> None:
+        self._thread, self._waiting_bytes = None, 0
+        self._idle.set()
+
+    def _write_when_possible(self, rest: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self._lock(fcntl.LOCK_EX)
+            fd = self._fd if self._own == -1 else self._own
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            while rest:
+                poll.poll()
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[self._write_some(rest) :]
+        self._end_line()
