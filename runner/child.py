@@ -218,7 +218,10 @@ class Child:
         if self._current is incarnation:
             self._current = None
             self._state = "crashed"
-        self._router.drop(incarnation.launch, "the worker died")
+        self._router.drop(
+            incarnation.launch,
+            "the worker had to end before it was done" if incarnation.draining else "the worker died",
+        )
         ended = await incarnation.process.how()
         how = incarnation.failure or f"the process ended: {ended}"
         self._cause = incarnation.cause or _cause(ended)

@@ -50,6 +50,7 @@ class Api:
         self._agents = agents
         self._rows = rows
         self._samples = samples
+        self._asks_for_token = token is not None
         guard: Guard = LocalOnly(address) if token is None else BearerToken(token)
         self._router = router
         self._refusals = Refusals()
@@ -102,7 +103,7 @@ class Api:
         return Response(text, media_type=CONTENT_TYPE)
 
     async def _openapi(self, request: Request) -> Response:
-        return JSON(openapi.document())
+        return JSON(openapi.document(self._asks_for_token))
 
 
 class _OnlyByPost:

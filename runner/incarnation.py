@@ -17,6 +17,9 @@ from shared.logs import get_logger
 LAST_WORDS_S: Final = 1.0
 """How long the last messages of a worker that left in good order may take to arrive."""
 
+REASON_S: Final = 0.1
+"""The same for a worker that left by itself, and may have said why: it is to be started again soon."""
+
 LAST_WORDS_POLL_S: Final = 0.002
 
 MIN_LOOK_S: Final = 0.01
@@ -31,6 +34,7 @@ class Incarnation:
         failure: why it cannot go on, in its own words or in ours; empty while it can. `cause` is that in a word.
         wants_successor: why it wants one, empty while it does not.
         legacy: what it remembered, once it has handed that over.
+        draining: whether it was told to finish and leave.
         successor: what takes its place when it ends; until then an end is a death.
     """
 
@@ -49,7 +53,7 @@ class Incarnation:
         self.started_s = time.monotonic()
         self.changed = anyio.Event()
         self.over = anyio.Event()
-        self._draining = False
+        self.draining = False
         self._killed = False
         self._router = router
         self._log = get_logger("supervisor").bind(
@@ -81,13 +85,16 @@ class Incarnation:
             tasks.start_soon(self._hold_to_account, start_timeout_s, liveness_timeout_s)
             await self.process.ended()
             tasks.cancel_scope.cancel()
-        if (self._draining or self.state == "draining") and not self._killed:
-            await self._hear_last_words()
+        if not self._killed:
+            if self.draining or self.state == "draining":
+                await self._hear_last_words(LAST_WORDS_S)
+            elif (await self.process.how()).startswith("exit"):
+                await self._hear_last_words(REASON_S)
         self.over.set()
 
-    async def _hear_last_words(self) -> None:
+    async def _hear_last_words(self, limit_s: float) -> None:
         """Wait for what the process sent before it ended: the kernel tells of its end by a shorter way."""
-        with anyio.move_on_after(LAST_WORDS_S):
+        with anyio.move_on_after(limit_s):
             while self.state != "stopped":
                 self._router.silent_for_s(self.launch)
                 await anyio.sleep(LAST_WORDS_POLL_S)
@@ -136,7 +143,7 @@ class Incarnation:
     async def drain(self, timeout_s: float, *, hand_over: bool = False) -> None:
         """Have the process finish what is in flight and leave; kill it when it takes longer."""
         if self._router.drain(self.launch, hand_over=hand_over):
-            self._draining = True
+            self.draining = True
             with anyio.move_on_after(timeout_s):
                 await self.over.wait()
                 return

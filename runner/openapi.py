@@ -37,10 +37,10 @@ class Health(msgspec.Struct):
 
 
 _WHY: Final = {
-    400: "The body is not JSON with a `query`, or names no one of several agents, or another than the path.",
+    400: "The body is not JSON with a `query`, or names no one of several agents, or another agent than the path.",
     401: "A token is needed, and was not given or is wrong.",
     403: "The request comes from another site's page, or its `Host` is not the runner's.",
-    404: "There is no such agent or worker.",
+    404: "There is no such agent or worker, or the worker is not one of that agent.",
     408: "The request was not sent in time.",
     413: f"The body is larger than {MAX_BODY_BYTES} bytes.",
     405: "The route is not asked in this way; `Allow` says how.",
@@ -55,8 +55,8 @@ _REFUSED: Final = (401, 403)
 
 
 @cache
-def document() -> bytes:
-    """Return the document as JSON."""
+def document(with_token: bool) -> bytes:
+    """Return the document as JSON, of a runner that asks for a token or of one that does not."""
     structs = (QueryBody, Results, Failure, Health, Ready, Table)
     _, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     whole = {
@@ -72,8 +72,7 @@ def document() -> bytes:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
-        # Where no token is set, none is asked for: then the runner can be reached from its own machine alone.
-        "security": [{}, {"bearer": []}, {"basic": []}],
+        "security": [{"bearer": []}, {"basic": []}] if with_token else [],
         "paths": _queries() | _looks(),
         "components": {
             "schemas": components,
@@ -119,7 +118,12 @@ def _looks() -> dict[str, Any]:
             _text("text/event-stream"),
             (*_REFUSED, 503),
         ),
-        "/health": _get("health", "Whether the runner's process answers; asks for no token", _json("Health"), (403,)),
+        "/health": {
+            "get": _get("health", "Whether the runner's process answers; asks for no token", _json("Health"), (403,))[
+                "get"
+            ]
+            | {"security": []}
+        },
         "/ready": _get("ready", "Whether each agent has a worker that is ready", _json("Ready"), _REFUSED, ready),
         "/workers": _get("workers", "The table of workers", _json("Table"), _REFUSED),
         "/metrics": _get("metrics", "For Prometheus", _text("text/plain"), _REFUSED),

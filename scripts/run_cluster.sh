@@ -22,7 +22,7 @@ Both:
   --state-dir FOLDER    where it keeps its lock, socket and address (~/.local/state/em-runner)
   -h, --help            show this and leave
 
-Ctrl-C or SIGTERM ends it: what is in flight is answered first.
+Ctrl-C or SIGTERM ends it: what is in flight is finished first, within shutdown_timeout_ms (5 s).
 
 The first start makes the environment in .venv, for which it needs a Python 3.11 or later and, that once,
 a package index. EM_PYTHON names the Python to use.

@@ -410,4 +410,4 @@ async def test_bounds_leave_file_descriptors_for_everything_else(monkeypatch: py
     for soft, most in ((1024, 768), (100, 50), (1 << 20, 4096)):
         monkeypatch.setattr(resource, "getrlimit", limits(soft))
         async with served() as known:
-            assert known.server._max_connections == most
+            assert known.server.max_connections == most

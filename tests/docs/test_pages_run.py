@@ -5,6 +5,8 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -53,18 +55,18 @@ def test_page_does_what_it_says(page: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_block_is_something_that_can_be_checked(page: Path) -> None:
+def test_every_block_is_something_that_can_be_checked(page: Path, tmp_path: Path) -> None:
     for block in blocks(page):
         assert block.language in LANGUAGES, block.where
-        check(block)
+        check(block, tmp_path)
 
 
-def check(block: Block) -> None:
-    """Read a block that no reader runs as what it is."""
+def check(block: Block, folder: Path) -> None:
+    """Have whoever a block is for read it, where no reader runs it."""
     if block.language == "console":
         assert block.commands, block.where
     elif block.language == "toml" and block.file is None:
-        check_fragment(block)
+        check_fragment(block, folder)
     elif block.language == "python":
         compile(block.text, block.where, "exec")
         assert block.file is not None, f"{block.where}: its first line names its file"
@@ -72,12 +74,41 @@ def check(block: Block) -> None:
         json.loads(block.text)
     elif block.language == "yaml":
         assert yaml.safe_load(block.text), block.where
+        if "scrape_configs" in block.text and shutil.which("promtool"):
+            prometheus = folder / "prometheus.yml"
+            prometheus.write_text(block.text)
+            subprocess.run(
+                ["promtool", "check", "config", "--syntax-only", prometheus], check=True, capture_output=True
+            )
     elif block.language == "ini":
         configparser.ConfigParser(interpolation=None).read_string(block.text)
+        if "[em_disco]" in block.text:
+            conf = folder / "emergence.conf"
+            conf.write_text(block.text)
+            file = folder / "em-runner.toml"
+            file.write_text(AGENT.replace("nodes", "# nodes"))
+            (folder / "agents.py").touch()
+            assert load(file, environ={}, emergence_conf=conf).agents[0].nodes, block.where
 
 
-def check_fragment(block: Block) -> None:
-    """Check a piece of a configuration against the schema, as if the rest were there."""
+AGENT = '[[agent]]\nname = "shout"\nhandler = "agents.py:handle"\nnodes = ["localhost:8080"]\n'
+
+
+def check_fragment(block: Block, folder: Path) -> None:
+    """Load a piece of a configuration, with the rest that a reader has: an agent, and the files that it names."""
+    whole = block.text if "[[agent]]" in block.text else block.text + AGENT
+    for system in ("/etc/em-runner", "/var/lib/em-runner"):
+        whole = whole.replace(system, str(folder))
+    for named in re.findall(r'^\w+_file = "(.+)"', whole, re.MULTILINE):
+        secret = folder / named
+        secret.write_text("a-secret-of-more-than-thirty-two-bytes")
+        secret.chmod(0o600)
+    for handler in re.findall(r'^handler = "(\w+\.py):', whole, re.MULTILINE):
+        (folder / handler).touch()
+    file = folder / "em-runner.toml"
+    file.write_text(whole)
+    file.chmod(0o600)
+    assert load(file, environ={}, emergence_conf=folder / "none").agents, block.where
     table: dict[str, Any] = tomllib.loads(block.text)
     assert table, block.where
     check_keys(table, (*SECTIONS, "agent"), block.where)
@@ -88,6 +119,8 @@ def check_fragment(block: Block) -> None:
         read_section({"name": "x", "handler": "x:y"} | agent, AgentSection, f"{block.where} agent")
 
 
+SOURCES = "/usr/local/src/em-runner"
+
 # What no test can do, and why: each stands here and in its page.
 NOT_RUN: dict[str, list[str]] = {
     "it asks a package index": ["pip install pytest", "pip install pytest"],
@@ -96,6 +129,24 @@ NOT_RUN: dict[str, list[str]] = {
     "it needs systemd, and the unit installed": [
         "systemd-analyze security em-runner",
         "systemd-analyze verify /etc/systemd/system/em-runner.service",
+    ],
+    "it needs root": [
+        "git clone URL /usr/local/src/em-runner",
+        "python3 -m venv /opt/em-runner-0.1.0/.venv",
+        f"/opt/em-runner-0.1.0/.venv/bin/pip install -c {SOURCES}/constraints.txt {SOURCES}",
+        "ln -sfn em-runner-0.1.0 /opt/em-runner",
+        "useradd --system --home-dir /var/lib/em-runner --shell /usr/sbin/nologin em-runner",
+        "install -d /etc/em-runner",
+        "install -m 640 -g em-runner em-runner.toml /etc/em-runner/em-runner.toml",
+        "cp /usr/local/src/em-runner/deploy/em-runner.service /etc/systemd/system/",
+        "systemctl daemon-reload",
+        "systemctl enable --now em-runner",
+        "git -C /usr/local/src/em-runner pull",
+        "python3 -m venv /opt/em-runner-0.2.0/.venv",
+        f"/opt/em-runner-0.2.0/.venv/bin/pip install -c {SOURCES}/constraints.txt {SOURCES}",
+        "/opt/em-runner-0.2.0/.venv/bin/em-runner check -c /etc/em-runner/em-runner.toml",
+        "ln -sfn em-runner-0.2.0 /opt/em-runner",
+        "systemctl restart em-runner",
     ],
     "it needs the network": ["git clone URL em-runner"],
     "they check, load and measure em-runner for minutes": [

@@ -29,6 +29,7 @@ PUT_TOGETHER = {
     "worker_failed": "runner/child.py",
     "reloaded": "runner/reload.py",
     "reload_refused": "runner/reload.py",
+    "reload_incomplete": "runner/reload.py",
     "printed": "worker/output.py",
     "ready": "worker/states.py",
     "backoff": "worker/states.py",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,23 @@ def test_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
         copy.write_text(text.replace("/opt/em-runner/.venv/bin/em-runner", shutil.which("true") or "/bin/true"))
         found = subprocess.run([analyze, "verify", copy], capture_output=True, text=True)
         assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_wheel_has_every_file_of_the_packages(tmp_path: Path) -> None:
+    """What is installed without a checkout is all there: the page, its style and script, the types' marks."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    if "No matching distribution" in done.stderr or "connection" in done.stderr.lower():
+        pytest.skip("what builds wheels cannot be had here")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    found = set(zipfile.ZipFile(wheel).namelist())
+    packages = ("runner", "worker", "shared", "disco")
+    wanted = {
+        str(file.relative_to(ROOT))
+        for package in packages
+        for file in (ROOT / package).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert wanted <= found
+    assert {name.partition("/")[0] for name in found if ".dist-info" not in name} == set(packages)
