@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
@@ -62,6 +64,9 @@ Style = Annotated[LogFormat, typer.Option("--log-format", help="How the log is w
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error, never a traceback."""
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # what a terminal cannot show is no reason to show nothing
+                stream.reconfigure(errors="backslashreplace")
         try:
             cli()
         finally:
@@ -273,6 +278,7 @@ def query(
     text: Annotated[str, typer.Argument(help="The query.")],
     agent: Annotated[str | None, typer.Option(help="Ask this agent; needed when there are several.")] = None,
     worker: Annotated[str | None, typer.Option(help="Ask this worker.")] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to wait, in seconds.")] = 35.0,
     url: RunnerUrl = None,
     token_file: TokenFile = None,
     state_dir: StateDir = Path(DEFAULT_STATE_DIR),
@@ -286,14 +292,19 @@ def query(
     """
     base = client.find(url, state_dir.expanduser())
     asked = {"query": text} | {name: value for name, value in (("agent", agent), ("worker", worker)) if value}
-    answer = client.call(base, "/agent/query", asked, token=_token(token_file))
+    hint = "is the runner up? A query may take longer: --timeout-s"
+    try:
+        answer = client.call(base, "/agent/query", asked, token=_token(token_file), timeout_s=timeout_s, hint=hint)
+    except client.NotText as exc:
+        _leave(str(exc), 2)
     if answer.status == 200 and isinstance(answer.body, dict) and "results" in answer.body:
         _print_json(answer.body["results"])
         return
     message = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
     if answer.status == 200:
         _leave(f"what answers at {base} is not em-runner", EXIT_FAILED)
-    _leave(f"{answer.status}: {message}", client.exit_status(answer.status))
+    who = f" ({answer.worker})" if answer.worker else ""
+    _leave(f"{answer.status}: {message}{who}{client.advice(answer)}", client.exit_status(answer.status))
 
 
 @cli.command("status")
@@ -322,6 +333,8 @@ def show_status(
         return client.find(url, state_dir.expanduser()), _token(token_file)
 
     if watch:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # not before the terminal is as it was
         with contextlib.suppress(KeyboardInterrupt):
             status.watch(_out, where, interval_s)
         return
@@ -332,7 +345,8 @@ def show_status(
     if as_json:
         _print_json(table)
     else:
-        _out.print(status.grid(table.workers, _out.width if _on_terminal else None))
+        width = _out.width if _on_terminal else None
+        _out.print(status.grid(table.workers, width), status.in_full(table.workers, width), sep="", end="")
         _out.print(status.summary(table.workers))
     raise typer.Exit(status.exit_status(table.workers))
 

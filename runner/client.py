@@ -28,6 +28,10 @@ class Answer(NamedTuple):
     worker: str | None
 
 
+class NotText(ValueError):
+    """What cannot be sent, because it is no text."""
+
+
 def parse_url(text: str) -> str:
     """Return the address of a runner, from a URL or from HOST:PORT.
 
@@ -39,6 +43,8 @@ def parse_url(text: str) -> str:
         parts = urlsplit(whole)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
         good = good and (parts.port is not None or "://" in text)
+        text = text.replace(parts.netloc, parts.netloc.rpartition("@")[2]) if "@" in parts.netloc else text
+        good = good and "@" not in parts.netloc
     except ValueError:
         good = False
     if not good:
@@ -61,17 +67,28 @@ def find(url: str | None, state_dir: Path) -> str:
 
 
 def call(
-    base: str, path: str, body: dict[str, Any] | None = None, *, token: str | None = None, timeout_s: float = 35.0
+    base: str,
+    path: str,
+    body: dict[str, Any] | None = None,
+    *,
+    token: str | None = None,
+    timeout_s: float = 35.0,
+    hint: str = "is the runner up?",
 ) -> Answer:
-    """Make one request: POST of `body` as JSON, GET without one.
+    """Make one request: POST of `body` as JSON, GET without one. `hint` says what to do where nobody answers.
 
     Raises:
         StartError: when the runner does not answer, or what answers is none.
+        NotText: when `body` cannot be sent.
     """
     if token is not None and not (token.isascii() and token.isprintable()):
         raise StartError("the token holds characters that no HTTP header can; is its file one line of text?")
     try:
-        request = urllib.request.Request(base + path, data=None if body is None else msgspec.json.encode(body))
+        data = None if body is None else msgspec.json.encode(body)
+    except UnicodeEncodeError:
+        raise NotText("the query is no text in UTF-8") from None
+    try:
+        request = urllib.request.Request(base + path, data=data)
         request.add_header("Content-Type", "application/json")
         if token is not None:
             request.add_header("Authorization", f"Bearer {token}")
@@ -85,7 +102,9 @@ def call(
         raise StartError(f"what answers at {base} is not em-runner") from None
     except (OSError, ValueError, http.client.HTTPException) as exc:
         reason = getattr(exc, "reason", None) or exc
-        raise StartError(f"no answer from {base}: {reason}; is the runner up?") from None
+        if isinstance(reason, TimeoutError):
+            reason = f"none within {timeout_s:g} s"
+        raise StartError(f"no answer from {base}: {reason}; {hint}") from None
 
 
 # A runner is asked directly: a proxy of the environment would get its token.
@@ -122,3 +141,17 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> Reloaded:
 def exit_status(http_status: int) -> int:
     """Return what `em-runner query` leaves with after an answer of that HTTP status."""
     return {200: 0, 400: 2, 404: 2, 413: 2, 500: 3, 503: 4}.get(http_status, 1)
+
+
+def advice(answer: Answer) -> str:
+    """Return what a person who asked may do about an answer that is none; empty where its own words say so."""
+    words = str(answer.body)
+    if answer.status == 401:
+        return "; name the file with the token as --token-file"
+    if answer.status == 400 and "as 'agent'" in words:
+        return "; that is --agent NAME"
+    if answer.status == 500:
+        return "; the traceback is in the runner's log"
+    if answer.status == 504:
+        return "; see query_timeout_ms and handler_timeout_ms"
+    return ""

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Final
 import msgspec
 
 from shared.errors import StartError
+
+LOOK_S: Final = 0.01
+"""How long another command may take to look whether a folder is held."""
 
 _MAX_SOCKET_PATH: Final = 107  # sun_path of unix(7) holds 108 bytes, one of them the end
 
@@ -92,7 +96,7 @@ def _lock(path: Path) -> int:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock_soon(lock)
     except BlockingIOError:
         message = _held_by_another(lock, path)
         os.close(lock)
@@ -102,12 +106,30 @@ def _lock(path: Path) -> int:
     return lock
 
 
+def _lock_soon(lock: int) -> None:
+    """Take the lock. Whoever only looks whether it is held has it for a moment, see `read_address`."""
+    for _ in range(10):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(LOOK_S)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def read_address(path: Path) -> Address | None:
-    """Return the address that the runner of a state folder announced, or None."""
+    """Return the address that the runner of a state folder announced, or None when none runs.
+
+    One that was killed could not take its address back: who holds the lock is asked of the kernel, for its pid and
+    its port may be somebody else's by now.
+    """
     try:
-        return msgspec.json.decode((path / "runner.json").read_bytes(), type=Address)
+        address = msgspec.json.decode((path / "runner.json").read_bytes(), type=Address)
+        with (path / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return address
     except (OSError, UnicodeDecodeError, msgspec.DecodeError):
-        return None
+        pass
+    return None
 
 
 def read_reload(path: Path) -> Reloaded | None:

@@ -34,19 +34,22 @@ LEAST_REASON: Final = 20
 
 _GAP: Final = 2
 
+LOOK_S: Final = 3.0
+"""How long one who watches waits for the runner before it is shown as gone."""
+
 
 class NotAnswered(Exception):
     """The runner answered, but not with its table; the text says what to do."""
 
 
-def fetch(base: str, token: str | None) -> Table:
+def fetch(base: str, token: str | None, timeout_s: float = 10.0) -> Table:
     """Ask a runner for its table.
 
     Raises:
         StartError: when nobody answers, or what answers is none.
         NotAnswered: when it refuses.
     """
-    answer = client.call(base, "/workers", token=token, timeout_s=10.0)
+    answer = client.call(base, "/workers", token=token, timeout_s=timeout_s)
     if answer.status == 404:
         raise StartError(f"what answers at {base} is not em-runner")
     if answer.status != 200:
@@ -66,45 +69,63 @@ def exit_status(rows: Sequence[WorkerRow]) -> int:
 
 def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     """Return the rows as a table; of the width of a terminal, a row is one line, and what matters least is left out."""
-    columns = _columns(rows)
-    reasons = [printable_line(row.detail or _last_error(row))[:LONGEST_REASON] for row in rows]
-    if width is not None:
-        left = width - min(LEAST_REASON, max(map(len, reasons), default=0))
-        whole, spent = columns, []
-        for heading in _SPENT_FIRST:
-            if sum(_width(name, columns[name]) for name in columns if name not in spent) > left:
-                spent.append(heading)
-        for heading in reversed(spent[:]):  # what is narrow may fit where what is wide did not
-            kept = [name for name in whole if name not in spent or name == heading]
-            if sum(_width(name, whole[name]) for name in kept) <= left:
-                spent.remove(heading)
-        columns = {name: cells for name, cells in whole.items() if name not in spent}
+    columns, room = _fitting(rows, width)
+    reasons = [_reason(row)[:LONGEST_REASON] for row in rows]
     grid = Grid(box=None, pad_edge=False, expand=width is not None, padding=(0, _GAP, 0, 0))
     for heading in columns:
         grid.add_column(heading, justify="left" if heading in ("worker", "state", "node") else "right", no_wrap=True)
     fitted = 1 if width is not None else None
     if any(reasons) or width is None:
-        left = width - sum(_width(name, cells) for name, cells in columns.items()) if width is not None else len(_WHY)
-        grid.add_column(_WHY if left >= len(_WHY) else "why", overflow="ellipsis", no_wrap=True, ratio=fitted)
+        grid.add_column(_WHY if room >= len(_WHY) else "why", overflow="ellipsis", no_wrap=True, ratio=fitted)
     for *cells, reason in zip(*columns.values(), map(Text, reasons), strict=True):
         grid.add_row(*cells, *([reason] if len(grid.columns) > len(cells) else []))
     return grid
 
 
+def in_full(rows: Sequence[WorkerRow], width: int | None) -> Text:
+    """Return why workers are not ready, where the table has no room for it: a paragraph for each, or nothing."""
+    room = _fitting(rows, width)[1]
+    cut = [row for row in rows if row.state != "ready" and len(_reason(row)) > min(room, LONGEST_REASON)]
+    return Text("".join(f"{row.name}: {_reason(row)}\n" for row in cut))
+
+
+def _reason(row: WorkerRow) -> str:
+    return printable_line(row.detail or _last_error(row))
+
+
+def _fitting(rows: Sequence[WorkerRow], width: int | None) -> tuple[dict[str, list[Text]], int]:
+    """Return the columns that fit, and how much room is left for the reason."""
+    whole = _columns(rows)
+    if width is None:
+        return whole, LONGEST_REASON
+    left = width - min(LEAST_REASON, max((len(_reason(row)) for row in rows), default=0))
+    spent: list[str] = []
+    for heading in _SPENT_FIRST:
+        if sum(_width(name, whole[name]) for name in whole if name not in spent) > left:
+            spent.append(heading)
+    for heading in reversed(spent[:]):  # what is narrow may fit where what is wide did not
+        kept = [name for name in whole if name not in spent or name == heading]
+        if sum(_width(name, whole[name]) for name in kept) <= left:
+            spent.remove(heading)
+    columns = {name: cells for name, cells in whole.items() if name not in spent}
+    return columns, width - sum(_width(name, cells) for name, cells in columns.items())
+
+
 def _columns(rows: Sequence[WorkerRow]) -> dict[str, list[Text]]:
+    unanswered = any(row.unanswered for row in rows)
     return {
         "worker": [Text(row.name) for row in rows],
         "state": [Text(row.state, style=_COLOURS.get(row.state, "cyan")) for row in rows],
         "node": [Text(row.node) for row in rows],
         "pid": [Text("" if row.pid is None else str(row.pid)) for row in rows],
-        "up": [Text(table.uptime(row.uptime_s)) for row in rows],
-        "queries": [Text(f"{row.queries:,}") for row in rows],
+        "up": [Text("" if row.pid is None else table.uptime(row.uptime_s)) for row in rows],
+        "queries": [Text(table.count(row.queries)) for row in rows],
         "a second": [Text(table.rate(row.queries_per_s)) for row in rows],
         "p50": [Text(table.latency(row.p50_s)) for row in rows],
         "p99": [Text(table.latency(row.p99_s)) for row in rows],
-        "errors": [Text(f"{row.errors:,}") for row in rows],
+        "errors": [Text(table.count(row.errors)) for row in rows],
         # The rarest of all: it is there when it says something.
-        **({"503, 504": [Text(f"{row.unanswered:,}") for row in rows]} if any(row.unanswered for row in rows) else {}),
+        **({"503, 504": [Text(table.count(row.unanswered)) for row in rows]} if unanswered else {}),
         "restarts": [Text(str(row.restarts)) for row in rows],
     }
 
@@ -140,7 +161,7 @@ def watch(console: Console, where: Callable[[], tuple[str, str | None]], interva
         while True:
             problem = ""
             try:
-                rows = fetch(*where()).workers
+                rows = fetch(*where(), timeout_s=LOOK_S).workers
             except (StartError, NotAnswered, TokenError) as exc:
                 problem = str(exc)
             if live is not None:
@@ -170,4 +191,6 @@ def view(rows: Sequence[WorkerRow], width: int | None, height: int | None, probl
         shown.append(Styled(grid(rows, width), "dim") if problem else grid(rows, width))
     if left_out:
         shown.append(Text(f"and {left_out} more that do not fit", style="dim"))
+    elif not problem and (reasons := in_full(rows, width)):
+        shown.append(reasons)  # where it does not fit, the screen cuts it off
     return Group(*shown)

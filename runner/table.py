@@ -163,6 +163,17 @@ def latency(seconds: float | None) -> str:
     return f"{seconds * 1e6:.0f} us"
 
 
+def count(number: int) -> str:
+    """Return a number of at most seven characters: `999,999`, then `1.23 M`."""
+    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+        if number >= size:
+            value = number / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{number:,}"
+
+
 def rate(per_s: float) -> str:
     """Return queries a second, with a decimal place only where it says something."""
+    if per_s >= 99_999.5:
+        return count(round(per_s)) if per_s >= 999_999.5 else f"{per_s / 1000:.0f} k"
     return f"{per_s:,.0f}" if per_s >= 9.95 or not per_s else f"{per_s:.1f}"

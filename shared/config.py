@@ -136,11 +136,14 @@ def worker_name(agent: str, index: int) -> str:
 
 
 def worker_specs(config: Config) -> tuple[WorkerSpec, ...]:
-    """Return one spec for each (agent, node), agents and nodes in the order of the file."""
+    """Return one spec for each (agent, node), agents and nodes in the order of the file.
+
+    Its agent has that node alone: what becomes of the others is no change to this worker.
+    """
     return tuple(
         WorkerSpec(
             name=worker_name(agent.name, index),
-            agent=agent,
+            agent=msgspec.structs.replace(agent, nodes=(node,)),
             node=node,
             index=index,
             state_dir=config.state_dir,

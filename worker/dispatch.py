@@ -22,7 +22,7 @@ import anyio
 import anyio.abc
 
 from shared.ipc import BUCKETS, Counters, Mishap, Outcome
-from shared.logs import Folded, get_logger
+from shared.logs import Folded, get_logger, shortened
 from worker.flusher import Flusher
 from worker.handler import Handler
 from worker.jobs import CANCELLED, RETURNED, Answer, Job, Source
@@ -38,6 +38,9 @@ SLICE_NS: Final = int(SLICE_S * NS)
 
 STOP_GRACE_S: Final = 1.0
 """How long an `async def` handler that is cancelled for its time-out may take to stop."""
+
+LONGEST_ERROR_CHARS: Final = 4000
+"""How much of an exception's words is told as the last error; its traceback is in the log."""
 
 _SHORTEST_QUOTE: Final = 3
 _UNMISTAKABLE: Final = 8
@@ -242,7 +245,7 @@ class Dispatcher(ABC):
         self._memory.rollback()
         if job.settled:
             return CANCELLED
-        what = self._discreet(f"{type(exc).__name__}: {_words(exc)}", job)[:500]
+        what = shortened(self._discreet(f"{type(exc).__name__}: {_words(exc)}", job), LONGEST_ERROR_CHARS)
         last = exc.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next

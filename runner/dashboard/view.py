@@ -98,10 +98,10 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         peak=f"at most {table.rate(max(rates, default=0.0))} a second in five minutes",
         p50=table.latency(row.p50_s),
         p99=table.latency(row.p99_s),
-        queries=f"{row.queries:,}",
-        errors=f"{row.errors:,}",
-        unanswered=f"{row.unanswered:,}",
-        restarts=f"{row.restarts:,}",
+        queries=table.count(row.queries),
+        errors=table.count(row.errors),
+        unanswered=table.count(row.unanswered),
+        restarts=table.count(row.restarts),
         brief="\n".join(
             f"{each.source}, {table.ago(each.at)}: {printable_line(each.error)[:_LONGEST_BRIEF]}"
             for each in row.last_errors

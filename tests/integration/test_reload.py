@@ -113,6 +113,20 @@ class Broken:
         assert "the database is closed" in running.log
 
 
+async def test_node_that_is_added_or_taken_out_is_no_change_to_the_workers_at_others(
+    tmp_path: Path, node: Node, other_node: Node
+) -> None:
+    async with cluster(tmp_path, agent("count", [node.url])) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("count_server")
+        configure(tmp_path, agent("count", [node.url, other_node.url]))
+        assert (await reload(running)).stdout.strip() == "added: count_server_2; unchanged: 1"
+        await running.wait_state("count_server_2", "ready")
+        configure(tmp_path, agent("count", [node.url]))
+        assert (await reload(running)).stdout.strip() == "removed: count_server_2; unchanged: 1"
+        assert await running.worker_pid("count_server") == pid
+
+
 async def test_what_only_a_restart_changes_is_said(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()

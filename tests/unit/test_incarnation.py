@@ -35,6 +35,9 @@ class Process:
     async def ended(self) -> None:
         await self._ended.wait()
 
+    async def how(self) -> str:
+        return "killed by SIGKILL"
+
 
 class Router:
     """Hears a worker, or not; its own delays are those of the loop that it runs on."""

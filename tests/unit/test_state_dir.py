@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ def test_what_a_killed_runner_left_is_cleared(tmp_path: Path) -> None:
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60, check=False)
     assert killed.returncode == -9
-    assert read_address(tmp_path) is not None
+    assert (tmp_path / "runner.json").exists()
+    assert read_address(tmp_path) is None, "its pid and its port may be somebody else's"
     with hold(tmp_path) as state:
         assert read_address(tmp_path) is None
         assert not state.socket_path.exists()
@@ -75,3 +77,26 @@ def test_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 def test_address_file_that_is_none_is_no_address(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "runner.json").write_bytes(content)
     assert read_address(tmp_path) is None
+
+
+def test_runner_starts_although_others_look_whether_there_is_one(tmp_path: Path) -> None:
+    with hold(tmp_path) as state:
+        state.announce("http://127.0.0.1:1")
+    looking = threading.Event()
+    (tmp_path / "runner.json").write_text('{"pid": 1, "http": "http://127.0.0.1:1"}')
+
+    def look() -> None:
+        while not looking.is_set():
+            read_address(tmp_path)
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(50):
+            with hold(tmp_path):
+                pass
+    finally:
+        looking.set()
+        for thread in threads:
+            thread.join()

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from runner.client import parse_url
-from runner.status import exit_status, grid, summary, view
-from runner.table import ErrorSource, WorkerRow, last_errors, latency, rate
+from runner.status import exit_status, grid, in_full, summary, view
+from runner.table import ErrorSource, WorkerRow, count, last_errors, latency, rate
 from shared.ipc import Mishap
 
 SOURCES = get_args(ErrorSource)
@@ -158,6 +158,25 @@ def test_narrow_terminal_does_without_columns_and_cuts_no_name(width: int) -> No
 )
 def test_uptime_is_told_in_its_two_largest_units(seconds: float, shown: str) -> None:
     assert f" {shown} " in printed(row(uptime_s=seconds))[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(0, "0"), (999_999, "999,999"), (1_234_567, "1.23 M"), (12_345_678, "12.3 M"), (1_234_567_890, "1.23 G")],
+)
+def test_large_counts_are_short(number: int, shown: str) -> None:
+    assert count(number) == shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 132])
+def test_why_a_worker_is_not_ready_is_told_in_whole_where_a_row_has_no_room_for_it(width: int) -> None:
+    why = "cannot connect to disco.example.com:8080: Name or service not known"
+    rows = row("word_counter_server", "backoff", detail=why), row("b", detail=""), row("c", "failed", detail="short")
+    told = in_full(rows, width).plain
+    assert told in (f"word_counter_server: {why}\n", "")
+    assert why in told + "".join(printed(*rows, width=width)).replace("  ", "")
+    assert "c: short" not in told
+    assert in_full(rows, None).plain == ""
 
 
 def test_exit_status_says_whether_all_are_ready() -> None:
