@@ -51,6 +51,7 @@ class Child:
         self._hurry = anyio.Event()
         self._stopping = anyio.Event()
         self._ended = anyio.Event()
+        self._outdated = anyio.Event()
         self._handover = anyio.Lock()
         self._replacements: Counter[ReplacementReason] = Counter()
         self._log = get_logger("supervisor").bind(worker=spec.name, agent=spec.agent.name)
@@ -291,18 +292,18 @@ class Child:
 
         None means that it ended meanwhile, and that another one runs or will.
         """
+        self._outdated = anyio.Event()
         try:
             new = await self._fork(spec, standby=True)
         except SpawnError as exc:
             return str(exc)
-        up = False
-        with anyio.move_on_after(START_TIMEOUT_S):
-            up = await new.reached("standby")
+        up = await self._comes_up(new)
         if up and self._current is old and not self._stopping.is_set():
             await self._hand_over(old, new, why, reason)
             return ""
         new.process.kill()
         await new.process.ended()
+        await new.hear_out()
         found = await self._bury(new)
         if self._stopping.is_set():
             return ""
@@ -310,6 +311,26 @@ class Child:
             self._adopt(spec)  # whoever is started next has it; who has been started without it is replaced
             return None
         return found
+
+    async def _comes_up(self, new: Incarnation) -> bool:
+        """Wait until a successor stands by; False when it ends, takes too long, or is out of date before that."""
+        up = False
+
+        async def wait() -> None:
+            nonlocal up
+            up = await new.reached("standby")
+            tasks.cancel_scope.cancel()
+
+        with anyio.move_on_after(START_TIMEOUT_S):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(wait)
+                await self._outdated.wait()
+                tasks.cancel_scope.cancel()
+        return up
+
+    def outdate(self) -> None:
+        """Wait no longer for a successor that is still starting: its handler has been written anew meanwhile."""
+        self._outdated.set()
 
     async def _hand_over(self, old: Incarnation, new: Incarnation, why: str, reason: ReplacementReason) -> None:
         which = self._which(old.launch.incarnation)

@@ -17,7 +17,7 @@ from shared.logs import get_logger
 LAST_WORDS_S: Final = 1.0
 """How long the last messages of a worker that left in good order may take to arrive."""
 
-REASON_S: Final = 0.1
+REASON_S: Final = 0.25
 """The same for a worker that left by itself, and may have said why: it is to be started again soon."""
 
 LAST_WORDS_POLL_S: Final = 0.002
@@ -85,12 +85,17 @@ class Incarnation:
             tasks.start_soon(self._hold_to_account, start_timeout_s, liveness_timeout_s)
             await self.process.ended()
             tasks.cancel_scope.cancel()
-        if not self._killed:
-            if self.draining or self.state == "draining":
-                await self._hear_last_words(LAST_WORDS_S)
-            elif (await self.process.how()).startswith("exit"):
-                await self._hear_last_words(REASON_S)
+        await self.hear_out()
         self.over.set()
+
+    async def hear_out(self) -> None:
+        """Wait for what an ended process may still have to say."""
+        if self._killed:
+            return
+        if self.draining or self.state == "draining":
+            await self._hear_last_words(LAST_WORDS_S)
+        elif (await self.process.how()).startswith("exit"):
+            await self._hear_last_words(REASON_S)
 
     async def _hear_last_words(self, limit_s: float) -> None:
         """Wait for what the process sent before it ended: the kernel tells of its end by a shorter way."""

@@ -109,7 +109,8 @@ class ForkServer:
                 process.kill()
                 error = f"{phase.words} has not ended after {PROBE_TIMEOUT_S if phase == IMPORTING else timeout_s:g} s"
                 if phase == ASKING:
-                    error += ", and keeps the event loop: an 'async def' must not compute or sleep without 'await'"
+                    error += ", and keeps the event loop: an 'async def' must not compute or sleep without 'await',"
+                    error += " nor catch CancelledError"
             except EOFError:
                 process.join()
                 error = f"{phase.words} has ended its process: {_how(process.exitcode)}"
@@ -136,6 +137,7 @@ class ForkServer:
     ) -> Iterator[tuple[ForkServerProcess, Connection]]:
         """Run `target` in a process of its own, whose last argument is a pipe to the receiver."""
         receiver, sender = self._context.Pipe(duplex=False)
+        process: ForkServerProcess | None = None
         try:
             process = self._start_process(target, (*arguments, sender), f"probe {arguments[0]}")
             self._probes.add(process)
@@ -148,6 +150,9 @@ class ForkServer:
             process.join()
             self._probes.discard(process)
         finally:
+            if process is not None and process.pid is not None:
+                with contextlib.suppress(OSError):  # what its handler has started is in its group, and in no other
+                    os.killpg(process.pid, signal.SIGKILL)
             receiver.close()
             sender.close()
 

@@ -102,7 +102,8 @@ class Reloader:
             self._number += 1
             outcome = await self._once()
             event = "reloaded" if outcome.done else "reload_incomplete" if outcome.changed else "reload_refused"
-            (self._log.info if outcome.done else self._log.error)(event, what=outcome.message)
+            more = {} if outcome.done else {"do": "mend it, then save or reload the configuration again"}
+            (self._log.info if outcome.done else self._log.error)(event, what=outcome.message, **more)
             try:
                 self._state.tell_reload(outcome)
             except OSError as exc:

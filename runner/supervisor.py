@@ -144,6 +144,12 @@ class Supervisor:
                     tasks.start_soon(renew, child)
         return dict(sorted(renewed.items()))
 
+    def outdate(self, handler: HandlerRef) -> None:
+        """Wait no longer for a handler's successors that are still starting: they are of a former version."""
+        for child in self._children.values():
+            if child.spec.agent.handler == handler:
+                child.outdate()
+
     async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
         async with limiter:
             if not await self._children[spec.name].replace(spec, "its configuration has changed", "configuration"):

@@ -321,7 +321,9 @@ class Watcher:
         for ref, file in changed.handlers.items():
             self._log.info("handler_changed", handler=str(ref), file=str(file))
             self._due[ref] = file
-            if ref not in self._busy:
+            if ref in self._busy:
+                self._supervisor.outdate(ref)
+            else:
                 self._busy.add(ref)
                 tasks.start_soon(self._renew, ref)
 
@@ -346,9 +348,12 @@ class Watcher:
             self._log.error("handler_not_reloaded", file=str(file), agents=agents, exc_info=exc)
             return
         found = await self._supervisor.renew(ref, f"{file.name} has changed")
+        if self._supervisor.leaving:
+            return
         if renewed := [worker for worker, problem in found.items() if not problem]:
             self._log.info("handler_reloaded", file=str(file), agents=agents, workers=renewed)
-        if failed := {worker: problem for worker, problem in found.items() if problem}:
+        failed = {worker: problem for worker, problem in found.items() if problem}
+        if failed and ref not in self._due:
             self._tell_failed(file, agents, "; ".join(dict.fromkeys(failed.values())), workers=list(failed))
 
     def _tell_failed(self, file: Path, agents: Sequence[str], error: str, **more: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from shared.schema import MemoryKind
 
 if TYPE_CHECKING:
-    from worker.testing import AgentUnderTest
+    from worker.testing import AgentUnderTest, Handles
 
 
 class RunAgent(Protocol):
@@ -23,7 +23,7 @@ class RunAgent(Protocol):
 
     def __call__(
         self,
-        handler: str | Callable[..., Any] | type,
+        handler: str | Callable[..., Any] | type | Handles,
         *,
         memory: MemoryKind = "ram",
         folder: Path | None = None,
@@ -45,7 +45,7 @@ def run_agent(request: pytest.FixtureRequest) -> Iterator[RunAgent]:
     with ExitStack() as agents:
 
         def run(
-            handler: str | Callable[..., Any] | type,
+            handler: str | Callable[..., Any] | type | Handles,
             *,
             memory: MemoryKind = "ram",
             folder: Path | None = None,

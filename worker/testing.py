@@ -15,10 +15,11 @@ handler's thread or loop, its time-out, what its result and memory must be.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, get_args
 
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -45,6 +46,14 @@ class HandlerFailed(AssertionError):
     """The handler failed at a query, or took too long; the text says why."""
 
 
+class Handles(Protocol):
+    """An object that is a handler."""
+
+    @property
+    def handle(self) -> Callable[..., Any]:
+        """What is called for each query."""
+
+
 class AgentUnderTest:
     """A handler that answers at an embedded node; `running` makes one."""
 
@@ -53,6 +62,12 @@ class AgentUnderTest:
         self._node = node
         self._memory = memory
         self._counters = counters
+        self._one_at_a_time = threading.Lock()
+        self._hung = ""
+
+    def hang(self, reason: str) -> None:
+        """Take that a call of the handler hangs: a worker would be replaced now."""
+        self._hung = reason
 
     @property
     def memory(self) -> dict[Any, Any]:
@@ -62,19 +77,34 @@ class AgentUnderTest:
     def ask(self, text: str) -> list[Any]:
         """Ask through the node and return what it makes of the answer: a list of embryos.
 
+        Several threads that ask are answered one after the other.
+
         Raises:
-            HandlerFailed: when the handler failed, or took longer than its time.
+            HandlerFailed: when the handler failed, took longer than its time, or gave what a node does not take.
+            RuntimeError: when the agent runs no more.
         """
-        errors = self._counters.errors
-        found: list[Any] = self._portal.call(self._node.query, text)
+        with self._one_at_a_time:
+            if self._hung:
+                raise HandlerFailed(f"{self._hung}; a worker would have been replaced")
+            try:
+                return self._portal.call(self._ask, text)
+            except RuntimeError as exc:
+                raise RuntimeError(f"the agent under test runs no more: {exc}") from None
+
+    async def _ask(self, text: str) -> list[Any]:
+        await self._node.wait_for(NAME, _PATIENCE_S)  # it may have lost its connection at the query before
+        errors, answered, peer = self._counters.errors, self._counters.queries_node, self._node.registry.peer(NAME)
+        found = await self._node.query(text)
         if self._counters.errors > errors:
             raise HandlerFailed(self._counters.handler_error.words if self._counters.handler_error else "")
+        if not found and (self._node.registry.peer(NAME) is not peer or self._counters.queries_node == answered):
+            raise HandlerFailed("the answer did not reach the node, which cut the connection; is it too large?")
         return found
 
 
 @contextmanager
 def running(
-    handler: str | Callable[..., Any] | type,
+    handler: str | Callable[..., Any] | type | Handles,
     *,
     memory: MemoryKind = "ram",
     folder: Path | None = None,
@@ -85,7 +115,7 @@ def running(
     """Run a handler at an embedded node for as long as the `with` lasts.
 
     Args:
-        handler: `module:attribute` or `file.py:attribute`, as in a configuration, or the function or class itself.
+        handler: `module:attribute` or `file.py:attribute`, as in a configuration, or a function, class or object.
         memory: as in a configuration; `disk` needs a `state_dir` or a `folder`.
         folder: where a handler's file or module is looked for; else the current folder.
         state_dir: where a disk memory's file is made; else `folder`.
@@ -97,6 +127,8 @@ def running(
         HandlerFault: when its `setup` fails, or takes too long.
     """
     state_dir = state_dir or folder
+    if memory not in get_args(MemoryKind):
+        raise ValueError(f"memory: found {memory!r}, expected one of {', '.join(get_args(MemoryKind))}")
     if memory == "disk" and state_dir is None:
         raise ValueError("a disk memory needs a state_dir, such as pytest's tmp_path")
     here = folder or Path.cwd()
@@ -141,7 +173,9 @@ async def _running(
                     raise HandlerFault(f"the handler's setup() has not ended after {setup_timeout_s:g} s")
                 tasks.start_soon(line.run)
                 await node.wait_for(NAME, _PATIENCE_S)
-                yield AgentUnderTest(portal, node, memory, counters)
+                agent_under_test = AgentUnderTest(portal, node, memory, counters)
+                dispatcher.on_hung = agent_under_test.hang
+                yield agent_under_test
                 with anyio.move_on_after(timeout_s):
                     await line.drain()
                     await dispatcher.tear_down()

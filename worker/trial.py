@@ -76,7 +76,7 @@ async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: f
             if outcome is Outcome.OK:
                 after = memory.checkout()
                 trial = trial._replace(
-                    result=payload, memory=repr(after), notes=(*_changed(asker.result), *_kept(after))
+                    result=payload, memory=_shown(after), notes=(*_changed(asker.result), *_kept(after))
                 )
             else:
                 trial = trial._replace(error=payload.decode("utf-8", "replace"))
@@ -115,7 +115,32 @@ def _surprises(value: Any, depth: int) -> Iterator[type]:
 
 
 def _kept(memory: dict[Any, Any]) -> Iterator[str]:
+    """Tell what a memory is, or is not, once a disk or a successor has had it."""
     try:
-        msgspec.msgpack.encode(memory)
+        read = msgspec.msgpack.decode(msgspec.msgpack.encode(memory))
+        if not _same(read, memory):
+            yield f'with memory = "disk" it is another one after a restart: {_shown(read)}'
     except (Exception, RecursionError) as exc:  # noqa: BLE001 - whatever a user's objects raise
         yield f'this memory is for memory = "ram" alone, "disk" would refuse it: {exc}'
+        try:
+            pickle.dumps(memory)
+        except (Exception, RecursionError) as problem:  # noqa: BLE001 - as above
+            yield f"and it is lost when the worker is replaced, at a reload too: {problem}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal and of the same types, all the way down."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other) or one != one  # NaN is not equal to itself
+
+
+def _shown(memory: Any) -> str:
+    try:
+        return repr(memory)
+    except Exception as exc:  # noqa: BLE001 - a user's own __repr__
+        return f"(cannot be shown: its __repr__ raised {type(exc).__name__})"

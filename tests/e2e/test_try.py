@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from tests.cluster import ROOT
+from tests.cluster import ROOT, alive, until
 
 pytestmark = pytest.mark.anyio
 
@@ -63,6 +63,17 @@ class CloseFails:
     def close(self): raise ValueError("no way out")
 class CloseHangs(CloseFails):
     def close(self): time.sleep(30)
+class Weird:
+    def __repr__(self): return str(1 / 0)
+def weird(body, memory): return [{"type": "x"}], {"weird": Weird()}
+def remembers_a_set(body, memory): return [{"type": "x"}], {"seen": {"x"}, "at": (1,)}
+def remembers_a_lock(body, memory):
+    import threading
+    return [{"type": "x"}], {"lock": threading.Lock()}
+def starts_another(body, memory):
+    import subprocess, sys
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    return [{"type": "x", "pid": started.pid}], memory
 """
 
 
@@ -180,3 +191,25 @@ async def test_what_cannot_be_tried_is_one_clear_line(arguments: tuple[str, ...]
     assert found.returncode == 78
     assert says in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("handler", "shown"),
+    [
+        ("weird", "memory  (cannot be shown: its __repr__ raised ZeroDivisionError)"),
+        ("remembers_a_set", "another one after a restart: {'seen': ['x'], 'at': [1]}"),
+        ("remembers_a_lock", "it is lost when the worker is replaced, at a reload too: cannot pickle"),
+    ],
+)
+async def test_what_becomes_of_a_memory_is_told(handler: str, shown: str, tmp_path: Path) -> None:
+    found = await trial(tmp_path, f"handlers:{handler}")
+    assert found.returncode == 0
+    assert '"type": "x"' in found.stdout
+    assert shown in found.stdout
+
+
+async def test_what_a_handler_has_started_ends_with_the_trial(tmp_path: Path) -> None:
+    found = await trial(tmp_path, "handlers:starts_another")
+    assert found.returncode == 0
+    pid = int(found.stdout.split('"pid": ')[1].split()[0])
+    await until(lambda: not alive(pid), "it has ended")

@@ -183,6 +183,19 @@ async def test_handler_whose_setup_fails_leaves_the_old_worker_at_work(
         await wait_for_version(running, "two")
 
 
+async def test_setup_that_hangs_holds_up_no_later_save(tmp_path: Path, node: Node) -> None:
+    hangs = (
+        "import time\nclass A:\n    def setup(self):\n        time.sleep(1000)\n    def handle(self, body, memory):\n"
+    )
+    async with watched(tmp_path, agent("a", [node.url]), handlers=handler("one")) as running:
+        write(tmp_path / "handlers.py", hangs + "        return body, memory\nhandle = A\n")
+        await until(lambda: len(running.events("worker_started")) == 2, "a successor is being started")
+        assert (await running.results("x"))["properties"]["version"] == "one"
+        write(tmp_path / "handlers.py", handler("two"))
+        await wait_for_version(running, "two")
+        assert not running.events("handler_not_reloaded"), "it was out of date"
+
+
 async def test_many_saves_in_a_moment_replace_once(tmp_path: Path, node: Node) -> None:
     async with watched(tmp_path, agent("a", [node.url]), handlers=handler(0)) as running:
         for number in range(1, 13):
