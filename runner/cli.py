@@ -118,7 +118,7 @@ def run(
     """Run the agents of a configuration until SIGTERM or Ctrl-C; SIGHUP reads the configuration again.
 
     With --reload a handler's file, or a module beside it that it imports, replaces that handler's workers when it
-    is saved, with their memory and without a query lost; while it is broken the old ones answer. A change of the
+    is saved, with their memory and without a direct query lost; while it is broken the old ones answer. A change of the
     configuration is applied as by em-runner reload.
 
     Example: em-runner run -c em-runner.toml

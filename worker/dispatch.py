@@ -39,6 +39,8 @@ SLICE_NS: Final = int(SLICE_S * NS)
 STOP_GRACE_S: Final = 1.0
 """How long an `async def` handler that is cancelled for its time-out may take to stop."""
 
+CATCH_UP_POLL_S: Final = 0.005
+
 LONGEST_ERROR_CHARS: Final = 4000
 """How much of an exception's words is told as the last error; its traceback is in the log."""
 
@@ -187,6 +189,13 @@ class Dispatcher(ABC):
         while self.pending:
             self._idle = self._idle or anyio.Event()
             await self._idle.wait()
+
+    async def caught_up(self) -> None:
+        """Wait until every job that is there now is answered; those that come meanwhile are not waited for."""
+        there = [*(lane.job for lane in self._lanes), *self._waiting()]
+        # An event would cost each query something; this costs a drain a little.
+        while there := [job for job in there if job is not None and not job.settled]:  # noqa: ASYNC110
+            await anyio.sleep(CATCH_UP_POLL_S)
 
     def give_back(self, source: Source | None = None) -> None:
         """Answer every job that has not begun (of one source, or of all) with `RETURNED`: another may run it."""

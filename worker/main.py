@@ -232,6 +232,10 @@ class Worker:
                 await self._finish(dispatcher, connection)
 
     async def _finish(self, dispatcher: Dispatcher, connection: Connection) -> None:
+        if self._hand_over:
+            # The node cannot keep a query for the successor, which needs this connection's place: what it asks while
+            # something long is being finished is still answered here.
+            await dispatcher.caught_up()
         await connection.drain()
         await dispatcher.idle()
         try:

@@ -5,6 +5,7 @@
 const SILENCE_MS = 6000; // The runner says something every 2 s, even if nothing changes.
 const RETRY_MS = 2000;
 const HIDDEN_MS = 10000;
+const NEWS_MS = 100;
 
 const byId = (id) => document.getElementById(id);
 let rows = new Map();
@@ -14,6 +15,7 @@ let source = null;
 let retry = null;
 let refusals = 0;
 let asking = null;
+let telling = [];
 
 function findRows() {
   rows = new Map([...document.querySelectorAll("[data-worker]")].map((row) => [row.dataset.worker, row]));
@@ -36,26 +38,40 @@ function show(view) {
   return restarts === view.restarts ? null : `${view.name}: restarted`; // too fast for its states to be seen
 }
 
-// Of many workers, those that are not ready, above the table.
+// Of many workers, those that are not ready, above the table. A link stays its worker's: somebody may be on it.
 function listTroubled() {
   const list = byId("troubled");
   const found = [...rows].filter(([, row]) => row.dataset.state !== "ready");
   list.hidden = found.length === 0 || rows.size <= Number(list.dataset.glance);
-  const shown = list.hidden ? [] : found.map(([name, row]) => [`#worker-${name}`, `${name} `, row.dataset.state]);
-  const links = [...list.querySelectorAll("a")];
-  for (const link of links.splice(shown.length)) link.remove();
-  while (links.length < shown.length) {
-    const link = document.createElement("a");
-    link.append("", document.createElement("strong"));
-    list.append(link);
-    links.push(link);
-  }
-  shown.forEach(([href, name, state], index) => {
-    const [link, text] = [links[index], links[index].firstChild];
-    if (link.getAttribute("href") !== href) link.setAttribute("href", href);
-    if (text.data !== name) text.data = name;
+  const shown = new Map(list.hidden ? [] : found.map(([name, row]) => [name, row.dataset.state]));
+  const links = new Map([...list.querySelectorAll("a")].map((link) => [link.dataset.name, link]));
+  for (const [name, link] of links) if (!shown.has(name)) link.remove();
+  let before = null;
+  for (const [name, state] of shown) {
+    let link = links.get(name);
+    if (link === undefined) {
+      link = document.createElement("a");
+      link.href = `#worker-${name}`;
+      link.dataset.name = name;
+      link.append(`${name} `, document.createElement("strong"));
+      if (before === null) list.prepend(link);
+      else before.after(link);
+    }
     put(link.querySelector("strong"), state);
-  });
+    before = link;
+  }
+}
+
+// What is read out. All that happens at the same moment is one piece of news, and the same words again are news too.
+function tell(words) {
+  if (telling.length === 0) {
+    put(byId("news"), "");
+    setTimeout(() => {
+      const more = telling.length > 6 ? ` and ${telling.length - 6} more` : "";
+      put(byId("news"), telling.splice(0).slice(0, 6).join(", ") + more);
+    }, NEWS_MS);
+  }
+  telling.push(...words);
 }
 
 function take(update) {
@@ -66,7 +82,7 @@ function take(update) {
   listTroubled();
   put(byId("summary"), update.summary);
   document.title = `${update.summary} - em-runner`;
-  if (news.length > 0) put(byId("news"), news.slice(0, 5).join(", "));
+  if (news.length > 0) tell(news);
 }
 
 // There are other workers than before: the runner has reloaded its configuration.
@@ -105,7 +121,7 @@ function choose(target) {
 
 function alive() {
   heardAt = performance.now();
-  if (byId("link").dataset.link === "gone") put(byId("news"), "The runner is back.");
+  if (byId("link").dataset.link === "gone") tell(["The runner is back"]);
   document.body.classList.remove("gone");
   byId("link").dataset.link = "live";
   put(byId("link"), "live");
@@ -117,7 +133,7 @@ function lost(words, link = "gone") {
   document.body.classList.add("gone");
   byId("link").dataset.link = link;
   put(byId("link"), words);
-  put(byId("news"), words);
+  tell([words]);
   put(byId("summary"), "unknown how it stands");
   document.title = `${link} - em-runner`;
 }
@@ -244,6 +260,12 @@ findRows();
 put(byId("link"), "connecting"); // Without a script it says that the page has to be loaded again.
 byId("ask").hidden = byId("to-ask").hidden = false;
 byId("ask").querySelector("form").addEventListener("submit", onSubmit);
+byId("query").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  // Not by a button that is disabled while a question is asked: that one is answered first.
+  if (asking === null) event.target.form.requestSubmit();
+});
 byId("ask").addEventListener("invalid", (event) => event.target === byId("target") && onNoTarget(), true);
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) listen();

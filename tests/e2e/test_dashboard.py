@@ -133,6 +133,13 @@ async def test_query_is_typed_and_answered(tmp_path: Path, chromium: Browser, no
         await seen.page.keyboard.press("Enter")
         await expect(verdict).to_contain_text("a_server_2 answered in ")
 
+        # Several lines are one query.
+        await seen.page.get_by_label("Query", exact=True).fill("one")
+        await seen.page.keyboard.press("Shift+Enter")
+        await seen.page.keyboard.type("two")
+        await seen.page.keyboard.press("Enter")
+        await expect(result).to_contain_text('"body": "one\\ntwo"')
+
         await seen.page.get_by_label("Query", exact=True).fill("large")
         await seen.page.keyboard.press("Enter")
         await expect(result).to_contain_text(str(2**53 + 1))
@@ -144,7 +151,7 @@ async def test_query_is_typed_and_answered(tmp_path: Path, chromium: Browser, no
         await expect(result).to_be_hidden()
 
         await expect(seen.cell("a_server_2", "errors")).to_have_text("1")
-        await expect(seen.cell("a_server_2", "queries")).to_have_text("3")
+        await expect(seen.cell("a_server_2", "queries")).to_have_text("4")
         await expect(seen.cell("a_server_2", "p99")).to_contain_text("s")
         await expect(seen.cell("a_server_2", "rate")).not_to_have_text("0")
         # What a handler says is text, here and when the page is served anew.
@@ -158,6 +165,30 @@ async def test_query_is_typed_and_answered(tmp_path: Path, chromium: Browser, no
         base = str(running.http.base_url).rstrip("/")
         assert [url for url in seen.asked if not url.startswith(base + "/")] == [], "nothing comes from elsewhere"
         assert [line for line in seen.complaints if "500" not in line] == []
+
+
+async def test_each_death_is_news_and_numbers_of_months_fit(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen = await look(chromium, running, viewport={"width": 1300, "height": 700})
+        watch = """() => { window.said = []; new MutationObserver(() => said.push(news.textContent)).observe(
+            news, { childList: true, characterData: true, subtree: true }); }"""
+        await seen.page.evaluate(watch)
+        for number in range(2):
+            os.kill(await running.worker_pid("a_server"), signal.SIGKILL)
+            await expect(seen.cell("a_server", "restarts")).to_have_text(str(number + 1))
+            await running.wait_state("a_server", "ready")
+            said = "said.filter((words) => words.includes('a_server')).length"
+            await seen.page.wait_for_function(f"() => {said} > {number}")
+
+        large = """() => { for (const [name, text] of Object.entries({
+            queries: "1.23 G", errors: "999,999", unanswered: "12.3 M", restarts: "999,999", rate: "99,999",
+            p50: "9.9 ms", p99: "999 ms", uptime: "365d 23h" })) document.querySelector(`[data-cell=${name}]`)
+            .textContent = text; return [...document.querySelectorAll("td")].filter(
+            (cell) => cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent); }"""
+        for width in (1300, 1440, 800, 360):
+            await seen.page.set_viewport_size({"width": width, "height": 700})
+            assert await seen.page.evaluate(large) == [], f"nothing runs into another at {width}"
 
 
 async def test_runner_that_is_gone_is_shown_as_gone(tmp_path: Path, chromium: Browser, node: Node) -> None:

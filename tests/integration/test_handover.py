@@ -135,6 +135,36 @@ async def test_state_folder_cannot_be_changed_by_a_reload(tmp_path: Path, node: 
         assert (await running.results("x"))["properties"]["count"] == 2
 
 
+async def test_node_is_answered_while_a_long_query_holds_up_the_handover(tmp_path: Path, node: Node) -> None:
+    handlers = """
+import asyncio, pathlib
+async def handle(body, memory):
+    if body == "long":
+        pathlib.Path("began").touch()
+        while not pathlib.Path("gate").exists():
+            await asyncio.sleep(0.005)
+    return [{"type": "t", "properties": {"body": body}}], memory
+"""
+    several = agent("a", [node.url], memory="none", concurrency=4)
+    async with cluster(tmp_path, several, handlers=handlers) as running:
+        await running.wait_ready()
+        pid = await running.worker_pid("a_server")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(running.results, "long")
+            await until((tmp_path / "began").exists, "the handler is at it")
+            configure(tmp_path, agent("a", [node.url], memory="none", concurrency=4, capabilities=["new"]))
+            os.kill(running.process.pid, signal.SIGHUP)
+            await until(lambda: running.events("worker_replaced"), "a successor stands by")
+            await running.wait_state("a_server", "draining")
+            for number in range(5):
+                assert await node.query(f"{number}") == [{"type": "t", "properties": {"body": f"{number}"}}]
+            assert (await running.row("a_server"))["pid"] == pid
+            (tmp_path / "gate").touch()
+        await running.wait_ready()
+        assert await running.worker_pid("a_server") != pid
+        assert await node.query("x") == [{"type": "t", "properties": {"body": "x"}}]
+
+
 async def test_deadline_that_a_reload_shortens_holds_at_once(tmp_path: Path, node: Node) -> None:
     handlers = """
 import pathlib, time
