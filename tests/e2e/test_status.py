@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +135,94 @@ async def test_watch_of_a_pipe_finds_a_runner_that_is_started_later(tmp_path: Pa
         await anyio.to_thread.run_sync(watching.wait)
     assert watching.returncode == 0
     assert b"\x1b" not in seen.read_bytes(), "a file gets no control sequences"
+
+
+async def command(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return await anyio.to_thread.run_sync(
+        lambda: subprocess.run([sys.executable, "-m", "runner", *arguments], cwd=ROOT, capture_output=True, timeout=60)
+    )
+
+
+async def test_nobody_is_asked_by_the_address_of_a_runner_that_was_killed(tmp_path: Path) -> None:
+    code = "import time; time.sleep(60)"
+    bystander = subprocess.Popen([sys.executable, "-c", code])  # noqa: ASYNC220 - it returns at once
+    try:
+        (tmp_path / "runner.json").write_text(json.dumps({"pid": bystander.pid, "http": "http://127.0.0.1:9"}))
+        (tmp_path / "lock").touch()
+        for arguments, status in ((["reload"], 1), (["status"], 2), (["query", "x"], 1)):
+            done = await command(*arguments, "--state-dir", str(tmp_path))
+            assert done.returncode == status
+            assert b"no runner is known" in done.stderr
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+async def test_query_that_is_refused_says_what_to_do(tmp_path: Path, anyio_backend: object) -> None:
+    handlers = """
+import time
+def handle(body, memory):
+    if body == "fail":
+        raise ValueError("no")
+    time.sleep(float(body))
+    return body, memory
+"""
+    async with cluster(
+        tmp_path, agent("a", ["127.0.0.1:9"]), agent("b", ["127.0.0.1:9"]), handlers=handlers
+    ) as running:
+        await running.wait_up("a_server")
+        where = ("--state-dir", str(running.state_dir))
+        for arguments, status, says in (
+            (["0"], 2, b"that is --agent NAME"),
+            (["fail", "--agent", "a"], 3, b"500: handler_failed (a_server); the traceback is in the runner's log"),
+            (["2", "--agent", "a", "--timeout-s", "0.3"], 1, b"none within 0.3 s; is the runner up? A query may take"),
+            ([b"\xff", "--agent", "a"], 2, b"the query is no text in UTF-8"),
+        ):
+            done = await command("query", *arguments, *where)  # type: ignore[arg-type]
+            assert done.returncode == status, done.stderr
+            assert says in done.stderr
+            assert done.stderr.count(b"\n") == 1
+
+
+async def test_terminal_of_one_who_watched_is_as_it_was_after_a_signal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    watching = subprocess.Popen(  # noqa: ASYNC220 - as above
+        [sys.executable, "-m", "runner", "status", "--watch", "--state-dir", str(tmp_path)],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while b"no runner is known" not in shown:
+            shown += await anyio.to_thread.run_sync(os.read, ours, 10_000)
+        assert b"\x1b[?1049h" in shown
+        watching.send_signal(signal.SIGTERM)
+        assert await anyio.to_thread.run_sync(watching.wait, 20) == 128 + signal.SIGTERM
+        shown += await anyio.to_thread.run_sync(os.read, ours, 10_000)
+        assert b"\x1b[?1049l" in shown
+        assert b"\x1b[?25h" in shown
+    finally:
+        watching.kill()
+        watching.wait()
+        os.close(ours)
+
+
+async def test_what_a_terminal_cannot_show_is_no_traceback(tmp_path: Path, anyio_backend: object) -> None:
+    handlers = "def handle(body, memory):\n    return 'caf\\u00e9 \\u79d8', memory\n"
+    async with cluster(tmp_path, agent("a", ["127.0.0.1:9"]), handlers=handlers, environ={}) as running:
+        await running.wait_up("a_server")
+        done = await anyio.to_thread.run_sync(
+            lambda: subprocess.run(
+                [sys.executable, "-m", "runner", "query", "x", "--state-dir", str(running.state_dir)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                capture_output=True,
+                timeout=60,
+            )
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout == b'"caf\\xe9 \\u79d8"\n'

@@ -232,3 +232,9 @@ def test_runner_is_named_by_its_url_or_its_address(text: str, url: str) -> None:
 def test_what_is_no_address_is_said_to_be_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"such as http://127\.0\.0\.1:9600"):
         parse_url(text)
+
+
+def test_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(ValueError, match=r"such as http://127\.0\.0\.1:9600") as caught:
+        parse_url("http://me:s3cr3t@127.0.0.1:9600")
+    assert "s3cr3t" not in str(caught.value)
