@@ -62,7 +62,10 @@ def find(url: str | None, state_dir: Path) -> str:
         return url
     address = read_address(state_dir)
     if address is None:
-        raise StartError(f"no runner is known in {state_dir}; start one with 'em-runner run', or name it with --url")
+        raise StartError(
+            f"no runner is known in {state_dir}; start one with 'em-runner run', or name its folder with --state-dir "
+            "or its address with --url"
+        )
     return address.http
 
 

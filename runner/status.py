@@ -70,7 +70,7 @@ def exit_status(rows: Sequence[WorkerRow]) -> int:
 def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     """Return the rows as a table; of the width of a terminal, a row is one line, and what matters least is left out."""
     columns, room = _fitting(rows, width)
-    reasons = [_reason(row)[:LONGEST_REASON] for row in rows]
+    reasons = [_cut(_reason(row)) for row in rows]
     grid = Grid(box=None, pad_edge=False, expand=width is not None, padding=(0, _GAP, 0, 0))
     for heading in columns:
         grid.add_column(heading, justify="left" if heading in ("worker", "state", "node") else "right", no_wrap=True)
@@ -86,7 +86,16 @@ def in_full(rows: Sequence[WorkerRow], width: int | None) -> Text:
     """Return why workers are not ready, where the table has no room for it: a paragraph for each, or nothing."""
     room = _fitting(rows, width)[1]
     cut = [row for row in rows if row.state != "ready" and len(_reason(row)) > min(room, LONGEST_REASON)]
-    return Text("".join(f"{row.name}: {_reason(row)}\n" for row in cut))
+    return _wrapped("".join(f"{row.name}: {_reason(row)}\n" for row in cut))
+
+
+def _wrapped(text: str, style: str = "") -> Text:
+    """Return a text that goes on in the next line, in a screen that cuts its lines otherwise, too."""
+    return Text(text, style=style, no_wrap=False, overflow="fold")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}\u2026"
 
 
 def _reason(row: WorkerRow) -> str:
@@ -180,10 +189,10 @@ def view(rows: Sequence[WorkerRow], width: int | None, height: int | None, probl
         width, height: of the terminal; None sets no limit.
         problem: why it cannot be had now; empty when it can.
     """
-    parts = [Text(f"{problem}; what is below was before" if rows else problem, style="bold red"), Text("")]
-    if not problem:
-        parts[0] = summary(rows)
-    left_out = 0 if height is None else max(len(rows) - max(height - len(parts) - 2, 1), 0)
+    told = f"What is below was before: {problem}" if rows else problem
+    parts = [_wrapped(told, "bold red") if problem else summary(rows), Text("")]
+    lines = 1 + (len(told) // width + 1 if problem and width else 1)
+    left_out = 0 if height is None else max(len(rows) - max(height - lines - 2, 1), 0)
     if left_out:
         rows = sorted(rows, key=lambda row: row.state == "ready")[: len(rows) - left_out]
     shown: list[RenderableType] = [*parts]

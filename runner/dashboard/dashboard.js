@@ -29,13 +29,29 @@ function put(element, text) {
 function show(view) {
   const row = rows.get(view.name);
   if (row === undefined) return null;
-  const [before, restarts] = [row.dataset.state, row.querySelector("[data-cell=restarts]").textContent];
+  const before = standing(row);
   row.dataset.state = view.state;
   for (const cell of row.querySelectorAll("[data-cell]")) put(cell, view[cell.dataset.cell]);
   row.querySelector("polyline").setAttribute("points", view.spark);
   row.querySelector(".error").hidden = view.last_error === "";
-  if (before !== view.state) return `${view.name}: ${view.state}`;
-  return restarts === view.restarts ? null : `${view.name}: restarted`; // too fast for its states to be seen
+  return change(view.name, before, standing(row));
+}
+
+function standing(row) {
+  return { state: row.dataset.state, restarts: row.querySelector("[data-cell=restarts]").textContent };
+}
+
+function change(name, before, now) {
+  if (before.state !== now.state) return `${name}: ${now.state}`;
+  return before.restarts === now.restarts ? null : `${name}: restarted`; // too fast for its states to be seen
+}
+
+// The keyboard stays at a worker: at its link in the list above the table, or in its row once it is not in that.
+function focusOn(name) {
+  const link = [...byId("troubled").querySelectorAll("a")].find((each) => each.dataset.name === name);
+  const row = rows.get(name)?.querySelector("th");
+  if (row && !link) row.tabIndex = -1;
+  (link ?? row)?.focus();
 }
 
 // Of many workers, those that are not ready, above the table. A link stays its worker's: somebody may be on it.
@@ -45,6 +61,7 @@ function listTroubled() {
   list.hidden = found.length === 0 || rows.size <= Number(list.dataset.glance);
   const shown = new Map(list.hidden ? [] : found.map(([name, row]) => [name, row.dataset.state]));
   const links = new Map([...list.querySelectorAll("a")].map((link) => [link.dataset.name, link]));
+  const focused = document.activeElement.closest("#troubled a")?.dataset.name;
   for (const [name, link] of links) if (!shown.has(name)) link.remove();
   let before = null;
   for (const [name, state] of shown) {
@@ -60,10 +77,12 @@ function listTroubled() {
     put(link.querySelector("strong"), state);
     before = link;
   }
+  if (focused !== undefined && !shown.has(focused)) focusOn(focused);
 }
 
 // What is read out. All that happens at the same moment is one piece of news, and the same words again are news too.
 function tell(words) {
+  if (words.length === 0) return;
   if (telling.length === 0) {
     put(byId("news"), "");
     setTimeout(() => {
@@ -82,7 +101,7 @@ function take(update) {
   listTroubled();
   put(byId("summary"), update.summary);
   document.title = `${update.summary} - em-runner`;
-  if (news.length > 0) tell(news);
+  tell(news);
 }
 
 // There are other workers than before: the runner has reloaded its configuration.
@@ -97,6 +116,8 @@ async function replaceTable() {
     const opened = [...rows].filter(([, row]) => row.querySelector("details").open).map(([name]) => name);
     const focused = document.activeElement;
     const [inTable, inList] = [focused.closest("[data-worker]")?.dataset.worker, focused === byId("target")];
+    const onLink = focused.closest("#troubled a")?.dataset.name;
+    const before = new Map([...rows].map(([name, row]) => [name, standing(row)]));
     for (const id of ["agents", "target", "summary", "troubled"]) byId(id).replaceWith(document.adoptNode(page.getElementById(id)));
     findRows();
     choose(chosen);
@@ -104,6 +125,12 @@ async function replaceTable() {
     for (const name of opened) rows.get(name)?.querySelector("details").setAttribute("open", "");
     if (inTable !== undefined) rows.get(inTable)?.querySelector("summary").focus();
     if (inList) byId("target").focus();
+    if (onLink !== undefined) focusOn(onLink);
+    tell([
+      ...[...rows].filter(([name]) => !before.has(name)).map(([name, row]) => `${name} added: ${row.dataset.state}`),
+      ...[...rows].map(([name, row]) => before.has(name) && change(name, before.get(name), standing(row))).filter(Boolean),
+      ...[...before.keys()].filter((name) => !rows.has(name)).map((name) => `${name} removed`),
+    ]);
   } catch (error) {
     lost(`This page could not be brought up to date: ${error.message}. Trying again.`);
   } finally {
@@ -121,7 +148,8 @@ function choose(target) {
 
 function alive() {
   heardAt = performance.now();
-  if (byId("link").dataset.link === "gone") tell(["The runner is back"]);
+  const was = byId("link").dataset.link;
+  if (was !== undefined && was !== "live") tell([was === "gone" ? "The runner is back" : "The page is live again"]);
   document.body.classList.remove("gone");
   byId("link").dataset.link = "live";
   put(byId("link"), "live");

@@ -232,6 +232,7 @@ async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(
         config = tmp_path / "em-runner.toml"
         config.write_text(config.read_text() + agent("b", [node.url]))
         os.kill(running.process.pid, signal.SIGHUP)
+        await expect(seen.page.locator("#news")).to_contain_text("b_server")
         await expect(seen.cell("b_server", "state")).to_have_text("ready")
         await expect(seen.page.locator("#summary")).to_have_text("2 of 2 workers ready")
         await seen.page.get_by_label("Whom").select_option("worker/b_server")
@@ -261,8 +262,10 @@ async def test_trouble_among_many_is_seen_and_reached_from_the_top(
             # And whoever opens the page now sees the same, without a script too.
             still = await look(chromium, running, java_script_enabled=False)
             await expect(still.page.locator("#troubled a")).to_have_text("z_server backoff")
+            await troubled.get_by_role("link").focus()
             async with serve(NodeSettings(port=int(other.url.rpartition(":")[2]))):
                 await expect(troubled).to_be_hidden()
+                await expect(seen.page.locator("#worker-z_server th")).to_be_focused()
             await seen.page.evaluate("scrollTo(0, 0)")
             await seen.page.get_by_role("link", name="Ask").click()
             await expect(seen.page.get_by_label("Query", exact=True)).to_be_in_viewport()

@@ -204,7 +204,7 @@ def test_of_more_workers_than_fit_those_that_are_not_ready_are_seen() -> None:
 
 def test_table_of_a_runner_that_is_gone_is_said_to_be_from_before() -> None:
     lines = seen(row(), problem="no answer from http://127.0.0.1:9600")
-    assert lines[0].startswith("no answer from http://127.0.0.1:9600; what is below was before")
+    assert lines[0].startswith("What is below was before: no answer from http://127.0.0.1:9600")
     assert any("a_server" in line for line in lines)
     assert [line.rstrip() for line in seen(problem="no runner is known")] == ["no runner is known", ""]
 
