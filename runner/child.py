@@ -20,11 +20,14 @@ from runner.router import Router
 from runner.table import ChildState, WorkerRow, last_errors
 from shared import ipc
 from shared.config import WorkerSpec
+from shared.handlers import HandlerRef
 from shared.ipc import KEY_BYTES, Counters, Launch, Mishap
 from shared.logs import get_logger
 
 START_TIMEOUT_S: Final = 60.0
 """How long a worker may take to load its handler and set it up."""
+
+_LATE: Final = f"it was not up within {START_TIMEOUT_S:.0f} s of its start"
 
 KILL_GRACE_S: Final = 0.5
 """How much longer than its own time for draining a worker gets before it is killed."""
@@ -52,6 +55,7 @@ class Child:
         self._stopping = anyio.Event()
         self._ended = anyio.Event()
         self._outdated = anyio.Event()
+        self._starting: WorkerSpec | None = None
         self._handover = anyio.Lock()
         self._replacements: Counter[ReplacementReason] = Counter()
         self._log = get_logger("supervisor").bind(worker=spec.name, agent=spec.agent.name)
@@ -290,17 +294,23 @@ class Child:
     ) -> str | None:
         """Try to replace a running process, and return why that failed or "".
 
-        None means that it ended meanwhile, and that another one runs or will.
+        None means that it is to be tried again: the old process ended meanwhile, and another one runs or will; or the
+        handler was written anew while a new configuration's successor was starting with it.
         """
-        self._outdated = anyio.Event()
+        self._outdated, self._starting = anyio.Event(), spec
         try:
             new = await self._fork(spec, standby=True)
+            up = await self._comes_up(new)
         except SpawnError as exc:
             return str(exc)
-        up = await self._comes_up(new)
+        finally:
+            self._starting = None
         if up and self._current is old and not self._stopping.is_set():
             await self._hand_over(old, new, why, reason)
             return ""
+        if not up:
+            late = "its handler was written anew meanwhile" if self._outdated.is_set() else _LATE
+            new.failure = new.failure or ("" if new.process.has_ended else late)
         new.process.kill()
         await new.process.ended()
         await new.hear_out()
@@ -310,7 +320,7 @@ class Child:
         if up:
             self._adopt(spec)  # whoever is started next has it; who has been started without it is replaced
             return None
-        return found
+        return None if self._outdated.is_set() and reason == "configuration" else found
 
     async def _comes_up(self, new: Incarnation) -> bool:
         """Wait until a successor stands by; False when it ends, takes too long, or is out of date before that."""
@@ -328,9 +338,10 @@ class Child:
                 tasks.cancel_scope.cancel()
         return up
 
-    def outdate(self) -> None:
-        """Wait no longer for a successor that is still starting: its handler has been written anew meanwhile."""
-        self._outdated.set()
+    def outdate(self, handler: HandlerRef) -> None:
+        """Wait no longer for a successor that is still starting with a handler that has been written anew meanwhile."""
+        if self._starting is not None and self._starting.agent.handler == handler:
+            self._outdated.set()
 
     async def _hand_over(self, old: Incarnation, new: Incarnation, why: str, reason: ReplacementReason) -> None:
         which = self._which(old.launch.incarnation)

@@ -127,16 +127,17 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> Reloaded:
     address = read_address(state_dir)
     if address is None:
         raise StartError(f"no runner is known in {state_dir}; name its state folder with --state-dir")
-    before = read_reload(state_dir)
+    asked_s = time.monotonic()
     try:
         os.kill(address.pid, signal.SIGHUP)
     except OSError as exc:
         raise StartError(f"the runner (pid {address.pid}) cannot be told: {exc.strerror}") from None
-    ends_s = time.monotonic() + timeout_s
-    while time.monotonic() < ends_s:
-        outcome = read_reload(state_dir)
-        if outcome is not None and (before is None or outcome.number > before.number):
+    while time.monotonic() < asked_s + timeout_s:
+        outcome = read_reload(state_dir, asked_s)
+        if outcome is not None:
             return outcome
+        if read_address(state_dir) != address:
+            raise StartError(f"the runner (pid {address.pid}) has ended meanwhile; its log says why")
         time.sleep(_POLL_S)
     raise StartError(f"the runner (pid {address.pid}) has not said within {timeout_s:.0f} s how the reload went")
 

@@ -26,7 +26,7 @@ import anyio.to_thread
 from shared.errors import ConfigError, StartError
 from shared.handlers import HandlerRef
 from shared.ipc import Launch
-from shared.trial import ASKING, IMPORTING, Phase, Trial
+from shared.trial import IMPORTING, Phase, Trial
 from worker.entry import probe, run, trial  # the worker's entry points: the only line of the runner that knows them
 
 PRELOAD: Final = "worker.preload"
@@ -108,7 +108,7 @@ class ForkServer:
                         return trial_found
                 process.kill()
                 error = f"{phase.words} has not ended after {PROBE_TIMEOUT_S if phase == IMPORTING else timeout_s:g} s"
-                if phase == ASKING:
+                if phase.on_loop:
                     error += ", and keeps the event loop: an 'async def' must not compute or sleep without 'await',"
                     error += " nor catch CancelledError"
             except EOFError:
@@ -190,6 +190,11 @@ class WorkerProcess:
     def _end(self) -> None:
         self._loop.remove_reader(self._watched)
         self._ended.set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is known to have ended."""
+        return self._ended.is_set()
 
     async def ended(self) -> None:
         """Wait until the process has ended."""

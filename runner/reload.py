@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -86,7 +87,7 @@ class Reloader:
         self._state = state
         self._make_room = make_room
         self.follow: Callable[[Config], Awaitable[None]] | None = None
-        self._number = 0
+        self._began_s = 0.0
         self._asked = anyio.Event()
         self._log = get_logger("runner")
 
@@ -99,7 +100,7 @@ class Reloader:
         while True:
             await self._asked.wait()
             self._asked = anyio.Event()
-            self._number += 1
+            self._began_s = time.monotonic()
             outcome = await self._once()
             event = "reloaded" if outcome.done else "reload_incomplete" if outcome.changed else "reload_refused"
             more = {} if outcome.done else {"do": "mend it, then save or reload the configuration again"}
@@ -110,7 +111,7 @@ class Reloader:
                 self._log.error("reload_not_told", error=str(exc))
 
     def _refused(self, why: str) -> Reloaded:
-        return Reloaded(self._number, False, why, changed=False)
+        return Reloaded(self._began_s, False, why, changed=False)
 
     async def _once(self) -> Reloaded:
         if self._read is None:
@@ -120,7 +121,8 @@ class Reloader:
             known = {(agent.name, agent.handler) for agent in self._config.agents}
             new = tuple(agent for agent in config.agents if (agent.name, agent.handler) not in known)
             await anyio.to_thread.run_sync(check_handlers, new, self._fork_server, abandon_on_cancel=True)
-            self._make_room(len(worker_specs(config)))
+            # Those that are taken out are there while those that are new start.
+            self._make_room(len({spec.name for of in (self._config, config) for spec in worker_specs(of)}))
         except (ConfigError, StartError) as exc:
             return self._refused(f"nothing was changed: {exc}")
         except Exception as exc:  # noqa: BLE001 - a fault of ours must not end the runner, whose workers are well
@@ -146,7 +148,7 @@ class Reloader:
             await self.follow(config)
         changes = await self._supervisor.change(specs, policy_of(config), config.supervision.shutdown_timeout_ms / 1000)
         self._config = config
-        return Reloaded(self._number, not changes.failed, _in_words(changes, fixed), changed=True)
+        return Reloaded(self._began_s, not changes.failed, _in_words(changes, fixed), changed=True)
 
 
 def _in_words(changes: Changes, fixed: list[str]) -> str:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from shared.errors import StartError
 LOOK_S: Final = 0.01
 """How long another command may take to look whether a folder is held."""
 
+KEPT_RELOADS: Final = 16
+
 _MAX_SOCKET_PATH: Final = 107  # sun_path of unix(7) holds 108 bytes, one of them the end
 
 
@@ -30,12 +33,12 @@ class Address(msgspec.Struct, frozen=True):
 
 
 class Reloaded(msgspec.Struct, frozen=True):
-    """What `reload.json` holds: which reload was the last, and how it went.
+    """How a reload went, and when it began, by the clock that all processes share and that only goes forward.
 
     Not `done` and `changed` is one that some workers did not follow: their old processes stay.
     """
 
-    number: int
+    began_s: float
     done: bool
     message: str
     changed: bool = True
@@ -49,14 +52,16 @@ class StateDir:
         self.socket_path = path / "ipc" / "router.sock"
         self._address_path = path / "runner.json"
         self._reload_path = path / "reload.json"
+        self._reloads: deque[Reloaded] = deque(maxlen=KEPT_RELOADS)
 
     def announce(self, http: str) -> None:
         """Write where the runner listens, whole or not at all."""
         _write_whole(self._address_path, Address(os.getpid(), http))
 
     def tell_reload(self, outcome: Reloaded) -> None:
-        """Write how a reload went, for the command that waits for it."""
-        _write_whole(self._reload_path, outcome)
+        """Write how a reload went, for the command that waits for it; the last ones stay."""
+        self._reloads.append(outcome)
+        _write_whole(self._reload_path, list(self._reloads))
 
     def clear(self) -> None:
         """Remove what only a running runner has."""
@@ -132,15 +137,16 @@ def read_address(path: Path) -> Address | None:
     return None
 
 
-def read_reload(path: Path) -> Reloaded | None:
-    """Return how the last reload of a state folder's runner went, or None."""
+def read_reload(path: Path, since_s: float = 0.0) -> Reloaded | None:
+    """Return how the first reload went that began after `since_s`, by `time.monotonic`; None while none has ended."""
     try:
-        return msgspec.json.decode((path / "reload.json").read_bytes(), type=Reloaded)
+        reloads = msgspec.json.decode((path / "reload.json").read_bytes(), type=list[Reloaded])
     except (OSError, msgspec.DecodeError):
         return None
+    return next((each for each in reloads if each.began_s >= since_s), None)
 
 
-def _write_whole(path: Path, value: msgspec.Struct) -> None:
+def _write_whole(path: Path, value: msgspec.Struct | list[Reloaded]) -> None:
     partial = path.with_suffix(".tmp")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
     partial.replace(path)

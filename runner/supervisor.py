@@ -147,8 +147,7 @@ class Supervisor:
     def outdate(self, handler: HandlerRef) -> None:
         """Wait no longer for a handler's successors that are still starting: they are of a former version."""
         for child in self._children.values():
-            if child.spec.agent.handler == handler:
-                child.outdate()
+            child.outdate(handler)
 
     async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
         async with limiter:

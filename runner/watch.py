@@ -30,7 +30,7 @@ from shared.logs import get_logger
 NOTICE_MS: Final = 20
 """How soon after a change files are looked at; what the kernel tells meanwhile is of the same look."""
 
-STEP_MS: Final = 100
+STEP_MS: Final = 200
 """How long it must be quiet after a change: an editor's several writes are one."""
 
 DEBOUNCE_MS: Final = 1600
@@ -321,9 +321,8 @@ class Watcher:
         for ref, file in changed.handlers.items():
             self._log.info("handler_changed", handler=str(ref), file=str(file))
             self._due[ref] = file
-            if ref in self._busy:
-                self._supervisor.outdate(ref)
-            else:
+            self._supervisor.outdate(ref)
+            if ref not in self._busy:
                 self._busy.add(ref)
                 tasks.start_soon(self._renew, ref)
 
@@ -350,6 +349,8 @@ class Watcher:
         found = await self._supervisor.renew(ref, f"{file.name} has changed")
         if self._supervisor.leaving:
             return
+        if not found:  # no worker has it: a configuration that names it could not be applied, because of it
+            self._reload()
         if renewed := [worker for worker, problem in found.items() if not problem]:
             self._log.info("handler_reloaded", file=str(file), agents=agents, workers=renewed)
         failed = {worker: problem for worker, problem in found.items() if problem}

@@ -75,9 +75,9 @@ class HttpServer:
         self._direct = direct
         self._listener = listener
         self._limits = limits or HttpLimits()
-        self.reserve(None)
         self._state = HttpState()
         self._state.connections = self._connections = Connections()
+        self.reserve(None)
         self._server: asyncio.Server | None = None
         self._clock: asyncio.TimerHandle | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -93,8 +93,16 @@ class HttpServer:
         )
 
     def reserve(self, files: int | None) -> None:
-        """Leave so many of the files that may be open to others; None: some, but never more than half."""
+        """Leave so many of the files that may be open to others; None: some, but never more than half.
+
+        Connections that wait for a request make room at once.
+        """
         self.max_connections = min(self._limits.max_connections, _spare_files(files))
+        waiting = sorted(
+            (each for each in self._http_connections() if not each.owes_an_answer), key=lambda each: each.waits_since_s
+        )
+        for connection in waiting[: max(len(self._connections) - self.max_connections, 0)]:
+            connection.cut()
 
     async def start(self) -> None:
         """Begin to accept connections."""

@@ -141,8 +141,11 @@ def place_of(exc: BaseException) -> str:
 
 def _cut(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for key, value in event.items():
-        if type(value) is str and len(value) > LONGEST_CHARS:
-            event[key] = shortened(value, LONGEST_CHARS)
+        if isinstance(value, str):
+            if len(value) > LONGEST_CHARS:
+                event[key] = shortened(value, LONGEST_CHARS)
+        elif isinstance(value, list | tuple | dict | set | bytes) and len(shown := repr(value)) > LONGEST_CHARS:
+            event[key] = shortened(shown, LONGEST_CHARS)
     return event
 
 

@@ -24,6 +24,8 @@ from typing import Final
 MOST_BYTES: Final = 4 << 20
 """How much may wait for a reader that stalls."""
 
+LONGEST_LINE_BYTES: Final = 1 << 20
+
 
 class Sink:
     """Writes lines to a descriptor.
@@ -48,14 +50,16 @@ class Sink:
         elif stat.S_ISFIFO(mode) or os.isatty(fd):
             # Opened anew: the flag for not waiting would hold for every process that has inherited the old one.
             flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            self._asks_first = True  # where it is another user's, after sudo: that may be used, and not opened
             self._own = os.open(f"/proc/self/fd/{fd}", flags)
+            self._asks_first = False
             self._locks = stat.S_ISFIFO(mode)
 
     def begin_anew(self) -> None:
         """Begin with nothing, as a process that has just been forked must: it has no thread yet, and no lock."""
         if self._own != -1:
             os.close(self._own)
-        self._own, self._locks = -1, False
+        self._own, self._locks, self._asks_first = -1, False, False
         if self._socket is None:
             with contextlib.suppress(OSError):
                 self._open(self._fd)
@@ -71,10 +75,16 @@ class Sink:
     def write(self, line: bytes) -> None:
         """Write a line, now or later, or drop it. Never raises, never waits."""
         with self._mutex:
-            if self._waiting:
+            if len(line) > LONGEST_LINE_BYTES or self._waiting_bytes + len(line) > MOST_BYTES:
+                self._dropped += 1
+            elif self._waiting:
                 self._keep(line)
-            elif rest := self._at_once(line):
-                self._keep(rest)
+            else:
+                if rest := self._at_once(line):
+                    self._keep(rest)  # whatever its length: a line that has been begun is ended
+                elif self._dropped:
+                    dropped, self._dropped = self._dropped, 0
+                    self._tell_dropped(dropped)
 
     def flush(self, timeout_s: float) -> None:
         """Wait until nothing waits any more, for so long at the most."""
@@ -118,6 +128,12 @@ class Sink:
     def _write_some(self, data: bytes) -> int:
         if self._socket is not None:
             return self._socket.send(data, socket.MSG_DONTWAIT)
+        if self._asks_first:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            if not poll.poll(0):
+                raise BlockingIOError
+            data = data[: select.PIPE_BUF]  # there is room for so much
         return os.write(self._fd if self._own == -1 else self._own, data)
 
     def _end_line(self) -> None:
@@ -129,9 +145,6 @@ class Sink:
     # --- later ---
 
     def _keep(self, line: bytes) -> None:
-        if self._waiting_bytes + len(line) > MOST_BYTES:
-            self._dropped += 1
-            return
         self._waiting.append(line)
         self._waiting_bytes += len(line)
         self._idle.clear()

@@ -24,12 +24,18 @@ class Trial(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """What is being done with a handler: told before it begins, so that who waits knows where it hangs or ends."""
+    """What is being done with a handler: told before it begins, so that who waits knows where it hangs or ends.
+
+    `on_loop`: an `async def` is called, which holds up its event loop when it does not wait.
+    """
 
     words: str
+    on_loop: bool = False
 
 
 IMPORTING = Phase("its import")
 SETTING_UP = Phase("setup()")
 ASKING = Phase("handle()")
+ASKING_ASYNC = Phase("handle()", on_loop=True)
+SHOWING = Phase("what shows the memory, its __repr__ or __reduce__,")
 CLOSING = Phase("close()")

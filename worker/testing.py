@@ -15,17 +15,22 @@ handler's thread or loop, its time-out, what its result and memory must be.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, get_args
 
 import anyio
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
 from disco import Node, NodeSettings, serve
 from shared.config import Agent, Connection, WorkerSpec
+from shared.errors import ConfigError
 from shared.handlers import HandlerRef, parse_handler
 from shared.ipc import Counters
 from shared.nodes import NodeAddress
@@ -40,6 +45,11 @@ from worker.results import HandlerFault
 NAME: Final = "agent_under_test"
 _REF: Final = HandlerRef("the handler under test", None, "handle", Path())
 _PATIENCE_S: Final = 10.0
+_SLACK_S: Final = 1.0
+_KEEPS_THE_LOOP: Final = (
+    "keeps the event loop, or goes on when it is cancelled: an 'async def' must not compute or sleep without 'await', "
+    "nor catch CancelledError"
+)
 
 
 class HandlerFailed(AssertionError):
@@ -57,17 +67,27 @@ class Handles(Protocol):
 class AgentUnderTest:
     """A handler that answers at an embedded node; `running` makes one."""
 
-    def __init__(self, portal: BlockingPortal, node: Node, memory: Memory, counters: Counters) -> None:
+    def __init__(
+        self, portal: BlockingPortal, node: Node, memory: Memory, counters: Counters, timeout_s: float
+    ) -> None:
         self._portal = portal
         self._node = node
         self._memory = memory
         self._counters = counters
+        self._timeout_s = timeout_s
         self._one_at_a_time = threading.Lock()
-        self._hung = ""
+        self._hung = anyio.Event()
+        self._why_hung = ""
 
     def hang(self, reason: str) -> None:
         """Take that a call of the handler hangs: a worker would be replaced now."""
-        self._hung = reason
+        self._why_hung = reason
+        self._hung.set()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a call of the handler still runs, long after its time."""
+        return self._hung.is_set()
 
     @property
     def memory(self) -> dict[Any, Any]:
@@ -84,21 +104,40 @@ class AgentUnderTest:
             RuntimeError: when the agent runs no more.
         """
         with self._one_at_a_time:
-            if self._hung:
-                raise HandlerFailed(f"{self._hung}; a worker would have been replaced")
+            if self.hangs:
+                raise HandlerFailed(f"{self._why_hung}; a worker would have been replaced")
             try:
-                return self._portal.call(self._ask, text)
+                asked = self._portal.start_task_soon(self._ask, text)
             except RuntimeError as exc:
                 raise RuntimeError(f"the agent under test runs no more: {exc}") from None
+            try:
+                found: list[Any] = asked.result(self._timeout_s + 2 * _PATIENCE_S)
+                return found
+            except FutureTimeout:
+                raise HandlerFailed(f"a query {_KEEPS_THE_LOOP}") from None
 
     async def _ask(self, text: str) -> list[Any]:
         await self._node.wait_for(NAME, _PATIENCE_S)  # it may have lost its connection at the query before
         errors, answered, peer = self._counters.errors, self._counters.queries_node, self._node.registry.peer(NAME)
-        found = await self._node.query(text)
+        began_s = time.monotonic()
+        found: list[Any] = []
+        async with anyio.create_task_group() as tasks:
+
+            async def give_up() -> None:
+                await self._hung.wait()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(give_up)
+            found = await self._node.query(text)
+            tasks.cancel_scope.cancel()
         if self._counters.errors > errors:
             raise HandlerFailed(self._counters.handler_error.words if self._counters.handler_error else "")
+        if self.hangs:
+            raise HandlerFailed(f"{self._why_hung}; a worker would have been replaced")
         if not found and (self._node.registry.peer(NAME) is not peer or self._counters.queries_node == answered):
             raise HandlerFailed("the answer did not reach the node, which cut the connection; is it too large?")
+        if (took_s := time.monotonic() - began_s) > self._timeout_s + _SLACK_S:
+            raise HandlerFailed(f"a query took {took_s:.1f} s, and {_KEEPS_THE_LOOP}")
         return found
 
 
@@ -124,27 +163,81 @@ def running(
 
     Raises:
         ConfigError: when it cannot be loaded.
-        HandlerFault: when its `setup` fails, or takes too long.
+        HandlerFault: when its `setup` fails, or takes too long; at the end, when its `close` does.
     """
     state_dir = state_dir or folder
     if memory not in get_args(MemoryKind):
         raise ValueError(f"memory: found {memory!r}, expected one of {', '.join(get_args(MemoryKind))}")
     if memory == "disk" and state_dir is None:
         raise ValueError("a disk memory needs a state_dir, such as pytest's tmp_path")
+    if not 0 < timeout_s < threading.TIMEOUT_MAX or not 0 < setup_timeout_s < threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout_s, setup_timeout_s: found {timeout_s}, {setup_timeout_s}, expected seconds above 0")
     here = folder or Path.cwd()
-    loaded = load(parse_handler(handler, here)) if isinstance(handler, str) else examined(handler, _REF)
-    with start_blocking_portal(backend_options={"use_uvloop": True}) as portal:
-        life = portal.wrap_async_context_manager(
-            _running(portal, loaded, memory, state_dir or here, timeout_s, setup_timeout_s)
-        )
+    try:
+        loaded = load(parse_handler(handler, here)) if isinstance(handler, str) else examined(handler, _REF)
+    except TypeError as exc:  # a class that wants arguments
+        raise ConfigError(f"the handler {handler!r} cannot be made: {exc}") from None
+    life = _Life(lambda portal: _running(portal, loaded, memory, state_dir or here, timeout_s, setup_timeout_s))
+    agent = life.begin(setup_timeout_s)
+    try:
+        yield agent
+    except BaseException:
+        with contextlib.suppress(HandlerFault):  # a test that fails here fails as it is
+            life.end(timeout_s)
+        raise
+    life.end(timeout_s)
+
+
+class _Life:
+    """An agent's event loop, on a thread that is left behind where a handler does not let it end."""
+
+    def __init__(self, agent: Callable[[BlockingPortal], AbstractAsyncContextManager[AgentUnderTest]]) -> None:
+        self._agent = agent
+        self._began: Future[tuple[AgentUnderTest, BlockingPortal, anyio.Event]] = Future()
+        self._ended: Future[None] = Future()
+
+    def begin(self, setup_timeout_s: float) -> AgentUnderTest:
+        """Start it, and return the agent once that is ready."""
+        threading.Thread(target=self._run, name="agent-under-test", daemon=True).start()
+        either: list[Future[Any]] = [self._began, self._ended]
+        wait(either, setup_timeout_s + 2 * _PATIENCE_S, FIRST_COMPLETED)
+        if self._began.done():
+            agent, self._portal, self._over = self._began.result()
+            return agent
+        if self._ended.done():
+            self._ended.result()
+        raise HandlerFault(f"the handler's setup() {_KEEPS_THE_LOOP}")
+
+    def end(self, timeout_s: float) -> None:
+        """Have it end.
+
+        Raises:
+            HandlerFault: when the handler's `close` fails or does not end.
+        """
+        self._portal.start_task_soon(self._set_over)
         try:
-            agent = life.__enter__()
+            self._ended.result(timeout_s + 2 * _PATIENCE_S)
+        except FutureTimeout:
+            raise HandlerFault(f"the handler's close(), or a query, {_KEEPS_THE_LOOP}") from None
+
+    async def _set_over(self) -> None:
+        self._over.set()
+
+    def _run(self) -> None:
+        try:
+            anyio.run(self._live, backend_options={"use_uvloop": True})
         except BaseExceptionGroup as group:
-            raise _first(group) from None
-        try:
-            yield agent  # a test that fails here fails as it is: the task groups within never see it
-        finally:
-            life.__exit__(None, None, None)
+            self._ended.set_exception(_first(group))
+        except BaseException as exc:  # noqa: BLE001 - whoever waits for the end raises it
+            self._ended.set_exception(exc)
+        else:
+            self._ended.set_result(None)
+
+    async def _live(self) -> None:
+        over = anyio.Event()
+        async with BlockingPortal() as portal, self._agent(portal) as agent:
+            self._began.set_result((agent, portal, over))
+            await over.wait()
 
 
 @asynccontextmanager
@@ -167,19 +260,26 @@ async def _running(
         memory.open()
         try:
             async with anyio.create_task_group() as tasks, dispatcher.running():
+                began_s = time.monotonic()
                 with anyio.move_on_after(setup_timeout_s) as limit:
                     await dispatcher.set_up()
                 if limit.cancelled_caught:
                     raise HandlerFault(f"the handler's setup() has not ended after {setup_timeout_s:g} s")
+                if time.monotonic() - began_s > setup_timeout_s + _SLACK_S:
+                    raise HandlerFault(f"the handler's setup() {_KEEPS_THE_LOOP}")
                 tasks.start_soon(line.run)
                 await node.wait_for(NAME, _PATIENCE_S)
-                agent_under_test = AgentUnderTest(portal, node, memory, counters)
+                agent_under_test = AgentUnderTest(portal, node, memory, counters, timeout_s)
                 dispatcher.on_hung = agent_under_test.hang
                 yield agent_under_test
                 with anyio.move_on_after(timeout_s):
                     await line.drain()
-                    await dispatcher.tear_down()
+                with anyio.move_on_after(timeout_s) as limit:
+                    if not agent_under_test.hangs:  # a call that still runs would have close() wait for it
+                        await dispatcher.tear_down()
                 tasks.cancel_scope.cancel()
+                if limit.cancelled_caught:
+                    raise HandlerFault(f"the handler's close() has not ended after {timeout_s:g} s")
         finally:
             memory.close()
 

@@ -15,7 +15,7 @@ import msgspec
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Outcome
 from shared.logs import get_logger
-from shared.trial import ASKING, CLOSING, IMPORTING, SETTING_UP, Phase, Trial
+from shared.trial import ASKING, ASKING_ASYNC, CLOSING, IMPORTING, SETTING_UP, SHOWING, Phase, Trial
 from worker.dispatchers import dispatcher_for
 from worker.handler import Handler, load
 from worker.jobs import Answer, Job
@@ -68,16 +68,17 @@ async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: f
         try:
             tell(SETTING_UP)
             await dispatcher.set_up()
-            tell(ASKING)
+            tell(ASKING_ASYNC if handler.is_async else ASKING)
             began_s = perf_counter()
             dispatcher.submit([Job(asker, None, text)])
             outcome, payload = await asker.answered
             trial = trial._replace(seconds=perf_counter() - began_s)
             if outcome is Outcome.OK:
                 after = memory.checkout()
-                trial = trial._replace(
-                    result=payload, memory=_shown(after), notes=(*_changed(asker.result), *_kept(after))
-                )
+                trial = trial._replace(result=payload, memory="(not shown)", notes=tuple(_changed(asker.result)))
+                tell(trial)
+                tell(SHOWING)
+                trial = trial._replace(memory=_shown(after), notes=(*trial.notes, *_kept(after)))
             else:
                 trial = trial._replace(error=payload.decode("utf-8", "replace"))
             tell(trial)
@@ -142,5 +143,5 @@ def _same(one: Any, other: Any) -> bool:
 def _shown(memory: Any) -> str:
     try:
         return repr(memory)
-    except Exception as exc:  # noqa: BLE001 - a user's own __repr__
+    except (Exception, SystemExit) as exc:  # noqa: BLE001 - a user's own __repr__
         return f"(cannot be shown: its __repr__ raised {type(exc).__name__})"

@@ -265,6 +265,12 @@ async def test_reload_makes_room_for_more_workers_or_is_refused(tmp_path: Path, 
         await until(lambda: running.events("reload_refused"), "it is refused")
         (refused,) = running.events("reload_refused")
         assert "nothing was changed: only 80 files may be open at once, and 7 workers need 92" in refused["what"]
+        # Those that are taken out are there while those that are new start.
+        renamed = "\n".join(agent(f"other_{number}", [node.url]) for number in range(4))
+        config.write_text(before.replace(agent("e", [node.url]), renamed))
+        os.kill(pid, signal.SIGHUP)
+        await until(lambda: len(running.events("reload_refused")) == 2, "it is refused too")
+        assert "5 workers need 84" in running.events("reload_refused")[1]["what"]
         assert list(await running.rows()) == ["e_server"]
     if os.geteuid() == 0:  # nobody else may raise a hard limit again
         async with cluster(tmp_path, agent("e", [node.url]), handlers=ECHO) as running:

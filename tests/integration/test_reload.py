@@ -127,6 +127,68 @@ async def test_node_that_is_added_or_taken_out_is_no_change_to_the_workers_at_ot
         assert await running.worker_pid("count_server") == pid
 
 
+async def test_reload_that_is_asked_for_during_another_is_told_of_its_own(tmp_path: Path, node: Node) -> None:
+    handlers = (
+        COUNTER
+        + """
+import pathlib, time
+class Slow:
+    def setup(self):
+        while not pathlib.Path("gate").exists():
+            time.sleep(0.01)
+    def handle(self, body, memory):
+        return body, memory
+"""
+    )
+    async with cluster(tmp_path, agent("count", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        outcomes: dict[str, subprocess.CompletedProcess[str]] = {}
+
+        async def ask(name: str) -> None:
+            outcomes[name] = await reload(running)
+
+        async with anyio.create_task_group() as tasks:
+            configure(tmp_path, agent("count", [node.url], handler="handlers.py:Slow"))
+            tasks.start_soon(ask, "first")
+            await until(lambda: len(running.events("worker_started")) == 2, "the first one is at it")
+            configure(tmp_path, agent("count", [node.url], handler="nosuch.py:handle"))
+            tasks.start_soon(ask, "second")
+            await anyio.sleep(0.5)  # it has sent its signal; if not, it is told of its own all the more
+            (tmp_path / "gate").touch()
+        assert (outcomes["first"].returncode, outcomes["second"].returncode) == (0, 78)
+        assert "nosuch.py" in outcomes["second"].stderr
+
+
+async def test_reload_of_a_runner_that_dies_meanwhile_is_told_at_once(tmp_path: Path, node: Node) -> None:
+    handlers = (
+        COUNTER
+        + """
+import time
+class Slow:
+    def setup(self):
+        time.sleep(1000)
+    def handle(self, body, memory):
+        return body, memory
+"""
+    )
+    async with cluster(tmp_path, agent("count", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        running.note_processes()
+        configure(tmp_path, agent("count", [node.url], handler="handlers.py:Slow"))
+        outcomes: list[subprocess.CompletedProcess[str]] = []
+
+        async def ask() -> None:
+            outcomes.append(await reload(running))
+
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(ask)
+                await until(lambda: len(running.events("worker_started")) == 2, "it is at it")
+                running.process.kill()
+        assert outcomes[0].returncode == 1
+        assert "has ended meanwhile" in outcomes[0].stderr
+
+
 async def test_what_only_a_restart_changes_is_said(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shared.errors import ConfigError
 from worker.pytest_plugin import RunAgent
+from worker.results import HandlerFault
 from worker.testing import HandlerFailed, running
 
 
@@ -77,3 +80,72 @@ def test_asking_after_the_end_is_told() -> None:
         agent.ask("x")
     with pytest.raises(RuntimeError, match="the agent under test runs no more"):
         agent.ask("x")
+
+
+SWALLOWS = """
+import asyncio, time
+async def swallow(body="", memory=None):
+    while True:
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            pass
+class Handle:
+    async def handle(self, body, memory):
+        await swallow()
+class Close:
+    async def handle(self, body, memory):
+        return [], memory
+    async def close(self):
+        await swallow()
+class SetUp(Close):
+    async def setup(self):
+        await swallow()
+async def blocks(body, memory):
+    time.sleep(1.6)
+    return [{"type": "late"}], memory
+class CloseFails(Close):
+    async def close(self):
+        raise ValueError("no way out")
+class CloseHangs:
+    def handle(self, body, memory):
+        return [], memory
+    def close(self):
+        time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "says"),
+    [
+        ("Handle", "took longer than 200 ms|goes on when it is cancelled"),
+        ("Close", "close.*goes on when it is cancelled"),
+        ("SetUp", "setup.*goes on when it is cancelled"),
+        ("blocks", "keeps the event loop"),
+        ("CloseFails", "close.. failed: ValueError: no way out"),
+        ("CloseHangs", "close.. has not ended after 0.2 s"),
+    ],
+)
+def test_handler_that_does_not_let_go_fails_its_test_and_holds_up_nothing(
+    handler: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.testing._PATIENCE_S", 1.0)
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    began_s = time.monotonic()
+    with pytest.raises((HandlerFailed, HandlerFault), match=says):
+        with running(f"swallows.py:{handler}", folder=tmp_path, timeout_s=0.2, setup_timeout_s=0.2) as agent:
+            agent.ask("x")
+    assert time.monotonic() - began_s < 15
+
+
+def test_class_that_wants_arguments_cannot_be_loaded() -> None:
+    class Agent:
+        def __init__(self, url: str) -> None:
+            raise AssertionError
+
+        def handle(self, body: str, memory: dict[Any, Any]) -> Any:
+            return body, memory
+
+    with pytest.raises(ConfigError, match="cannot be made"):
+        with running(Agent):
+            pass

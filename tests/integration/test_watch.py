@@ -196,6 +196,35 @@ async def test_setup_that_hangs_holds_up_no_later_save(tmp_path: Path, node: Nod
         assert not running.events("handler_not_reloaded"), "it was out of date"
 
 
+async def test_setup_that_hangs_in_a_new_configuration_holds_up_no_later_save(tmp_path: Path, node: Node) -> None:
+    hangs = (
+        "import time\nclass A:\n    def setup(self):\n        time.sleep(1000)\n    def handle(self, body, memory):\n"
+    )
+    async with watched(tmp_path, agent("a", [node.url]), handlers=handler("one")) as running:
+        write(tmp_path / "d.py", hangs + "        return body, memory\nhandle = A\n")
+        config = tmp_path / "em-runner.toml"
+        config.write_text(config.read_text().replace("handlers.py:handle", "d.py:handle"))
+        await until(lambda: len(running.events("worker_started")) == 2, "a successor is being started")
+        assert (await running.results("x"))["properties"]["version"] == "one"
+        write(tmp_path / "d.py", handler("two"))
+        await wait_for_version(running, "two")
+        await until(lambda: running.events("reloaded"), "the configuration is applied")
+
+
+async def test_configuration_that_a_broken_handler_kept_from_being_applied_is_once_it_is_mended(
+    tmp_path: Path, node: Node
+) -> None:
+    fails = "class A:\n    def setup(self):\n        raise OSError('closed')\n    def handle(self, body, memory):\n"
+    async with watched(tmp_path, agent("a", [node.url]), handlers=handler("one")) as running:
+        write(tmp_path / "d.py", fails + "        return body, memory\nhandle = A\n")
+        config = tmp_path / "em-runner.toml"
+        config.write_text(config.read_text().replace("handlers.py:handle", "d.py:handle"))
+        await until(lambda: running.events("reload_incomplete"), "its handler does not come up")
+        assert (await running.results("x"))["properties"]["version"] == "one"
+        write(tmp_path / "d.py", handler("two"))
+        await wait_for_version(running, "two")
+
+
 async def test_many_saves_in_a_moment_replace_once(tmp_path: Path, node: Node) -> None:
     async with watched(tmp_path, agent("a", [node.url]), handlers=handler(0)) as running:
         for number in range(1, 13):

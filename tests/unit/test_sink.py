@@ -191,3 +191,31 @@ def test_threads_write_whole_lines() -> None:
         thread.join()
     for fd in (reading, writing):
         os.close(fd)
+
+
+def test_line_that_is_far_too_long_is_dropped_whole_and_holds_up_nobody(ends: Ends, opened: Open) -> None:
+    reading, writing = ends
+    told: list[int] = []
+    sink = opened(writing, told.append)
+    sink.write(b"x" * 6_000_000 + b"\n")
+    opened(writing).write(b"of another\n")
+    sink.write(b"and on\n")
+    assert read_lines(reading, lambda found: len(found) >= 2) == [b"of another", b"and on"]
+    assert told == [1]
+
+
+def test_pipe_of_another_user_holds_up_nobody_either(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "open", refuse)
+    reading, writing = os.pipe()
+    sink = opened(writing)
+    lines = [b"%06d %s" % (number, b"x" * 3000) for number in range(200)]
+    began_s = time.monotonic()
+    for line in lines:
+        sink.write(line + b"\n")
+    assert time.monotonic() - began_s < 5
+    assert read_lines(reading, lambda found: len(found) >= len(lines)) == lines
+    for fd in (reading, writing):
+        os.close(fd)

@@ -205,6 +205,9 @@ class Supervised:
         self.probed.append(ref.file.read_text())
         return ()
 
+    def outdate(self, ref: HandlerRef) -> None:
+        pass
+
     async def renew(self, ref: HandlerRef, why: str) -> dict[str, str]:
         self.renewed.append(ref)
         self.changed.set()
