@@ -139,7 +139,13 @@ class ForkServer:
         receiver, sender = self._context.Pipe(duplex=False)
         process: ForkServerProcess | None = None
         try:
-            process = self._start_process(target, (*arguments, sender), f"probe {arguments[0]}")
+            try:
+                process = self._start_process(target, (*arguments, sender), f"probe {arguments[0]}")
+            except (OSError, EOFError) as exc:
+                why = str(exc) or "the fork server died"
+                raise StartError(
+                    f"no process could be started: {why}; may this user execute {sys.executable}, and have more processes?"
+                ) from None
             self._probes.add(process)
             sender.close()
             try:

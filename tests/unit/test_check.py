@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from runner.check import show, token_problems
+from runner.process import ForkServer
 from shared.config import Agent
+from shared.errors import StartError
 from shared.handlers import HandlerRef
 from shared.nodes import parse_node
 from shared.tokens import Secret, TokenSource, mint
@@ -72,3 +74,13 @@ def test_narrow_terminal_shows_all_of_a_worker(width: int, lines: int) -> None:
     text = console.export_text()
     assert len(text.splitlines()) == lines
     assert all(cell in text for cell in row)
+
+
+@pytest.mark.parametrize("problem", [BrokenPipeError(32, "Broken pipe"), EOFError()])
+def test_fork_server_that_cannot_start_anything_is_told(problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(ForkServer, "_start_process", refuse)
+    with pytest.raises(StartError, match=r"no process could be started: .*; may this user execute"):
+        ForkServer().probe(HandlerRef("worker.echo", None, "handle", Path("/")))
