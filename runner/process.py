@@ -144,7 +144,8 @@ class ForkServer:
             except (OSError, EOFError) as exc:
                 why = str(exc) or "the fork server died"
                 raise StartError(
-                    f"no process could be started: {why}; may this user execute {sys.executable}, and have more processes?"
+                    f"no process could be started: {why}; may this user execute {sys.executable}, "
+                    "and have another process?"
                 ) from None
             self._probes.add(process)
             sender.close()
