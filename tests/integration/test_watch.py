@@ -169,6 +169,7 @@ async def test_handler_whose_setup_fails_leaves_the_old_worker_at_work(
         "class Broken:\n    def setup(self):\n        raise OSError('closed')\n    def handle(self, body, memory):\n"
     )
     async with watched(tmp_path, agent("a", [node.url, other_node.url]), handlers=handler("one")) as running:
+        await running.wait_state("a_server_2", "ready")
         pid = await running.worker_pid("a_server")
         write(tmp_path / "handlers.py", f"{broken}        return body, memory\nhandle = Broken\n")
         await until(lambda: running.events("handler_not_reloaded"), "it is told")
