@@ -144,6 +144,12 @@ class Supervisor:
                     tasks.start_soon(renew, child)
         return dict(sorted(renewed.items()))
 
+    def lacks(self, handler: HandlerRef, agents: Sequence[str]) -> bool:
+        """Return whether a worker of these agents has another handler."""
+        return any(
+            child.spec.agent.name in agents and child.spec.agent.handler != handler for child in self._children.values()
+        )
+
     def outdate(self, handler: HandlerRef) -> None:
         """Wait no longer for a handler's successors that are still starting: they are of a former version."""
         for child in self._children.values():

@@ -349,7 +349,7 @@ class Watcher:
         found = await self._supervisor.renew(ref, f"{file.name} has changed")
         if self._supervisor.leaving:
             return
-        if not found:  # no worker has it: a configuration that names it could not be applied, because of it
+        if self._supervisor.lacks(ref, agents):  # a configuration that names it could not be applied, because of it
             self._reload()
         if renewed := [worker for worker, problem in found.items() if not problem]:
             self._log.info("handler_reloaded", file=str(file), agents=agents, workers=renewed)

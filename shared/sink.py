@@ -5,7 +5,7 @@ shipper that hangs) a thread writes it when it can, and what comes on top of som
 event loop, and no handler, ever waits for the reader of a log.
 
 On a pipe, lines longer than the kernel keeps whole would mix with those of other processes: who writes holds a lock
-on the pipe.
+on the pipe. One of another user's (after sudo) cannot be locked; there, lines of more than 4 KB may mix.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ answer may leave (not before a durable memory is), and what becomes of a query t
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from abc import ABC, abstractmethod
@@ -174,7 +175,10 @@ class Dispatcher(ABC):
             return
         try:
             await self._call(function)
-        except (Exception, SystemExit) as exc:
+        except (Exception, SystemExit, asyncio.CancelledError) as exc:
+            task = asyncio.current_task()
+            if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # it is we who end it; else it is of a task of the handler's own, which it waited for
             raise HandlerFault(f"the handler's {name}() failed: {type(exc).__name__}: {_words(exc)}") from exc
 
     def count(self) -> None:

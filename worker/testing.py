@@ -15,6 +15,7 @@ handler's thread or loop, its time-out, what its result and memory must be.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any, Final, Protocol, get_args
 
 import anyio
-from anyio.from_thread import BlockingPortal
 
 from disco import Node, NodeSettings, serve
 from shared.config import Agent, Connection, WorkerSpec
@@ -68,9 +68,9 @@ class AgentUnderTest:
     """A handler that answers at an embedded node; `running` makes one."""
 
     def __init__(
-        self, portal: BlockingPortal, node: Node, memory: Memory, counters: Counters, timeout_s: float
+        self, loop: asyncio.AbstractEventLoop, node: Node, memory: Memory, counters: Counters, timeout_s: float
     ) -> None:
-        self._portal = portal
+        self._loop = loop
         self._node = node
         self._memory = memory
         self._counters = counters
@@ -87,7 +87,7 @@ class AgentUnderTest:
     @property
     def hangs(self) -> bool:
         """Whether a call of the handler still runs, long after its time."""
-        return self._hung.is_set()
+        return bool(self._why_hung)
 
     @property
     def memory(self) -> dict[Any, Any]:
@@ -106,18 +106,25 @@ class AgentUnderTest:
         with self._one_at_a_time:
             if self.hangs:
                 raise HandlerFailed(f"{self._why_hung}; a worker would have been replaced")
+            asking = self._ask(text)
             try:
-                asked = self._portal.start_task_soon(self._ask, text)
+                asked = asyncio.run_coroutine_threadsafe(asking, self._loop)
             except RuntimeError as exc:
+                asking.close()
                 raise RuntimeError(f"the agent under test runs no more: {exc}") from None
             try:
-                found: list[Any] = asked.result(self._timeout_s + 2 * _PATIENCE_S)
-                return found
+                return asked.result(self._timeout_s + 2 * _PATIENCE_S)
             except FutureTimeout:
-                raise HandlerFailed(f"a query {_KEEPS_THE_LOOP}") from None
+                if asked.done():
+                    raise
+                self._why_hung = f"a query {_KEEPS_THE_LOOP}"
+                raise HandlerFailed(self._why_hung) from None
 
     async def _ask(self, text: str) -> list[Any]:
-        await self._node.wait_for(NAME, _PATIENCE_S)  # it may have lost its connection at the query before
+        try:
+            await self._node.wait_for(NAME, _PATIENCE_S)  # it may have lost its connection at the query before
+        except TimeoutError:
+            raise HandlerFailed("the agent has lost its node and is not back") from None
         errors, answered, peer = self._counters.errors, self._counters.queries_node, self._node.registry.peer(NAME)
         began_s = time.monotonic()
         found: list[Any] = []
@@ -177,23 +184,23 @@ def running(
         loaded = load(parse_handler(handler, here)) if isinstance(handler, str) else examined(handler, _REF)
     except TypeError as exc:  # a class that wants arguments
         raise ConfigError(f"the handler {handler!r} cannot be made: {exc}") from None
-    life = _Life(lambda portal: _running(portal, loaded, memory, state_dir or here, timeout_s, setup_timeout_s))
+    life = _Life(lambda: _running(loaded, memory, state_dir or here, timeout_s, setup_timeout_s))
     agent = life.begin(setup_timeout_s)
     try:
         yield agent
-    except BaseException:
-        with contextlib.suppress(HandlerFault):  # a test that fails here fails as it is
-            life.end(timeout_s)
+    except BaseException as exc:
+        with contextlib.suppress(Exception):  # a test that fails here fails as it is; one that is told to stop, stops
+            life.end(timeout_s + 2 * _PATIENCE_S if isinstance(exc, Exception) else _SLACK_S)
         raise
-    life.end(timeout_s)
+    life.end(timeout_s + 2 * _PATIENCE_S)
 
 
 class _Life:
     """An agent's event loop, on a thread that is left behind where a handler does not let it end."""
 
-    def __init__(self, agent: Callable[[BlockingPortal], AbstractAsyncContextManager[AgentUnderTest]]) -> None:
+    def __init__(self, agent: Callable[[], AbstractAsyncContextManager[AgentUnderTest]]) -> None:
         self._agent = agent
-        self._began: Future[tuple[AgentUnderTest, BlockingPortal, anyio.Event]] = Future()
+        self._began: Future[AgentUnderTest] = Future()
         self._ended: Future[None] = Future()
 
     def begin(self, setup_timeout_s: float) -> AgentUnderTest:
@@ -202,26 +209,23 @@ class _Life:
         either: list[Future[Any]] = [self._began, self._ended]
         wait(either, setup_timeout_s + 2 * _PATIENCE_S, FIRST_COMPLETED)
         if self._began.done():
-            agent, self._portal, self._over = self._began.result()
-            return agent
+            return self._began.result()
         if self._ended.done():
             self._ended.result()
         raise HandlerFault(f"the handler's setup() {_KEEPS_THE_LOOP}")
 
-    def end(self, timeout_s: float) -> None:
-        """Have it end.
+    def end(self, limit_s: float) -> None:
+        """Have it end, within this time.
 
         Raises:
             HandlerFault: when the handler's `close` fails or does not end.
         """
-        self._portal.start_task_soon(self._set_over)
+        with contextlib.suppress(RuntimeError):  # it has ended by itself, and `_ended` says how
+            self._loop.call_soon_threadsafe(self._over.set)
         try:
-            self._ended.result(timeout_s + 2 * _PATIENCE_S)
+            self._ended.result(limit_s)
         except FutureTimeout:
             raise HandlerFault(f"the handler's close(), or a query, {_KEEPS_THE_LOOP}") from None
-
-    async def _set_over(self) -> None:
-        self._over.set()
 
     def _run(self) -> None:
         try:
@@ -234,15 +238,14 @@ class _Life:
             self._ended.set_result(None)
 
     async def _live(self) -> None:
-        over = anyio.Event()
-        async with BlockingPortal() as portal, self._agent(portal) as agent:
-            self._began.set_result((agent, portal, over))
-            await over.wait()
+        self._loop, self._over = asyncio.get_running_loop(), anyio.Event()
+        async with self._agent() as agent:
+            self._began.set_result(agent)
+            await self._over.wait()
 
 
 @asynccontextmanager
 async def _running(
-    portal: BlockingPortal,
     handler: Handler,
     kind: MemoryKind,
     folder: Path,
@@ -269,7 +272,7 @@ async def _running(
                     raise HandlerFault(f"the handler's setup() {_KEEPS_THE_LOOP}")
                 tasks.start_soon(line.run)
                 await node.wait_for(NAME, _PATIENCE_S)
-                agent_under_test = AgentUnderTest(portal, node, memory, counters, timeout_s)
+                agent_under_test = AgentUnderTest(asyncio.get_running_loop(), node, memory, counters, timeout_s)
                 dispatcher.on_hung = agent_under_test.hang
                 yield agent_under_test
                 with anyio.move_on_after(timeout_s):

@@ -104,6 +104,16 @@ class SetUp(Close):
 async def blocks(body, memory):
     time.sleep(1.6)
     return [{"type": "late"}], memory
+async def computes(body, memory):
+    ends_s = time.monotonic() + 6  # not for ever: it goes on in this process
+    while time.monotonic() < ends_s:
+        pass
+class CloseIsCancelled(Close):
+    async def setup(self):
+        self.task = asyncio.create_task(asyncio.sleep(3600))
+    async def close(self):
+        self.task.cancel()
+        await self.task
 class CloseFails(Close):
     async def close(self):
         raise ValueError("no way out")
@@ -122,6 +132,8 @@ class CloseHangs:
         ("Close", "close.*goes on when it is cancelled"),
         ("SetUp", "setup.*goes on when it is cancelled"),
         ("blocks", "keeps the event loop"),
+        ("computes", "keeps the event loop"),
+        ("CloseIsCancelled", "close.. failed: CancelledError"),
         ("CloseFails", "close.. failed: ValueError: no way out"),
         ("CloseHangs", "close.. has not ended after 0.2 s"),
     ],
@@ -136,6 +148,13 @@ def test_handler_that_does_not_let_go_fails_its_test_and_holds_up_nothing(
         with running(f"swallows.py:{handler}", folder=tmp_path, timeout_s=0.2, setup_timeout_s=0.2) as agent:
             agent.ask("x")
     assert time.monotonic() - began_s < 15
+
+
+def test_test_that_fails_fails_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    with pytest.raises(AssertionError, match="of its own"):
+        with running("swallows.py:CloseIsCancelled", folder=tmp_path):
+            raise AssertionError("of its own")
 
 
 def test_class_that_wants_arguments_cannot_be_loaded() -> None:

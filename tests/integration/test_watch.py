@@ -226,6 +226,29 @@ async def test_configuration_that_a_broken_handler_kept_from_being_applied_is_on
         await wait_for_version(running, "two")
 
 
+async def test_memory_is_handed_over_although_a_close_ends_in_a_cancellation(tmp_path: Path, node: Node) -> None:
+    text = """
+import asyncio
+class A:
+    async def setup(self):
+        self.task = asyncio.create_task(asyncio.sleep(3600))
+    async def close(self):
+        self.task.cancel()
+        await self.task
+    async def handle(self, body, memory):
+        count = memory.get("count", 0) + 1
+        return {"type": "t", "properties": {"version": 1, "count": count}}, {"count": count}
+handle = A
+"""
+    async with watched(tmp_path, agent("a", [node.url]), handlers=text) as running:
+        await running.results("x")
+        write(tmp_path / "handlers.py", text.replace('"version": 1', '"version": 2'))
+        await settled(running, 1)
+        assert (await running.results("x"))["properties"] == {"version": 2, "count": 2}
+        assert running.events("close_failed")
+        assert not running.events("worker_crashed")
+
+
 async def test_many_saves_in_a_moment_replace_once(tmp_path: Path, node: Node) -> None:
     async with watched(tmp_path, agent("a", [node.url]), handlers=handler(0)) as running:
         for number in range(1, 13):

@@ -205,6 +205,9 @@ class Supervised:
         self.probed.append(ref.file.read_text())
         return ()
 
+    def lacks(self, ref: HandlerRef, agents: tuple[str, ...]) -> bool:
+        return False
+
     def outdate(self, ref: HandlerRef) -> None:
         pass
 
