@@ -60,6 +60,8 @@ class ForkServer:
         Raises:
             StartError: when it cannot be started.
         """
+        if not os.access(".", os.X_OK):  # such as root's home, by `runuser`: multiprocessing has each child enter it
+            os.chdir("/")
         try:
             with _nameless_main():
                 multiprocessing.forkserver.ensure_running()

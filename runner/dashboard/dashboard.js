@@ -43,7 +43,8 @@ function standing(row) {
 
 function change(name, before, now) {
   if (before.state !== now.state) return `${name}: ${now.state}`;
-  return before.restarts === now.restarts ? null : `${name}: restarted`; // too fast for its states to be seen
+  // Too fast for its states to be seen. Of another runner's, or at another node, the count begins again.
+  return before.restarts === now.restarts || now.restarts === "0" ? null : `${name}: restarted`;
 }
 
 // The keyboard stays at a worker: at its link in the list above the table, or in its row once it is not in that.
@@ -51,7 +52,7 @@ function focusOn(name) {
   const link = [...byId("troubled").querySelectorAll("a")].find((each) => each.dataset.name === name);
   const row = rows.get(name)?.querySelector("th");
   if (row && !link) row.tabIndex = -1;
-  (link ?? row)?.focus();
+  (link ?? row)?.focus({ preventScroll: row !== undefined && !link });
 }
 
 // Of many workers, those that are not ready, above the table. A link stays its worker's: somebody may be on it.
@@ -116,14 +117,14 @@ async function replaceTable() {
     const opened = [...rows].filter(([, row]) => row.querySelector("details").open).map(([name]) => name);
     const focused = document.activeElement;
     const [inTable, inList] = [focused.closest("[data-worker]")?.dataset.worker, focused === byId("target")];
-    const onLink = focused.closest("#troubled a")?.dataset.name;
+    const onLink = focused.closest("#troubled a")?.dataset.name ?? (focused.tagName === "TH" ? inTable : undefined);
     const before = new Map([...rows].map(([name, row]) => [name, standing(row)]));
     for (const id of ["agents", "target", "summary", "troubled"]) byId(id).replaceWith(document.adoptNode(page.getElementById(id)));
     findRows();
     choose(chosen);
     // What was open stays open, and the keyboard stays where it was.
     for (const name of opened) rows.get(name)?.querySelector("details").setAttribute("open", "");
-    if (inTable !== undefined) rows.get(inTable)?.querySelector("summary").focus();
+    if (inTable !== undefined && onLink === undefined) rows.get(inTable)?.querySelector("summary").focus();
     if (inList) byId("target").focus();
     if (onLink !== undefined) focusOn(onLink);
     tell([

@@ -84,3 +84,13 @@ def test_fork_server_that_cannot_start_anything_is_told(problem: Exception, monk
     monkeypatch.setattr(ForkServer, "_start_process", refuse)
     with pytest.raises(StartError, match=r"no process could be started: .*; may this user execute"):
         ForkServer().probe(HandlerRef("worker.echo", None, "handle", Path("/")))
+
+
+def test_folder_that_this_user_may_not_enter_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", lambda: None)
+    ForkServer().start()
+    assert Path.cwd() == tmp_path
+    monkeypatch.setattr("runner.process.os.access", lambda path, mode: False)
+    ForkServer().start()
+    assert Path.cwd() == Path("/")
