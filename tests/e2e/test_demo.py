@@ -42,7 +42,8 @@ def printed_lines(running: Cluster, start: str) -> list[str]:
 async def test_demo_answers_by_every_way_that_it_prints_and_ctrl_c_ends_it_all(tmp_path: Path) -> None:
     async with launched(tmp_path, "demo", "--nodes", "2", "--first-port", "0") as running:
         await running.wait_ready()
-        await running.wait_state("echo_server_2", "ready")
+        for worker in ("echo_server", "echo_server_2"):
+            await running.wait_state(worker, "ready")
         first = await running.ask("hello")
         assert first.headers["x-worker"] == "echo_server"
         assert first.json()["results"][0]["properties"]["title"] == "hello"
