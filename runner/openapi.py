@@ -109,6 +109,8 @@ def _query(path: str, name: str, words: str) -> dict[str, Any]:
 
 
 def _looks() -> dict[str, Any]:
+    health = _get("health", "Whether the runner's process answers; asks for no token", _json("Health"), (403,))
+    health["get"]["security"] = []
     ready = {"503": {"description": "At least one agent has no worker that is.", "content": _json("Ready")}}
     return {
         "/": _get("page", "The status page", _text("text/html"), _REFUSED),
@@ -118,12 +120,7 @@ def _looks() -> dict[str, Any]:
             _text("text/event-stream"),
             (*_REFUSED, 503),
         ),
-        "/health": {
-            "get": _get("health", "Whether the runner's process answers; asks for no token", _json("Health"), (403,))[
-                "get"
-            ]
-            | {"security": []}
-        },
+        "/health": health,
         "/ready": _get("ready", "Whether each agent has a worker that is ready", _json("Ready"), _REFUSED, ready),
         "/workers": _get("workers", "The table of workers", _json("Table"), _REFUSED),
         "/metrics": _get("metrics", "For Prometheus", _text("text/plain"), _REFUSED),

@@ -155,6 +155,7 @@ class Sink:
             except RuntimeError:  # no thread is to be had
                 self._dropped += len(self._waiting)
                 self._waiting.clear()
+                self._end_line()  # what has been begun of one stays so, but others may write
                 self._over()
 
     def _write_later(self) -> None:

@@ -18,7 +18,9 @@ import anyio.to_thread
 import pytest
 
 from disco import Node
+from runner import descriptors
 from runner.state_dir import read_address
+from shared.http_connection import HttpLimits
 from shared.http_server import HttpServer, listen, resolve
 from tests.chaos.load import ECHO, Client, all_ready, ask_once, http_load, report
 from tests.cluster import COUNTER, ROOT, agent, alive, cluster, until
@@ -293,4 +295,5 @@ def test_clients_never_have_the_descriptors_of_workers() -> None:
     assert server.max_connections == 20
     server.reserve(soft + 20)
     assert server.max_connections > 0, "somebody can ask how it is"
+    assert HttpLimits().max_connections == descriptors.OF_CLIENTS, "the one is made room for, the other is allowed"
     listener.close()

@@ -219,3 +219,28 @@ def test_pipe_of_another_user_holds_up_nobody_either(opened: Open, monkeypatch: 
     assert read_lines(reading, lambda found: len(found) >= len(lines)) == lines
     for fd in (reading, writing):
         os.close(fd)
+
+
+def test_process_that_can_have_no_thread_keeps_others_from_nothing(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reading, writing = os.pipe()
+    told: list[int] = []
+    sink, other = opened(writing, told.append), opened(writing)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for _ in range(10):
+        sink.write(b"x" * 10_000 + b"\n")
+    read_lines(reading, lambda found: len(found) >= 6)
+    monkeypatch.undo()
+    while select.select([reading], [], [], 0)[0]:
+        os.read(reading, 1 << 20)
+    other.write(b"of another\n")
+    assert os.read(reading, 100) == b"of another\n"
+    sink.write(b"and on\n")
+    assert read_lines(reading, bool)[0] == b"and on"
+    assert sum(told) >= 3
+    for fd in (reading, writing):
+        os.close(fd)
