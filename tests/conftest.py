@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from disco import Node, NodeSettings, serve
+from tests import ports
 
 
 @pytest.fixture
@@ -23,6 +24,13 @@ def home() -> Iterator[Path]:
     """A home folder whose path is short, for the sockets below it: side by side, tests have long ones."""
     with tempfile.TemporaryDirectory(prefix="em-") as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def held_port() -> Iterator[int]:
+    """A port for a node that comes late, or goes and comes back; nobody else is given it."""
+    with ports.held_port() as port:
+        yield port
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,7 +17,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-HOST: Final = "127.0.0.1"
+from tests.ports import HOST, held_port
+
 READ_BYTES: Final = 65_536
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
 
@@ -44,11 +45,11 @@ class Pipe:
 class Line:
     """What a test does to the line, and what it saw on it."""
 
-    def __init__(self, node_port: int) -> None:
+    def __init__(self, node_port: int, port: int) -> None:
         self.connections = 0
         self.to_node_bytes = 0
         self.to_client_bytes = 0
-        self.port = 0
+        self.port = port
         self._node_port = node_port
         self._server: asyncio.Server | None = None
         self._pipes: set[Pipe] = set()
@@ -145,7 +146,6 @@ class Line:
     async def listen(self) -> None:
         if self._server is None:
             self._server = await asyncio.start_server(self._accepted, HOST, self.port)
-            self.port = self._server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
         if self._breaker is not None:
@@ -224,9 +224,10 @@ def reset(writer: asyncio.StreamWriter) -> None:
 @asynccontextmanager
 async def proxied(node_port: int) -> AsyncIterator[Line]:
     """A line to the node on a port of this machine."""
-    line = Line(node_port)
-    await line.listen()
-    try:
-        yield line
-    finally:
-        await line.close()
+    with held_port() as port:  # it is kept while nobody listens there
+        line = Line(node_port, port)
+        await line.listen()
+        try:
+            yield line
+        finally:
+            await line.close()

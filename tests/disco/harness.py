@@ -29,9 +29,9 @@ class Line:
 
 @asynccontextmanager
 async def node_with(**settings: Any) -> AsyncIterator[Node]:
-    """Serve a node on a free port, for no longer than a test may take."""
+    """Serve a node, on a free port unless one is given, for no longer than a test may take."""
     with anyio.fail_after(LIMIT_S):
-        async with serve(NodeSettings(port=0, **settings)) as node:
+        async with serve(NodeSettings(**{"port": 0, **settings})) as node:
             yield node
 
 

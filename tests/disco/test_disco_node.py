@@ -40,11 +40,11 @@ async def test_port_in_use_says_what_to_do(anyio_backend: object) -> None:
     assert "choose another port" in said
 
 
-async def test_stopped_node_gives_its_port_back_though_agents_were_connected(anyio_backend: object) -> None:
-    async with node_with() as node, agent(node, "a"):
+async def test_stopped_node_gives_its_port_back_though_agents_were_connected(held_port: int) -> None:
+    async with node_with(port=held_port) as node, agent(node, "a"):
         pass
-    async with serve(NodeSettings(port=node.port)) as again:
-        assert again.port == node.port
+    async with serve(NodeSettings(port=held_port)) as again:
+        assert again.port == held_port
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])

@@ -1,7 +1,7 @@
 """A reader who does what a page says: writes its files, runs its commands, and looks whether it is as shown.
 
-The ports of the text are taken for free ones, here and there and back in what is printed; the home folder is the
-page's own. All that was started is ended by its id.
+The ports of the text are taken for others that are held for it, here and there and back in what is printed; the home
+folder is the page's own. All that was started is ended by its id.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from tests.docs.markdown import ROOT, Block, Command
+from tests.ports import held_port, held_ports
 
 LIMIT_S = 30.0
 POLL_S = 0.05
@@ -72,7 +72,8 @@ class Reader:
         self.home = home
         self.ran: list[Command] = []
         self._servers: list[Server] = []
-        self._ports = dict(zip(PORTS, free_ports(), strict=True))
+        self._held = contextlib.ExitStack()
+        self._ports = self._hold_ports()
         self._pids: dict[str, str] = {}
         self._here = home
         self._terminal = "1"
@@ -120,6 +121,12 @@ class Reader:
             with contextlib.suppress(subprocess.TimeoutExpired):  # it is killed then; the others have their turn
                 server.stop()
         self._servers.clear()
+        self._held.close()
+
+    def _hold_ports(self) -> dict[str, str]:
+        """Return a port for each of the text. Those of its nodes are neighbours there, and so they are here."""
+        http, nodes = self._held.enter_context(held_port()), self._held.enter_context(held_ports(len(PORTS) - 1))
+        return dict(zip(PORTS, map(str, [http, *nodes]), strict=True))
 
     @property
     def _memory(self) -> Path:
@@ -264,27 +271,6 @@ def _pattern(shown: str, vary: bool) -> tuple[re.Pattern[str], list[str]]:
         else:
             text += re.escape(part)
     return re.compile(text), pids
-
-
-def free_ports() -> tuple[str, str, str]:
-    """Return three ports that nobody has, the last two of them neighbours."""
-    while True:
-        with contextlib.ExitStack() as held:
-            one, first = (held.enter_context(_bound(0)) for _ in range(2))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                held.enter_context(_bound(port + 1))
-                return str(one.getsockname()[1]), str(port), str(port + 1)
-
-
-def _bound(port: int) -> socket.socket:
-    sock = socket.socket()
-    try:
-        sock.bind(("127.0.0.1", port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 @contextlib.contextmanager

@@ -65,10 +65,10 @@ async def look(chromium: Browser, running: Cluster, **options: Any) -> Seen:
     return seen
 
 
-async def test_states_change_on_the_page(tmp_path: Path, chromium: Browser) -> None:
+async def test_states_change_on_the_page(tmp_path: Path, chromium: Browser, held_port: int) -> None:
     async with serve(NodeSettings(port=0)) as other:
         async with AsyncExitStack() as first_life:
-            node = await first_life.enter_async_context(serve(NodeSettings(port=0)))
+            node = await first_life.enter_async_context(serve(NodeSettings(port=held_port)))
             agents = [agent("a", [node.url]), agent("b", [other.url])]
             async with cluster(tmp_path, *agents, handlers=HANDLERS, supervision="max_restarts = 1") as running:
                 await running.wait_ready()
@@ -104,7 +104,7 @@ async def test_states_change_on_the_page(tmp_path: Path, chromium: Browser) -> N
                 await expect(seen.cell("a_server", "brief")).to_contain_text("connection, ")
                 await expect(seen.cell("a_server", "brief")).to_contain_text("s ago: ValueError: <img")
                 await expect(page.locator("#summary")).to_have_text("0 of 2 workers ready")
-                async with serve(NodeSettings(port=int(node.url.rpartition(":")[2]))):
+                async with serve(NodeSettings(port=held_port)):
                     await expect(seen.cell("a_server", "state")).to_have_text("ready")
                     await expect(page.locator("#summary")).to_have_text("1 of 2 workers ready")
                 assert seen.complaints == []
@@ -243,10 +243,10 @@ async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(
 
 
 async def test_trouble_among_many_is_seen_and_reached_from_the_top(
-    tmp_path: Path, chromium: Browser, node: Node
+    tmp_path: Path, chromium: Browser, node: Node, held_port: int
 ) -> None:
     async with AsyncExitStack() as life:
-        other = await life.enter_async_context(serve(NodeSettings(port=0)))
+        other = await life.enter_async_context(serve(NodeSettings(port=held_port)))
         agents = [agent(name, [node.url]) for name in "abcdefgh"] + [agent("z", [other.url])]
         async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
             await running.wait_ready()
@@ -263,7 +263,7 @@ async def test_trouble_among_many_is_seen_and_reached_from_the_top(
             still = await look(chromium, running, java_script_enabled=False)
             await expect(still.page.locator("#troubled a")).to_have_text("z_server backoff")
             await troubled.get_by_role("link").focus()
-            async with serve(NodeSettings(port=int(other.url.rpartition(":")[2]))):
+            async with serve(NodeSettings(port=held_port)):
                 await expect(troubled).to_be_hidden()
                 await expect(seen.page.locator("#worker-z_server th")).to_be_focused()
             await seen.page.evaluate("scrollTo(0, 0)")

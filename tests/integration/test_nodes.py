@@ -36,32 +36,17 @@ pytestmark = pytest.mark.anyio
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
-@asynccontextmanager
-async def held_port() -> AsyncIterator[int]:
-    """A port on which nobody listens and which nobody else is given; a node may listen on it later."""
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
-
-
 async def test_node_that_is_down_then_up_is_joined_within_one_interval_and_nothing_is_restarted(
-    tmp_path: Path, node: Node
+    tmp_path: Path, held_port: int
 ) -> None:
     interval_s = 1.0
-    async with (
-        held_port() as port,
-        cluster(
-            tmp_path,
-            agent("count", [f"ws://127.0.0.1:{port}"]),
-            connection="reconnect_interval_ms = 1000",
-        ) as running,
-    ):
+    counting = agent("count", [f"ws://127.0.0.1:{held_port}"])
+    async with cluster(tmp_path, counting, connection="reconnect_interval_ms = 1000") as running:
         before = await running.wait_state("count_server", "backoff")
         assert not await running.ready()
         assert (await running.results("x"))["properties"]["count"] == 1
         for _ in range(2):
-            async with serve(NodeSettings(port=port)) as late:
+            async with serve(NodeSettings(port=held_port)) as late:
                 with anyio.fail_after(interval_s + 0.3):  # the handshake's own time is not the interval's
                     await late.wait_for("count", interval_s + 0.3)
                 await running.wait_ready()
