@@ -358,7 +358,9 @@ def handle(body, memory):
 
 def em_runner(folder: Path, command: str, **environ: str) -> subprocess.CompletedProcess[str]:
     (folder / "handlers.py").write_text("def handle(body, memory): return body, memory\n")
-    (folder / "em-runner.toml").write_text("[runner]\ntracing = true\n" + agent("a", ["localhost:1"]))
+    (folder / "em-runner.toml").write_text(
+        '[runner]\nhttp = "127.0.0.1:0"\ntracing = true\n' + agent("a", ["localhost:1"])
+    )
     env = os.environ | {"HOME": str(folder), "PYTHONPATH": str(CHECKOUT), "COLUMNS": "300"} | environ
     return subprocess.run(
         [sys.executable, "-m", "runner", command], cwd=folder, env=env, capture_output=True, text=True, timeout=60
