@@ -75,7 +75,7 @@ def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     for heading in columns:
         grid.add_column(heading, justify="left" if heading in ("worker", "state", "node") else "right", no_wrap=True)
     fitted = 1 if width is not None else None
-    if any(reasons) or width is None:
+    if width is None or (any(reasons) and room >= len("why")):
         grid.add_column(_WHY if room >= len(_WHY) else "why", overflow="ellipsis", no_wrap=True, ratio=fitted)
     for *cells, reason in zip(*columns.values(), map(Text, reasons), strict=True):
         grid.add_row(*cells, *([reason] if len(grid.columns) > len(cells) else []))
@@ -98,6 +98,12 @@ def _cut(text: str) -> str:
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}\u2026"
 
 
+def _without_middle(name: str, longest: int) -> str:
+    """Return a name that is short enough; its end tells an agent's workers from each other."""
+    end = longest // 2
+    return name if len(name) <= longest else f"{name[: longest - end - 1]}\u2026{name[-end:]}"
+
+
 def _reason(row: WorkerRow) -> str:
     return printable_line(row.detail or _last_error(row))
 
@@ -117,7 +123,11 @@ def _fitting(rows: Sequence[WorkerRow], width: int | None) -> tuple[dict[str, li
         if sum(_width(name, whole[name]) for name in kept) <= left:
             spent.remove(heading)
     columns = {name: cells for name, cells in whole.items() if name not in spent}
-    return columns, width - sum(_width(name, cells) for name, cells in columns.items())
+    room = width - sum(_width(name, cells) for name, cells in columns.items())
+    if room < 0:  # the states are what one looks for: the names give way
+        longest = max(len("worker"), _width("worker", columns["worker"]) - _GAP + room)
+        columns["worker"] = [Text(_without_middle(row.name, longest)) for row in rows]
+    return columns, max(room, 0)
 
 
 def _columns(rows: Sequence[WorkerRow]) -> dict[str, list[Text]]:

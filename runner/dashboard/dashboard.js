@@ -95,14 +95,39 @@ function tell(words) {
 }
 
 function take(update) {
-  // The runner was replaced by another version: its page and its script are others too.
-  if (update.version !== document.body.dataset.version) return void location.reload();
+  if (update.version !== document.body.dataset.version) return void loadAnew();
   if (String(update.layout) !== byId("agents").dataset.layout) return void replaceTable();
   const news = update.changed.map(show).filter((words) => words !== null);
   listTroubled();
   put(byId("summary"), update.summary);
   document.title = `${update.summary} - em-runner`;
   tell(news);
+}
+
+// The runner was replaced by another version: its page and its script are others too. What was typed is kept.
+function loadAnew() {
+  const [query, target] = [byId("query"), byId("target")];
+  try {
+    sessionStorage.setItem("typed", JSON.stringify([query.value, target.value, document.activeElement === query]));
+  } catch {
+    // A browser that keeps nothing for anybody.
+  }
+  location.reload();
+}
+
+function takeUpWhatWasTyped() {
+  let typed = null;
+  try {
+    typed = JSON.parse(sessionStorage.getItem("typed"));
+    sessionStorage.removeItem("typed");
+  } catch {
+    // As above.
+  }
+  if (typed === null) return;
+  const [query, target, focused] = typed;
+  byId("query").value = query;
+  choose(target);
+  if (focused) byId("query").focus({ preventScroll: true });
 }
 
 // There are other workers than before: the runner has reloaded its configuration.
@@ -296,6 +321,7 @@ byId("query").addEventListener("keydown", (event) => {
   if (asking === null) event.target.form.requestSubmit();
 });
 byId("ask").addEventListener("invalid", (event) => event.target === byId("target") && onNoTarget(), true);
+takeUpWhatWasTyped();
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) listen();
 });

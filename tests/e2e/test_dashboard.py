@@ -191,8 +191,11 @@ async def test_each_death_is_news_and_numbers_of_months_fit(tmp_path: Path, chro
             assert await seen.page.evaluate(large) == [], f"nothing runs into another at {width}"
 
 
-async def test_runner_that_is_gone_is_shown_as_gone(tmp_path: Path, chromium: Browser, node: Node) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+async def test_runner_that_is_gone_is_shown_as_gone(
+    tmp_path: Path, chromium: Browser, node: Node, held_port: int
+) -> None:
+    http = f"127.0.0.1:{held_port}"
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS, http=http) as running:
         await running.wait_ready()
         seen = await look(chromium, running)
         link = seen.page.locator("#link")
@@ -215,12 +218,33 @@ async def test_runner_that_is_gone_is_shown_as_gone(tmp_path: Path, chromium: Br
         assert await running.stop() == 0, "an open page keeps no runner from its end"
         await expect(link).to_contain_text("The runner is gone")
         await expect(seen.cell("a_server", "state")).to_be_visible()
-        port = running.http.base_url.port
-    async with cluster(tmp_path, agent("b", [node.url]), handlers=HANDLERS, http=f"127.0.0.1:{port}") as running:
+    async with cluster(tmp_path, agent("b", [node.url]), handlers=HANDLERS, http=http) as running:
         await running.wait_ready()
         await expect(link).to_have_text("live")
         await expect(seen.cell("b_server", "state")).to_have_text("ready")
         assert await seen.cell("a_server", "state").count() == 0, "it is another runner"
+
+
+async def test_page_of_another_version_is_loaded_with_what_was_typed(
+    tmp_path: Path, chromium: Browser, node: Node, other_node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url, other_node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen = await look(chromium, running)
+        query = seen.page.get_by_label("Query", exact=True)
+        await query.fill("half a\nquestion")
+        await seen.page.get_by_label("Whom").select_option("worker/a_server_2")
+        await query.focus()
+        await seen.page.evaluate("window.before = true")
+        async with seen.page.expect_event("load"):
+            await seen.page.evaluate("take({version: 'another'})")
+        assert await seen.page.evaluate("window.before") is None, "it is another page"
+        await expect(query).to_have_value("half a\nquestion")
+        await expect(query).to_be_focused()
+        await expect(seen.page.get_by_label("Whom")).to_have_value("worker/a_server_2")
+        await seen.page.reload()
+        await expect(query).to_have_value("")
+        assert seen.complaints == []
 
 
 async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(

@@ -152,6 +152,20 @@ def test_narrow_terminal_does_without_columns_and_cuts_no_name(width: int) -> No
     assert ("pid" in heading) is (width >= 80), "it is what one acts by"
 
 
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_name_that_no_row_has_room_for_gives_way_to_the_state(width: int) -> None:
+    name = "a" * 53 + "_server_2"
+    heading, *lines, _ = printed(row(name, "backoff", detail="refused"), row("b"), width=width)
+    assert heading.split() == ["worker", "state"]
+    (shown, state), (other, ready) = (line.split() for line in lines)
+    assert (state, other, ready) == ("backoff", "b", "ready")
+    start, _, end = shown.partition("\u2026")
+    assert name.startswith(start)
+    assert name.endswith(end)
+    assert "r_2" in end
+    assert all(len(line) <= width for line in lines)
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0.4, "0s"), (59.9, "59s"), (60, "1m 0s"), (3725, "1h 2m"), (90_061, "1d 1h"), (8_640_000, "100d 0h")],
