@@ -1,4 +1,4 @@
-"""JWTs: read, mint, inspect, verify, redact.
+"""JWTs: read, mint, inspect, verify.
 
 em_disco asks for an HS256 token whose `sub` is the agent's name (claims `sub`, `iat`, `exp`). A
 token is read afresh at each connect, because em_disco issues them for a day and a worker lives
@@ -232,14 +232,6 @@ def require_strong(secret: str, where: str) -> str:
             "make one with: openssl rand -hex 32"
         )
     return secret
-
-
-def redact(text: str, *secrets: str | None) -> str:
-    """Return `text` with every one of `secrets` replaced by `***`."""
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, "***")
-    return text
 
 
 def _ago(seconds: float) -> str:

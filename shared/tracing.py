@@ -39,7 +39,7 @@ from opentelemetry.trace import (
 from shared.errors import ConfigError
 from shared.ipc import NO_TRACE, Trace
 from shared.logs import Folded, Logger, get_logger
-from shared.tokens import redact
+from shared.redaction import redact
 
 FLUSH_S: Final = 1.0
 """How long a process that ends in good order waits at the most for its last spans to be taken."""

@@ -21,7 +21,8 @@ from shared.config import WorkerSpec
 from shared.ipc import Counters, WorkerState
 from shared.logs import Folded, get_logger
 from shared.nodes import is_address
-from shared.tokens import TokenError, redact
+from shared.redaction import redact
+from shared.tokens import TokenError
 from worker.attempt import Attempt
 from worker.dispatch import Dispatcher
 from worker.session import Session, SessionState

@@ -9,8 +9,6 @@ answer may leave (not before a durable memory is), and what becomes of a query t
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -24,6 +22,7 @@ import anyio.abc
 
 from shared.ipc import BUCKETS, Counters, Mishap, Outcome
 from shared.logs import Folded, get_logger, shortened
+from shared.redaction import without_query
 from worker.flusher import Flusher
 from worker.handler import Handler
 from worker.jobs import CANCELLED, RETURNED, Answer, Job, Source
@@ -44,10 +43,6 @@ CATCH_UP_POLL_S: Final = 0.005
 
 LONGEST_ERROR_CHARS: Final = 4000
 """How much of an exception's words is told as the last error; its traceback is in the log."""
-
-_SHORTEST_QUOTE: Final = 3
-_UNMISTAKABLE: Final = 8
-"""What is shorter than this is in every other word."""
 
 SUSPENDED_S: Final = 1.0
 """A clock that is later than this was stopped, with the handler: the time is not counted against it."""
@@ -104,6 +99,7 @@ class Dispatcher(ABC):
         self._timeout_s = timeout_s
         self._queue: deque[Job] = deque()
         self._lanes: list[Lane] = []
+        self._too_long = f"a query took longer than {round((timeout_s or 0) * 1000)} ms"
         self._flusher = Flusher(memory, self._settle)
         self._idle: anyio.Event | None = None
         self._folded = Folded()
@@ -223,7 +219,8 @@ class Dispatcher(ABC):
     def tell_overdue(self) -> None:
         """Log how many failures were held back, once their time is up."""
         for kind, held in self._folded.overdue():
-            self._log.error("handler_failed", error=kind, more=held)
+            event = "handler_timed_out" if kind == self._too_long else "handler_failed"
+            self._log.error(event, error=kind, more=held)
 
     def _settle(self, job: Job, answer: Answer) -> None:
         """Hand an answer to its source and count it, unless the job has had one. On the loop."""
@@ -274,19 +271,7 @@ class Dispatcher(ABC):
         return Outcome.HANDLER_FAILED, what.encode("utf-8", "replace")
 
     def _discreet(self, words: str, job: Job) -> str:
-        """Return what an exception says, without the text of the query that many of them quote."""
-        if self.quotes_queries or len(job.body) < _SHORTEST_QUOTE:
-            return words
-        body = job.body
-        # A short word is only taken out where it stands alone: it may be part of any other.
-        alone = len(body) < _UNMISTAKABLE and body.isascii() and body.isalnum()
-        quoted = {body, *(each[1:-1] for each in (repr(body), json.dumps(body), ascii(body))), str(body.encode())[2:-1]}
-        for text in sorted(quoted, key=len, reverse=True):
-            if alone:
-                words = re.sub(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", "(the query)", words)
-            else:
-                words = words.replace(text, "(the query)")
-        return words
+        return words if self.quotes_queries else without_query(words, job.body)
 
     # --- the time-out ---
 
@@ -309,7 +294,7 @@ class Dispatcher(ABC):
 
     def _time_out(self, lane: Lane, job: Job, now: float) -> None:
         assert self._timeout_s is not None
-        words = f"a query took longer than {round(self._timeout_s * 1000)} ms"
+        words = self._too_long
         if not lane.timed_out:
             lane.timed_out = True
             if (held := self._folded.admit(words)) is not None:

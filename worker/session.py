@@ -23,7 +23,7 @@ from websockets.uri import parse_uri
 from shared import frames
 from shared.logs import printable_line
 from shared.nodes import NodeAddress
-from shared.tokens import redact
+from shared.redaction import redact
 from worker.framing import Splitter, TextFrames
 
 SessionState = Literal["connecting", "registering", "ready", "closed"]
@@ -266,12 +266,19 @@ class Session:
             self.answer(query_id, b"null")
 
     def _error(self, frame: frames.NodeFrame) -> None:
-        reason = str(frame.reason if frame.reason is not None else frame.error)
+        said = frame.reason if frame.reason is not None else frame.error
+        reason = "" if said is None else str(said)
         if self.state == "registering":
-            self._end(f"{self._said(reason)}: {_ADVICE.get(reason, 'the node refused the registration')}")
+            self._end(self._not_registered(reason))
             self.close(CloseCode.NORMAL_CLOSURE)
         else:
             self.ignored["error_frame"] += 1
+
+    def _not_registered(self, reason: str) -> str:
+        if reason in _ADVICE:
+            return f"{reason}: {_ADVICE[reason]}"
+        # The node's own words last: they may be others each time, and are no kind by which lines are folded.
+        return f"the node refused the registration: {self._said(reason) if reason else 'it did not say why'}"
 
     def _look_for_end(self, *, eof: bool) -> None:
         protocol = self._protocol

@@ -148,13 +148,16 @@ def test_session_is_ready_by_a_bare_agent_registered_too() -> None:
         ({"status": "error", "reason": "name_taken"}, "name_taken: another client holds this agent's name"),
         ({"status": "error", "reason": "name_mismatch"}, "name_mismatch: the token was issued for another agent"),
         ({"status": "error", "reason": "not_registered"}, "not_registered: the node did not take the registration"),
-        ({"error": "must register before agent_hello"}, "must register before agent_hello: the node refused"),
-        ({"error": "unknown_action"}, "unknown_action: the node refused the registration"),
-        ({"status": "error"}, "None: the node refused the registration"),
-        ({"status": "error", "reason": 5}, "5: the node refused the registration"),
-        ({"status": "error", "reason": {"why": ["x"]}}, "{'why': ['x']}: the node refused the registration"),
-        ({"status": "error", "reason": "a\n\x1b[31m b"}, "a ?[31m b: the node refused the registration"),
-        ({"status": "error", "reason": "x" * 999}, "x" * 197 + "...: the node refused the registration"),
+        (
+            {"error": "must register before agent_hello"},
+            "the node refused the registration: must register before agent_hello",
+        ),
+        ({"error": "unknown_action"}, "the node refused the registration: unknown_action"),
+        ({"status": "error"}, "the node refused the registration: it did not say why"),
+        ({"status": "error", "reason": 5}, "the node refused the registration: 5"),
+        ({"status": "error", "reason": {"why": ["x"]}}, "the node refused the registration: {'why': ['x']}"),
+        ({"status": "error", "reason": "a\n\x1b[31m b"}, "the node refused the registration: a ?[31m b"),
+        ({"status": "error", "reason": "x" * 999}, "the node refused the registration: " + "x" * 197 + "..."),
     ],
 )
 def test_error_in_the_handshake_ends_the_session_with_advice_and_an_orderly_close(frame: Any, says: str) -> None:

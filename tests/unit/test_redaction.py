@@ -1,0 +1,80 @@
+"""`shared.redaction`: what must not be said is found, however it is quoted; all else stays."""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import quote, quote_plus, urlencode
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.redaction import QUERY_RUN_CHARS, redact, without_query
+from shared.tokens import mint
+
+SECRET = "0123456789abcdef0123456789abcdef"
+QUERY = "Zebra|divorce lawyer in Ulm"
+
+
+def test_redacted_text_holds_none_of_the_secrets() -> None:
+    assert redact("a=tok b=tok c=key", "tok", "key", None, "") == "a=*** b=*** c=***"
+
+
+def test_part_of_a_token_is_redacted_as_the_whole_is() -> None:
+    token = mint(SECRET, "echo", ttl_s=60)
+    for part in (token[-100:], token[40:], *token.split("."), token[30:45]):
+        assert redact(f"?token={part}", token) == "?token=***"
+    assert redact(f"{token[:20]} and {token[-20:]}", token) == "*** and ***"
+    assert redact("an honest word", token) == "an honest word"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"Client error '404' for url 'http://h/?{urlencode({'q': QUERY})}'",
+        f"no answer from http://h/{quote(QUERY)}/1",
+        f"no answer from http://h/{quote(QUERY, safe='')}/1",
+        f"q={quote_plus(QUERY)}&page=1",
+        f"no such thing: {QUERY.lower()}",
+        f"no such thing: {QUERY.upper().strip()}",
+        f"no such thing: {QUERY.split('|')[1]}",
+        f"no such thing: {QUERY[:20]}...",
+        json.dumps({"q": QUERY}),
+        "KeyError: 'Zebra'",
+        "KeyError: 'zebra'",
+        'no "lawyer" is known',
+    ],
+)
+def test_query_is_found_whole_or_in_part(words: str) -> None:
+    left = without_query(words, QUERY)
+    assert "(the query)" in left
+    for part in ("zebra", "divorce", "lawyer"):
+        assert part not in left.lower()
+
+
+def test_number_that_python_cuts_itself_is_found() -> None:
+    body = "card 4111 1111 of " + "x" * 400
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        int(body)
+    assert "4111" not in without_query(str(caught.value), body)
+
+
+@pytest.mark.parametrize(
+    ("words", "body"),
+    [
+        ("KeyError: 'title'", "subtitles"),
+        ("cannot connect to 10.0.0.7:443: refused", "why does it not connect to a database"),
+        ("No module named 'js'", "javascript"),
+        ("it's not what's wanted", "so it is: s not what they say"),
+        ("nothing", ""),
+    ],
+)
+def test_words_that_are_no_quote_stay(words: str, body: str) -> None:
+    assert without_query(words, body) == words
+
+
+@given(before=st.text(max_size=20), body=st.text(min_size=QUERY_RUN_CHARS, max_size=60), data=st.data())
+def test_no_longer_part_of_any_query_is_left(before: str, body: str, data: st.DataObject) -> None:
+    at = data.draw(st.integers(0, len(body) - QUERY_RUN_CHARS))
+    part = body[at : at + QUERY_RUN_CHARS]
+    assert part not in without_query(f"{before} {part}", body)
