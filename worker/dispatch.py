@@ -250,12 +250,15 @@ class Dispatcher(ABC):
         job.commit = self._memory.commit(memory)
         return Outcome.OK, encoded
 
-    def _fail(self, job: Job, exc: BaseException) -> Answer:
-        """Undo what a failed call did to the memory, and put its traceback in the log. Where `handle` ran."""
+    def _fail(self, job: Job, exc: BaseException, body: str) -> Answer:
+        """Undo what a failed call did to the memory, and put its traceback in the log. Where `handle` ran.
+
+        `body` is what the handler was called with: the job may have been withdrawn and emptied since.
+        """
         self._memory.rollback()
         if job.settled:
             return CANCELLED
-        what = shortened(self._discreet(f"{type(exc).__name__}: {_words(exc)}", job), LONGEST_ERROR_CHARS)
+        what = shortened(self._discreet(f"{type(exc).__name__}: {_words(exc)}", body), LONGEST_ERROR_CHARS)
         last = exc.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
@@ -265,13 +268,13 @@ class Dispatcher(ABC):
             if not isinstance(exc, HandlerFault):  # what was returned is at fault: no line of the handler to be shown
                 lines = TracebackException.from_exception(exc).format()
                 more["exception"] = "".join(
-                    line if line.startswith("  File ") else self._discreet(line, job) for line in lines
+                    line if line.startswith("  File ") else self._discreet(line, body) for line in lines
                 ).rstrip()
             self._log.error("handler_failed", error=what, **more)
         return Outcome.HANDLER_FAILED, what.encode("utf-8", "replace")
 
-    def _discreet(self, words: str, job: Job) -> str:
-        return words if self.quotes_queries else without_query(words, job.body)
+    def _discreet(self, words: str, body: str) -> str:
+        return words if self.quotes_queries else without_query(words, body)
 
     # --- the time-out ---
 

@@ -80,13 +80,13 @@ class LoopDispatcher(Dispatcher):
             if job.cancelled:
                 self._settle(job, CANCELLED)
                 continue
-            lane.job = job
+            lane.job, body = job, job.body
             try:
-                answer = self._conclude(job, await self._handler.handle(job.body, self._memory.checkout()))
+                answer = self._conclude(job, await self._handler.handle(body, self._memory.checkout()))
             except BaseException as exc:  # a handler's SystemExit or stray CancelledError is its failure, not ours
                 if self._stopping:
                     raise
-                answer = self._fail(job, exc)
+                answer = self._fail(job, exc, body)
             if lane.timed_out:
                 self._forgive(lane)
             self._finish(job, answer)

@@ -110,7 +110,12 @@ class ThreadDispatcher(Dispatcher):
             for job in item:
                 lane.job = job
                 job.begun = True
-                self._answered.append((job, CANCELLED if job.cancelled else self._run(job)))
+                body = job.body  # before the next look: who withdraws a job says so first, and empties it then
+                if job.cancelled:
+                    self._answered.append((job, CANCELLED))
+                    lane.job = None
+                    continue
+                self._answered.append((job, self._run(job, body)))
                 lane.job = None
                 now = perf_counter_ns()
                 lane.durations[(now - lane.since_ns).bit_length()] += 1
@@ -123,15 +128,15 @@ class ThreadDispatcher(Dispatcher):
                 self._flusher.flush_here(item)
             self._to_loop(self._batch_done, item)
 
-    def _run(self, job: Job) -> Answer:
+    def _run(self, job: Job, body: str) -> Answer:
         try:
-            returned = self._handler.handle(job.body, self._memory.checkout())
+            returned = self._handler.handle(body, self._memory.checkout())
             if type(returned) is CoroutineType:
                 returned.close()
                 raise HandlerFault("handle() returned a coroutine; write it as 'async def'")
             return self._conclude(job, returned)
         except BaseException as exc:  # noqa: BLE001 - SystemExit too: a handler's failure is a failed query
-            return self._fail(job, exc)
+            return self._fail(job, exc, body)
 
     def _batch_done(self, batch: list[Job]) -> None:
         self._batches.remove(batch)
