@@ -54,15 +54,21 @@ class Lane:
     `durations` and `busy_ns` are as `Counters` has them, of this lane alone: lanes may be threads.
     """
 
-    __slots__ = ("busy_ns", "durations", "hung", "job", "since_ns", "timed_out")
+    __slots__ = ("busy_ns", "durations", "grace_ns", "hung", "job", "since_ns", "timed_out")
 
     def __init__(self) -> None:
         self.job: Job | None = None
         self.since_ns = 0
+        self.grace_ns = 0  # how much longer than the time-out it may take: to stop once it is told to
         self.timed_out = False
         self.hung = False
         self.durations = [0] * BUCKETS
         self.busy_ns = 0
+
+    @property
+    def held_since_s(self) -> float:
+        """From when on its query's time-out counts."""
+        return (self.since_ns + self.grace_ns) / NS
 
 
 class Dispatcher(ABC):
@@ -282,7 +288,7 @@ class Dispatcher(ABC):
         """Hold every lane to the time-out. Costs one timer, however many queries there are."""
         while True:
             now = perf_counter_ns() / NS
-            running = (lane.since_ns / NS for lane in self._lanes if lane.job is not None and not lane.hung)
+            running = (lane.held_since_s for lane in self._lanes if lane.job is not None and not lane.hung)
             since = min(running, default=now)
             due = min(max(since + timeout_s, now + 0.001), now + timeout_s)
             await anyio.sleep(due - now)
@@ -292,7 +298,7 @@ class Dispatcher(ABC):
                     lane.since_ns += int(late_s * NS)
                 continue
             for lane in self._lanes:
-                if lane.job is not None and not lane.hung and now - lane.since_ns / NS >= timeout_s:
+                if lane.job is not None and not lane.hung and now - lane.held_since_s >= timeout_s:
                     self._time_out(lane, lane.job, now)
 
     def _time_out(self, lane: Lane, job: Job, now: float) -> None:
@@ -304,7 +310,7 @@ class Dispatcher(ABC):
                 self._log.error("handler_timed_out", error=words, **({"like_it_before": held} if held else {}))
             self._settle(job, (Outcome.TIMED_OUT, words.encode()))
             if self._interrupt(lane):
-                lane.since_ns = int((now - self._timeout_s + STOP_GRACE_S) * NS)
+                lane.grace_ns = int((now + STOP_GRACE_S - self._timeout_s) * NS) - lane.since_ns
                 return
         lane.hung = True  # said once
         self.on_hung(f"{words} and cannot be stopped")

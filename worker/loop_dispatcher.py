@@ -103,7 +103,7 @@ class LoopDispatcher(Dispatcher):
 
     def _forgive(self, lane: TaskLane) -> None:
         """Have the lane go on after a query that was cancelled for its time-out."""
-        lane.timed_out = False
+        lane.timed_out, lane.grace_ns = False, 0
         if lane.task is not None:
             lane.task.uncancel()
 

@@ -27,6 +27,7 @@ from worker.handler import Handler
 from worker.jobs import Answer, Job
 from worker.loop_dispatcher import LoopDispatcher
 from worker.memories import memory_for
+from worker.memory import NoMemory
 from worker.results import HandlerFault, encode_result, is_json
 from worker.thread_dispatcher import BATCH, ThreadDispatcher
 
@@ -815,6 +816,76 @@ async def test_quote_is_found_however_it_is_written(body: str, quote: str, left:
         async with bench(handler_of("plain", handle)) as table:
             assert left in await table.failure(body)
     assert left in logs[0]["error"]
+
+
+@KINDS
+async def test_query_whose_asker_goes_meanwhile_is_left_out_too(kind: str) -> None:
+    def handle(body: str, memory: dict[Any, Any]) -> Any:
+        job.cancelled, job.body = True, ""  # as its source does
+        raise KeyError(body)
+
+    with capture_logs() as logs:
+        async with bench(handler_of(kind, handle)) as table:
+            job = Job(table.asker, 1, "4111-1111")
+            table.dispatcher.submit([job])
+            await table.asker.have(1)
+    assert logs[0]["error"] == "KeyError: '(the query)'"
+
+
+class Withdrawn(Job):
+    """A job that its source withdraws right after the handler's thread has looked whether it does."""
+
+    @property
+    def cancelled(self) -> bool:  # type: ignore[override]
+        self.body = ""
+        return False
+
+    @cancelled.setter
+    def cancelled(self, value: bool) -> None:
+        pass
+
+
+async def test_no_query_is_run_without_its_text() -> None:
+    got: list[str] = []
+
+    def handle(body: str, memory: dict[Any, Any]) -> Any:
+        got.append(body)
+        return body, memory
+
+    async with bench(handler_of("plain", handle)) as table:
+        table.dispatcher.submit([Withdrawn(table.asker, 1, "a query")])
+        await table.asker.have(1)
+    assert got == ["a query"]
+
+
+@KINDS
+async def test_withdrawn_queries_are_not_counted_as_the_handlers(kind: str) -> None:
+    async with bench(handler_of(kind, echo)) as table:
+        jobs = [Job(table.asker, number, "q") for number in range(10)]
+        for job in jobs[1:]:
+            job.cancelled = True
+        table.dispatcher.submit(jobs)
+        await table.asker.have(10)
+        table.dispatcher.count()
+        assert sum(table.counters.durations) == 1
+
+
+async def test_time_of_a_query_that_was_cancelled_for_its_time_out_is_its_own() -> None:
+    async def handle(body: str, memory: dict[Any, Any]) -> Any:
+        await anyio.sleep_forever()
+
+    counters = Counters()
+    dispatcher = dispatcher_for(Handler(handle=handle, is_async=True), NoMemory(), counters, 1, 0.02)
+    asker = Asker()
+    async with dispatcher.running():
+        dispatcher.submit([Job(asker, 1, "q")])
+        await asker.have(1)
+        await dispatcher.caught_up()
+        while not sum(counters.durations):
+            await anyio.sleep(0.001)
+            dispatcher.count()
+    (bucket,) = (at for at, count in enumerate(counters.durations) if count)
+    assert 2 ** (bucket - 1) < 0.5e9, "not the second that it has to stop"
 
 
 async def test_flood_of_time_outs_is_one_line() -> None:
