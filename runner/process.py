@@ -157,11 +157,14 @@ class ForkServer:
                 process.kill()
                 raise
             process.join()
-            self._probes.discard(process)
         finally:
             if process is not None and process.pid is not None:
                 with contextlib.suppress(OSError):  # what its handler has started is in its group, and in no other
                     os.killpg(process.pid, signal.SIGKILL)
+                self._probes.discard(process)
+                process.join(_STATUS_TIMEOUT_S)
+                with contextlib.suppress(ValueError):  # it still ends; the collector closes it later
+                    process.close()
             receiver.close()
             sender.close()
 

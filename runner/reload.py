@@ -116,6 +116,8 @@ class Reloader:
     async def _once(self) -> Reloaded:
         if self._read is None:
             return self._refused("there is no configuration file to read again")
+        if self._supervisor.leaving:
+            return self._refused("nothing was changed: the runner is ending")
         try:
             config = await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True)
             known = {(agent.name, agent.handler) for agent in self._config.agents}

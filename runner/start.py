@@ -61,6 +61,7 @@ def run(
     fork_server = ForkServer(tracing=config.tracing)
     fork_server.start()
     from runner.app import Runner
+    from runner.estates import bring_forward
     from runner.reload import check_handlers
     from runner.state_dir import hold
     from shared.http_server import listen, resolve
@@ -68,6 +69,7 @@ def run(
     place = resolve(config.http.host, config.http.port, hint=PORT_HINT)
     with hold(config.state_dir) as state, listen(place, hint=PORT_HINT) as listener, _tracing(config) as tracing:
         check_handlers(config.agents, fork_server)
+        bring_forward(worker_specs(config))
         runner = Runner(config, read_again, fork_server, state, listener, service_manager, tracing, watched)
         anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
 

@@ -12,12 +12,14 @@ from typing import Final
 import anyio
 import msgspec
 
-from runner.child import KILL_GRACE_S, Child
+from runner.child import Child
+from runner.estates import Passing, passings
 from runner.metrics import Sample
 from runner.process import ForkServer
 from runner.recent import STEP_S
 from runner.restarts import RestartPolicy
 from runner.router import Router
+from runner.succession import KILL_GRACE_S
 from runner.table import WorkerRow
 from shared.config import WorkerSpec
 from shared.handlers import HandlerRef
@@ -59,6 +61,7 @@ class Supervisor:
         self._shutdown_timeout_s = shutdown_timeout_s
         self._stopping = anyio.Event()
         self._children = {spec.name: self._child(spec) for spec in specs}
+        self._taken_out: set[Child] = set()
 
     @property
     def rows(self) -> list[WorkerRow]:
@@ -105,18 +108,21 @@ class Supervisor:
         added = [name for name in wanted if name not in self._children]
         changed = [name for name, child in self._children.items() if name in wanted and child.spec != wanted[name]]
         failed: list[str] = []
+        passing = passings([child.spec for child in self._children.values()], specs)
         for child in self._children.values():
-            child.adopt(policy)
+            child.judge_by(policy)
         async with anyio.create_task_group() as tasks:
             some_at_a_time = anyio.CapacityLimiter(REPLACED_AT_ONCE)
             for name in changed:
-                tasks.start_soon(self._replace, wanted[name], some_at_a_time, failed)
+                # Those that wait for each other are not held up by a limit, too.
+                limiter = anyio.CapacityLimiter(1) if name in passing else some_at_a_time
+                tasks.start_soon(self._replace, wanted[name], limiter, failed, passing.get(name, Passing()))
             for name in added:
                 self._children[name] = self._child(wanted[name])
                 if not self._stopping.is_set():
-                    self._tasks.start_soon(self._children[name].run)
+                    self._tasks.start_soon(self._run_heir, self._children[name], passing.get(name, Passing()))
             for name in removed:
-                tasks.start_soon(self._children.pop(name).drain, shutdown_timeout_s + KILL_GRACE_S)
+                tasks.start_soon(self._take_out, self._children.pop(name), passing.get(name, Passing()))
         self._children = {name: self._children[name] for name in wanted}
         return Changes(
             tuple(added),
@@ -136,7 +142,7 @@ class Supervisor:
 
         async def renew(child: Child) -> None:
             async with some_at_a_time:
-                renewed[child.spec.name] = await child.renew(why)
+                renewed[child.spec.name] = await child.succession.renew(why)
 
         async with anyio.create_task_group() as tasks:
             for child in self._children.values():
@@ -153,12 +159,26 @@ class Supervisor:
     def outdate(self, handler: HandlerRef) -> None:
         """Wait no longer for a handler's successors that are still starting: they are of a former version."""
         for child in self._children.values():
-            child.outdate(handler)
+            child.succession.outdate(handler)
 
-    async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str]) -> None:
+    async def _replace(
+        self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str], passing: Passing
+    ) -> None:
         async with limiter:
-            if not await self._children[spec.name].replace(spec, "its configuration has changed", "configuration"):
+            child, why = self._children[spec.name], "its configuration has changed"
+            if not await child.succession.replace(spec, why, "configuration", passing=passing):
                 failed.append(spec.name)
+
+    async def _run_heir(self, child: Child, passing: Passing) -> None:
+        await child.succession.inherit(passing)
+        await child.run()
+
+    async def _take_out(self, child: Child, passing: Passing) -> None:
+        self._taken_out.add(child)
+        try:
+            await child.drain(self._shutdown_timeout_s + KILL_GRACE_S, passing)
+        finally:
+            self._taken_out.discard(child)
 
     def _child(self, spec: WorkerSpec) -> Child:
         return Child(spec, self._policy, self._fork_server, self._router)
@@ -177,7 +197,7 @@ class Supervisor:
                 tasks.start_soon(child.drain, self._shutdown_timeout_s + KILL_GRACE_S)
 
     def kill(self) -> None:
-        """End all workers at once."""
+        """End all workers at once, those that a reload is just taking out too."""
         self.retire()
-        for child in self._children.values():
+        for child in (*self._children.values(), *self._taken_out):
             child.kill()

@@ -1,4 +1,4 @@
-"""`memory = "disk"`: an agent's memory in SQLite, one file a worker, one row, msgpack.
+"""`memory = "disk"`: an agent's memory in SQLite, one file for each of its nodes, one row, msgpack.
 
 Survives the end of the worker, of the runner and of the machine: WAL with `synchronous = FULL`
 syncs at each commit (https://www.sqlite.org/pragma.html#pragma_synchronous). A file that cannot be
@@ -18,12 +18,12 @@ from typing import Any, Final
 import msgspec
 
 from shared.logs import get_logger
+from shared.memory_files import SIDE_FILES
 from worker.memory import MemoryFault
 
 APPLICATION_ID: Final = 0x454D5231  # "EMR1", in SQLite's header at byte 68: whose file this is
 _encode: Final = msgspec.msgpack.Encoder().encode
 _EMPTY: Final = _encode({})
-_SIDE_FILES: Final = ("-wal", "-shm")
 _BUSY_TIMEOUT_S: Final = 5.0
 LOST_REMEMBERED: Final = 1024
 """How many failed flushes are remembered: a commit's fate is asked within one or two."""
@@ -229,7 +229,7 @@ def _make(database: sqlite3.Connection) -> None:
 
 def _move_aside(path: Path) -> Path:
     aside = path.with_name(f"{path.name}.aside-{time.strftime('%Y%m%dT%H%M%S')}-{time.monotonic_ns() % 1_000_000}")
-    for suffix in ("", *_SIDE_FILES):
+    for suffix in ("", *SIDE_FILES):
         source = path.with_name(path.name + suffix)
         if source.exists():
             source.rename(aside.with_name(aside.name + suffix))

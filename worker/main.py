@@ -22,6 +22,7 @@ from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
 from shared.handlers import HandlerRef
 from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
 from shared.logs import get_logger
+from shared.memory_files import memory_name
 from worker import output
 from worker.connection import Connection
 from worker.dispatch import Dispatcher
@@ -151,7 +152,7 @@ class Worker:
     async def _serve(self, handler: Handler) -> int:
         agent = self._spec.agent
         capabilities = handler.capabilities if agent.capabilities is None else agent.capabilities
-        memory = memory_for(agent.memory, self._spec.name, self._spec.state_dir)
+        memory = memory_for(agent.memory, memory_name(agent.name, self._spec.node), self._spec.state_dir)
         timeout_s = agent.handler_timeout_ms / 1000
         chosen = dispatcher_for if self._tracing is None else self._tracing.dispatcher_for
         dispatcher = chosen(handler, memory, self._counters, agent.concurrency, timeout_s)

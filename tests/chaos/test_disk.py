@@ -63,11 +63,15 @@ def no_database(path: Path) -> None:
     path.write_bytes(b"my shopping list\n" * 500)
 
 
+def file_of(agent: str, node: Node, folder: Path) -> Path:
+    return folder / "state" / "memory" / f"{agent}@127.0.0.1_{node.port}.sqlite"
+
+
 @pytest.mark.parametrize("spoil", [corrupt, truncated, foreign, no_database])
 async def test_file_that_cannot_be_the_memory_is_moved_aside_and_kept(
     spoil: Callable[[Path], None], tmp_path: Path, node: Node
 ) -> None:
-    file = tmp_path / "state" / "memory" / "e_server.sqlite"
+    file = file_of("e", node, tmp_path)
     file.parent.mkdir(parents=True, mode=0o700)
     file.parent.parent.chmod(0o700)
     spoil(file)
@@ -87,7 +91,7 @@ async def test_file_that_cannot_be_the_memory_is_moved_aside_and_kept(
 
 
 async def test_memory_that_cannot_be_opened_is_said_and_tried_again(tmp_path: Path, node: Node) -> None:
-    file = tmp_path / "state" / "memory" / "e_server.sqlite"
+    file = file_of("e", node, tmp_path)
     file.mkdir(parents=True)
     async with cluster(
         tmp_path, agent("e", [node.url], memory="disk"), agent("calm", [node.url]), supervision="max_restarts = 3"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psutil
 import pytest
 
 from disco import Node
@@ -218,3 +219,37 @@ async def test_worker_that_reaches_its_limit_is_recycled_without_losing_a_query(
         assert counts == list(range(1, len(counts) + 1)), "every query was answered, and remembered"
         assert "max_queries" in running.events("worker_replaced")[0]["why"]
         assert (await running.row("count_server"))["restarts"] == 0
+
+
+SLOW_TO_IMPORT = """
+import pathlib, time
+while pathlib.Path("slow").exists():
+    time.sleep(0.01)
+
+def handle(body, memory):
+    return body, memory
+"""
+
+
+async def test_nothing_is_kept_of_a_successor_whose_worker_is_taken_out_while_it_starts(
+    tmp_path: Path, node: Node
+) -> None:
+    kept, short = agent("kept", [node.url]), agent("short", [node.url], max_queries=1)
+    slow = tmp_path / "slow"
+    async with cluster(tmp_path, kept, handlers=SLOW_TO_IMPORT) as running:
+        await running.wait_ready()
+        runner = psutil.Process(running.process.pid)
+        files: list[int] = []
+        for _ in range(3):
+            configure(tmp_path, kept, short)
+            assert (await reload(running)).returncode == 0
+            await running.wait_state("short_server", "ready")
+            slow.touch()
+            await running.results("x", agent="short")
+            await until(lambda: running.events("worker_started")[-1]["incarnation"] == 2, "a successor starts")
+            configure(tmp_path, kept)
+            assert (await reload(running)).returncode == 0
+            slow.unlink()
+            await until(lambda: len(runner.children(recursive=True)) <= 3, "its processes are gone")
+            files.append(runner.num_fds())
+        assert files[0] == files[1] == files[2]

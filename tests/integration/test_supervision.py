@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -232,6 +233,32 @@ async def test_second_signal_skips_the_drain(tmp_path: Path, node: Node) -> None
             assert running.process.returncode == 0
             assert len(running.events("killing")) >= 1
         await running.gone(2.0)
+
+
+async def test_second_signal_ends_a_worker_that_a_reload_is_taking_out(tmp_path: Path, node: Node) -> None:
+    agents = [agent("kept", [node.url]), agent("slow", [node.url])]
+    async with cluster(tmp_path, *agents, handlers=HANGS, supervision="shutdown_timeout_ms = 60000") as running:
+        await running.wait_ready()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(running.ask, "x", agent="slow"))
+            await until((tmp_path / "began").exists, "the handler is at it")
+            config = tmp_path / "em-runner.toml"
+            config.write_text(config.read_text().replace(agents[1], ""))
+            running.process.send_signal(signal.SIGHUP)
+            await until(lambda: _is_taken_out(running), "the reload has begun")
+            running.process.send_signal(signal.SIGTERM)
+            await until(lambda: running.events("draining"), "the runner drains")
+
+            def ended() -> bool:
+                running.process.send_signal(signal.SIGTERM)
+                return running.process.poll() is not None
+
+            await until(ended, "further signals end it", 3.0)
+        await running.gone(2.0)
+
+
+async def _is_taken_out(running: Cluster) -> bool:
+    return "slow_server" not in await running.rows()
 
 
 async def test_sigterm_to_the_whole_process_group_starts_nothing_again(tmp_path: Path, node: Node) -> None:

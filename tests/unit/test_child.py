@@ -45,10 +45,10 @@ async def test_what_a_process_counted_is_never_missing_while_its_end_is_looked_i
     child = Child(spec, RestartPolicy(), None, router)  # type: ignore[arg-type]
     current.counters = Counters()
     current.counters.http[Outcome.OK] = 5
-    child._current = current
+    child.current = current
     assert child.counted.queries_http == 5
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(child._bury, current)
+        tasks.start_soon(child.bury, current)
         await process.asked.wait()
         assert child.counted.queries_http == 5
         process.told.set()
