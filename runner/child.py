@@ -220,9 +220,8 @@ class Child:
         """Let go of an ended process, and answer for what it still had; return how it ended."""
         self._incarnations.pop(incarnation.launch.incarnation, None)
         if self._is_counted(incarnation):
-            self._before.add(
-                incarnation.counters
-            )  # together with the next line: whoever looks finds it in one of the two
+            # Together with the next line: whoever looks finds it in one of the two.
+            self._before.add(incarnation.counters)
         if self.current is incarnation:
             self.current = None
             self._state = "crashed"
@@ -230,7 +229,8 @@ class Child:
             incarnation.launch,
             "the worker had to end before it was done" if incarnation.draining else "the worker died",
         )
-        ended = await incarnation.process.how()
+        with anyio.CancelScope(shield=True):  # what is begun here is ended: nobody else knows of the process any more
+            ended = await incarnation.process.how()
         how = incarnation.failure or f"the process ended: {ended}"
         self._cause = incarnation.cause or _cause(ended)
         incarnation.process.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from runner.child import Child
@@ -53,3 +54,69 @@ async def test_what_a_process_counted_is_never_missing_while_its_end_is_looked_i
         assert child.counted.queries_http == 5
         process.told.set()
     assert child.counted.queries_http == 5
+
+
+class Forked(EndedProcess):
+    """A process that the child has had forked, and whether it was let go of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told.set()
+        self.released = False
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
+    def release(self) -> None:
+        self.released = True
+
+
+class ForkServer:
+    def __init__(self) -> None:
+        self.forked: list[Forked] = []
+
+    async def spawn(self, launch: Launch) -> Forked:
+        self.forked.append(Forked())
+        return self.forked[-1]
+
+
+class WholeRouter(ChildsRouter):
+    endpoint = ""
+
+    def expect(self, launch: Launch, listener: Any) -> None:
+        pass
+
+    def drain(self, launch: Launch, *, hand_over: bool) -> bool:
+        return False
+
+    def retire(self, name: str) -> None:
+        pass
+
+
+async def test_successor_that_ends_together_with_its_worker_is_let_go_of() -> None:
+    router: Any = WholeRouter()
+    server: Any = ForkServer()
+    child = Child(incarnation(router, Process()).launch.spec, RestartPolicy(), server, router)
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(child.run)
+            while child.current is None:
+                await anyio.sleep(0)
+            child.current.ask_for_successor("a limit is reached")
+            while len(server.forked) < 2:
+                await anyio.sleep(0)
+            first, second = server.forked
+            for process in server.forked:
+                process.told = anyio.Event()  # the news of an end comes sooner than how it was
+            tasks.start_soon(child.drain, 1.0)
+            try:
+                with anyio.move_on_after(2):
+                    await first.asked.wait()
+                    await second.asked.wait()
+                first.told.set()
+                await anyio.wait_all_tasks_blocked()  # the worker is over
+            finally:
+                for process in server.forked:
+                    process.told.set()
+    assert [process.released for process in server.forked] == [True, True]
