@@ -101,11 +101,10 @@ async def test_successor_that_ends_together_with_its_worker_is_let_go_of() -> No
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(child.run)
-            while child.current is None:
-                await anyio.sleep(0)
+            await anyio.wait_all_tasks_blocked()
+            assert child.current is not None
             child.current.ask_for_successor("a limit is reached")
-            while len(server.forked) < 2:
-                await anyio.sleep(0)
+            await anyio.wait_all_tasks_blocked()
             first, second = server.forked
             for process in server.forked:
                 process.told = anyio.Event()  # the news of an end comes sooner than how it was
