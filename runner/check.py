@@ -13,7 +13,8 @@ from rich.text import Text
 from runner.process import ForkServer
 from runner.reload import check_handlers
 from shared import logs, tokens
-from shared.config import Agent, Config, worker_specs
+from shared.config import Agent, Config, WorkerSpec, worker_specs
+from shared.nodes import OWN_NODES
 from shared.tokens import TokenError, TokenSource
 
 _COLUMNS: Final = ("worker", "agent", "node", "handler", "memory", "capabilities", "token")
@@ -45,7 +46,7 @@ def check(config: Config) -> Report:
         (
             spec.name,
             spec.agent.name,
-            str(spec.node),
+            _node(spec),
             str(spec.agent.handler),
             spec.agent.memory,
             ", ".join(capabilities[spec.agent.name]),
@@ -54,6 +55,12 @@ def check(config: Config) -> Report:
         for spec in worker_specs(config)
     ]
     return Report(rows, [problem for agent in config.agents for problem in token_problems(agent)])
+
+
+def _node(spec: WorkerSpec) -> str:
+    """Return a worker's node, and where it was found if the agent does not name it itself."""
+    origin = spec.agent.nodes_origin
+    return str(spec.node) if origin == OWN_NODES else f"{spec.node} ({origin})"
 
 
 def show(rows: Sequence[tuple[str, ...]], console: Console) -> None:

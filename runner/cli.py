@@ -136,7 +136,7 @@ def run(
 
 @cli.command()
 def reload(state_dir: StateDir = Path(DEFAULT_STATE_DIR)) -> None:
-    """Have a running runner read its configuration again, and say what it changed.
+    """Make a running runner read its configuration again, and print what that changed.
 
     Exit status: 0 when it is done, 1 when there is no runner, it does not answer, or some workers could not be
     replaced, 78 when it was refused.
@@ -174,7 +174,9 @@ def run_demo(
     first_port: Annotated[
         int, typer.Option(min=0, max=65535, help="The first node's port, the next ones follow; 0 takes any.")
     ] = 8080,
-    http: HttpOption = None,
+    http: Annotated[
+        str, typer.Option(help="Where the runner listens, on this machine: HOST:PORT; port 0 takes any.")
+    ] = DEFAULT_HTTP,
     state_dir: StateDir = Path(DEFAULT_STATE_DIR),
 ) -> None:
     """Run embedded em_disco nodes and the echo agent with one worker at each, all on this machine.
@@ -184,7 +186,7 @@ def run_demo(
     from runner import demo
 
     logs.configure()
-    address = parse_http_address(http or DEFAULT_HTTP, "--http")
+    address = parse_http_address(http, "--http")
     if not address.loopback:
         raise ConfigError(f"--http: the demo has no token and listens on this machine only, not on {address}")
     ports = demo.ports(first_port, nodes)
@@ -201,7 +203,7 @@ def run_disco(
     level: Level = "info",
     style: Style = "auto",
 ) -> None:
-    """Run an embedded em_disco node alone, for development.
+    """Run an embedded em_disco node alone, for development. Give exactly one of --jwt-secret-file and --no-auth.
 
     Example: em-runner disco --port 8080 --no-auth
     """
@@ -285,8 +287,8 @@ def query(
 ) -> None:
     """Ask a running agent and print its results as JSON.
 
-    Exit status: 0 answered, 1 no runner or no answer in time, 2 wrong query or no such agent, 3 the handler
-    failed, 4 no worker is up or it is busy.
+    Exit status: 0 answered, 1 no runner, no answer in time or refused (401, 403), 2 wrong query or no such agent,
+    3 the handler failed, 4 no worker is up or it is busy.
 
     Example: em-runner query "what is new?" --agent echo
     """
@@ -320,7 +322,7 @@ def show_status(
 ) -> None:
     """Show the workers of a running runner, each with its state, its counts and its last error.
 
-    Exit status: 0 when all workers are ready, 1 when not all are, 2 when no runner could be asked.
+    Exit status: 0 when all workers are ready, 1 when not all are, 2 when no runner could be asked, or it refused.
 
     Example: em-runner status --watch
     """

@@ -113,7 +113,7 @@ def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
     )
     direct = CounterMetricFamily(
         "em_runner_direct_queries",
-        "Direct queries by what their clients were told; whatever the worker did.",
+        "Direct queries by what their clients were told, whatever the worker did.",
         labels=(*_WORKER[:2], "outcome"),
     )
     for row, counted, *_ in samples:
@@ -139,15 +139,15 @@ def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
 
 def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
     restarts = CounterMetricFamily(
-        "em_runner_worker_restarts", "Processes that ended unplanned, by how.", labels=(*_WORKER, "reason")
+        "em_runner_worker_restarts", "Processes that ended unexpectedly, by how.", labels=(*_WORKER, "reason")
     )
     replacements = CounterMetricFamily(
         "em_runner_worker_replacements",
-        "Processes whose place another one took in good order, by why.",
+        "Processes that were replaced in good order, by why.",
         labels=(*_WORKER, "reason"),
     )
     reconnects = CounterMetricFamily(
-        "em_runner_reconnects", "Connections to the node that were lost, or not had.", labels=_WORKER
+        "em_runner_reconnects", "Connections to the node that were lost, or could not be made.", labels=_WORKER
     )
     late = CounterMetricFamily(
         "em_runner_late_answers", "Answers that came after their connection had gone.", labels=_WORKER
@@ -175,13 +175,15 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
     state = GaugeMetricFamily("em_runner_worker_state", "1 for the state it is in, else 0.", labels=(*_WORKER, "state"))
     in_flight = GaugeMetricFamily(
         "em_runner_queries_in_flight",
-        "Queries that the worker has and has not answered; those of its node as of its last heartbeat.",
+        "Queries that the worker has but has not answered yet; those of its node as of its last heartbeat.",
         labels=(*_WORKER, "transport"),
     )
     age = GaugeMetricFamily(
-        "em_runner_worker_heartbeat_age_seconds", "Since when nothing was heard of it.", labels=_WORKER
+        "em_runner_worker_heartbeat_age_seconds", "How long ago it was last heard of.", labels=_WORKER
     )
-    uptime = GaugeMetricFamily("em_runner_worker_uptime_seconds", "How long its process runs.", labels=_WORKER)
+    uptime = GaugeMetricFamily(
+        "em_runner_worker_uptime_seconds", "How long its process has been running.", labels=_WORKER
+    )
     memory = GaugeMetricFamily(
         "em_runner_worker_resident_memory_bytes", "Its process's resident memory.", labels=_WORKER
     )
@@ -202,12 +204,14 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
 
 def _own(own: Own) -> Iterator[Metric]:
     refused = CounterMetricFamily(
-        "em_runner_requests_refused", "HTTP requests that were refused before any worker was asked.", labels=("status",)
+        "em_runner_requests_refused",
+        "Requests that were refused with 401 or 403, and direct queries that no worker was asked, by status.",
+        labels=("status",),
     )
     for status in sorted({*_REFUSED_STATUSES, *own.refused}):
         refused.add_metric((str(status),), own.refused.get(status, 0))
     yield refused
-    most = GaugeMetricFamily("em_runner_max_in_flight", "How many direct queries one worker may have before it.")
+    most = GaugeMetricFamily("em_runner_max_in_flight", "How many direct queries may wait for one worker.")
     most.add_metric((), own.max_in_flight)
     yield most
 

@@ -37,7 +37,7 @@ class LastError(msgspec.Struct, frozen=True, kw_only=True):
 
     source: Annotated[
         ErrorSource,
-        Meta(description="The handler, the connection to the node, or the process that ended unplanned."),
+        Meta(description="The handler, the connection to the node, or the process that ended unexpectedly."),
     ]
     at: Annotated[datetime, Meta(description="When, in UTC.")]
     error: Annotated[str, Meta(description="What, in words.")]
@@ -49,12 +49,12 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     name: Annotated[str, Meta(description="The worker's name.")]
     agent: Annotated[str, Meta(description="Its agent's name.")]
     node: Annotated[str, Meta(description="Its node's address.")]
-    state: Annotated[ChildState, Meta(description="What it is at.")]
+    state: Annotated[ChildState, Meta(description="Its state.")]
     detail: Annotated[str, Meta(description="Why it is in this state, in words; empty when there is nothing to say.")]
-    pid: Annotated[int | None, Meta(description="Its process, null without one.")]
+    pid: Annotated[int | None, Meta(description="Its process's id, null without one.")]
     incarnation: Annotated[int, Meta(description="The number of its process, from 1.")]
-    uptime_s: Annotated[float, Meta(description="How long its process runs, 0 without one.")]
-    restarts: Annotated[int, Meta(description="How often its process ended unplanned.")]
+    uptime_s: Annotated[float, Meta(description="How long its process has been running, 0 without one.")]
+    restarts: Annotated[int, Meta(description="How often its process ended unexpectedly.")]
     queries: Annotated[
         int,
         Meta(description="How many queries it answered since the runner began; of its node and over HTTP together."),
@@ -64,9 +64,11 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     queries_per_s: Annotated[float, Meta(description="How many a second in the last five seconds.")]
     p50_s: Annotated[
         float | None,
-        Meta(description="In what time the handler did half of the last five minutes' queries; null without any."),
+        Meta(
+            description="The time within which half of the last five minutes' queries were answered; null without any."
+        ),
     ]
-    p99_s: Annotated[float | None, Meta(description="In what time 99 of 100.")]
+    p99_s: Annotated[float | None, Meta(description="The same for 99 of 100.")]
     errors: Annotated[int, Meta(description="Queries whose handler failed or took too long.")]
     unanswered: Annotated[
         int,
@@ -75,12 +77,12 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
             "those at which the handler took too long are among `errors` too."
         ),
     ]
-    reconnects: Annotated[int, Meta(description="Connections to the node that were lost, or not had.")]
+    reconnects: Annotated[int, Meta(description="Connections to the node that were lost, or could not be made.")]
     ignored: Annotated[dict[str, int], Meta(description="Frames of the node that meant nothing, by reason.")]
     last_error: Annotated[str, Meta(description="The last thing that went wrong in it; empty when nothing has.")]
     last_errors: Annotated[
         list[LastError],
-        Meta(description="The same of each part of it in which something went wrong, the newest first."),
+        Meta(description="The last error of each part of it that had one, the newest first."),
     ]
 
 

@@ -20,7 +20,7 @@ from msgspec import UNSET
 
 from shared.errors import ConfigError
 from shared.handlers import HandlerRef, parse_handler
-from shared.nodes import LOOPBACK_HOSTS, NodeAddress, resolve_nodes
+from shared.nodes import LOOPBACK_HOSTS, OWN_NODES, NodeAddress, resolve_nodes
 from shared.paths import absolute, existing
 from shared.schema import (
     DEFAULT_STATE_DIR,
@@ -59,7 +59,7 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     handler: HandlerRef
     nodes: tuple[NodeAddress, ...]
-    nodes_origin: str = "nodes"
+    nodes_origin: str = OWN_NODES
     capabilities: tuple[str, ...] | None = None
     memory: MemoryKind = "ram"
     concurrency: int = 1

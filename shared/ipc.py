@@ -150,7 +150,7 @@ class Counters(msgspec.Struct, kw_only=True):
         node, http: answers by `Outcome`, to the node and to direct queries.
         errors: handlers that failed or took too long.
         late: answers that came after their connection had gone.
-        reconnects: connections that were lost or not had.
+        reconnects: connections that were lost, or could not be made.
         ignored: frames that meant nothing, by reason.
         durations: how long handlers took: how many times in [2**(n-1), 2**n) nanoseconds, at index n, which is
             the duration's `bit_length`. `busy_s` is the sum; of what runs just now, a little may be missing.

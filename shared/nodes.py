@@ -21,6 +21,9 @@ from shared.errors import ConfigError
 
 LOOPBACK_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 DEFAULT_NODE: Final = "localhost:8080"
+OWN_NODES: Final = "nodes"
+"""The origin of nodes that an agent names itself."""
+
 _LOOPBACK_PORT: Final = 8080
 _TLS_PORT: Final = 443
 _HOST_NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?")
@@ -113,7 +116,7 @@ def resolve_nodes(
             that cannot be read.
     """
     if own is not None:
-        return _parse_all(own, "nodes")
+        return _parse_all(own, OWN_NODES)
     if host := environ.get("EM_DISCO_HOST", "").strip():
         port = environ.get("EM_DISCO_PORT", "").strip()
         return _parse_all([_join(host, port)], "EM_DISCO_HOST" + ("/EM_DISCO_PORT" if port else ""))

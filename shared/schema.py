@@ -3,7 +3,8 @@
 One table and one Struct in, a Struct or one clear error out: an error names the key's path, what
 was found, what is expected, and the nearest known key. What the values mean together is decided
 in `shared.config`. What each key means is said under a Struct's `Attributes:`, and nowhere else:
-`meanings` reads it, and the documentation's reference is made of it.
+`meanings` reads it, and the documentation's reference is made of it. `Default:` at the end says what holds
+where a key without a value of its own is not set.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
         http_token: a token that every route but /health asks for, as `Authorization: Bearer`. Better in a file of its
             own; the configuration that holds it must be readable by its owner alone.
         http_token_file: a file that holds this token. At most one of the two.
-        state_dir: the runner's folder: its lock, its private socket, its address, and memory on disk. One runner a
-            folder.
+        state_dir: the runner's folder: its lock, its private socket, its address, and memory on disk. Each runner
+            needs a folder of its own.
         query_timeout_ms: a direct query that has no answer by then is answered 504.
         max_in_flight: how many direct queries may wait for one worker; one more is answered 503.
         max_in_flight_total: the same for all workers together.
         log_level: the least severe level that is logged.
         log_format: `console` is for people, `json` one JSON object a line; `auto` is `console` on a terminal.
-        tracing: have every query's spans sent to an OpenTelemetry collector. Needs `em-runner[otel]`.
+        tracing: send every query's spans to an OpenTelemetry collector. Needs `em-runner[otel]`.
     """
 
     http: str = DEFAULT_HTTP
@@ -76,10 +77,11 @@ class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
         upgrade_timeout_ms: how long a node may take to answer the WebSocket's upgrade.
         ping_interval_ms: the time between two pings; em_disco closes a connection on which it hears nothing for 60 s.
         max_frame_bytes: a larger frame from a node ends the connection.
-        tls_ca_file: certificates, in PEM, to trust in place of the system's. Read afresh at each connect.
+        tls_ca_file: certificates, in PEM, to trust in place of the system's; the file is read again at each connect.
+            Default: the system's.
         jwt_token: the token for the node. Better in a file of its own; the configuration that holds it must be readable
             by its owner alone.
-        jwt_token_file: a file that holds the token, read afresh at each connect.
+        jwt_token_file: a file that holds the token, read again at each connect.
         jwt_secret_file: the file that holds the node's secret; a token of one hour is made with it at each connect.
             At most one of the three; where none is set, the variable `EM_FILTER_JWT_TOKEN` counts.
     """
@@ -103,7 +105,7 @@ class SupervisionSection(msgspec.Struct, frozen=True, kw_only=True):
             after 60 s.
         restart_window_s: the time within which deaths are counted.
         shutdown_timeout_ms: how long a worker may take to finish what is in flight at the end; then it is killed.
-        liveness_timeout_ms: a worker of which nothing is heard for so long is killed and replaced.
+        liveness_timeout_ms: a worker that is silent for so long is killed and replaced.
         handler_timeout_ms: a query that takes longer ends with 504, and `null` to the node. An `async def` is
             cancelled; a plain function that goes on is ended with its worker.
     """
@@ -123,15 +125,15 @@ class AgentSection(msgspec.Struct, frozen=True, kw_only=True):
             `.` and `-`, at most 64.
         handler: `module:attribute`, looked up beside the configuration first and then on the Python path, or
             `path/to/file.py:attribute`.
-        capabilities: what the agent tells its nodes that it can do. Where it is not set, those that the handler names.
+        capabilities: what the agent tells its nodes that it can do. Default: those that the handler names, else none.
         memory: `ram` is a dict in the worker, lost when it crashes; `disk` is written before each answer leaves; `none`
             gives every query `{}`.
         concurrency: how many queries run at once in a worker. More than 1 needs `memory = "none"`.
-        handler_timeout_ms: as in `[supervision]`, for this agent alone.
-        max_queries: a worker that has answered about so many queries is replaced in good order.
-        max_rss_mb: a worker that holds about so much memory, in MB, is replaced in good order.
-        nodes: one worker for each: HOST, HOST:PORT, [IPv6]:PORT, ws://HOST:PORT or wss://HOST:PORT. Where it is not
-            set: `EM_DISCO_HOST` and `EM_DISCO_PORT`, then `~/.config/emergence/emergence.conf`, then `localhost:8080`.
+        handler_timeout_ms: as in `[supervision]`, for this agent alone. Default: that of `[supervision]`.
+        max_queries: a worker that has answered about so many queries is replaced in good order. Default: no limit.
+        max_rss_mb: a worker that holds about so much memory, in MB, is replaced in good order. Default: no limit.
+        nodes: one worker for each: HOST, HOST:PORT, [IPv6]:PORT, ws://HOST:PORT or wss://HOST:PORT. Default:
+            `EM_DISCO_HOST` and `EM_DISCO_PORT`, else `~/.config/emergence/emergence.conf`, else `localhost:8080`.
     """
 
     name: str

@@ -163,7 +163,7 @@ def _describe(exc: Exception, authority: str, timeout_ms: int) -> str:
         return f"no connection to {authority} within {timeout_ms} ms"
     if isinstance(exc, ssl.SSLCertVerificationError):
         advice = _CERTIFICATE_ADVICE.get(exc.verify_code, "")
-        return f"the certificate of {authority} is refused: {exc.verify_message}{advice}"
+        return f"the certificate of {authority} is refused: {exc.verify_message.removesuffix('.')}{advice}"
     if isinstance(exc, ssl.SSLError):
         return f"no TLS with {authority}: {exc.reason or exc}"
     return f"cannot connect to {authority}: {_reason(exc)}"

@@ -51,15 +51,16 @@ def section(name: str) -> str:
     for field in msgspec.structs.fields(struct):
         if field.name in told:
             kind = expected(hints[field.name])
-            lines.append(f"| `{field.name}` | {kind} | {_default(field)} | {told[field.name]} |")
+            meaning, _, otherwise = told[field.name].partition(" Default: ")
+            lines.append(f"| `{field.name}` | {kind} | {_default(field, otherwise.rstrip('.'))} | {meaning} |")
     return "\n".join(lines)
 
 
-def _default(field: msgspec.structs.FieldInfo) -> str:
+def _default(field: msgspec.structs.FieldInfo, otherwise: str) -> str:
     if field.required:
         return "required"
     if field.default is None or field.default is msgspec.UNSET:
-        return "none"
+        return otherwise or "none"
     value = str(field.default) if isinstance(field.default, Path) else field.default
     return f"`{msgspec.json.encode(value).decode()}`"
 

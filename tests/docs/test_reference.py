@@ -11,8 +11,12 @@ from typing import get_args
 
 import pytest
 
+from runner import client
+from runner.dashboard.routes import MAX_STREAMS
+from runner.restarts import RestartPolicy
 from runner.table import ChildState
 from shared import errors
+from shared.http_connection import HttpLimits
 from shared.schema import AgentSection, ConnectionSection, RunnerSection, SupervisionSection, meanings
 from tests.docs.markdown import PAGES, ROOT
 
@@ -23,22 +27,13 @@ REFERENCE = ROOT / "docs" / "reference"
 OURS = ("runner", "worker", "shared", "disco")
 LEVELS = ("debug", "info", "warning", "error")
 
-# Events whose name is put together, or handed on: where, and what they can be.
-PUT_TOGETHER = {
-    "worker_restarting": "runner/child.py",
-    "worker_failed": "runner/child.py",
-    "reloaded": "runner/reload.py",
-    "reload_refused": "runner/reload.py",
-    "reload_incomplete": "runner/reload.py",
-    "printed": "worker/output.py",
-    "ready": "worker/states.py",
-    "backoff": "worker/states.py",
-    "draining": "worker/states.py",
-    "stopped": "worker/states.py",
-    "starting": "runner/table.py",
-    "agent_registered": "disco/journal.py",
-    "agent_gone": "disco/journal.py",
-    "agent_refused": "disco/journal.py",
+# Calls that have an event logged under the name that they are given, by file: what is called, and which argument it is.
+HANDED_ON = {
+    ("runner/child.py", "say"): 0,
+    ("worker/connection.py", "_on_state"): 0,
+    ("worker/main.py", "_tell"): 0,
+    ("worker/output.py", "_tell"): 0,
+    ("disco/journal.py", "_write"): 2,
 }
 
 
@@ -58,6 +53,11 @@ def column(page: str, heading: str, number: int = 0) -> list[str]:
     return found
 
 
+def words_of(page: str) -> str:
+    """A page of docs/ in one line."""
+    return " ".join((ROOT / "docs" / page).read_text().split())
+
+
 def sources() -> Iterator[tuple[str, ast.AST]]:
     for package in OURS:
         for file in sorted((ROOT / package).rglob("*.py")):
@@ -69,20 +69,48 @@ def test_every_state_is_explained() -> None:
     assert column("states.md", "state") == list(get_args(ChildState))
 
 
+def events(file: str, call: ast.Call, within: ast.AST) -> set[str]:
+    """The events that a call logs, or has logged; `within` is the function that it stands in."""
+    called = call.func.body if isinstance(call.func, ast.IfExp) else call.func
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    number = 0 if isinstance(called, ast.Attribute) and name in LEVELS else HANDED_ON.get((file, name))
+    return set() if number is None or len(call.args) <= number else texts(call.args[number], within)
+
+
+def texts(value: ast.expr, within: ast.AST) -> set[str]:
+    """What an expression can be: itself, or what the function has assigned to it or compares it with."""
+    match value:
+        case ast.Constant(value=str(text)):
+            return {text}
+        case ast.IfExp():
+            return texts(value.body, within) | texts(value.orelse, within)
+        case ast.BinOp(op=ast.Add()):
+            return {a + b for a in texts(value.left, within) for b in texts(value.right, within)}
+        case ast.Tuple():
+            return {text for each in value.elts for text in texts(each, within)}
+        case ast.Name() | ast.Attribute():
+            named = ast.unparse(value)
+            found: set[str] = set()
+            for node in ast.walk(within):
+                if isinstance(node, ast.Assign) and named in map(ast.unparse, node.targets):
+                    found |= texts(node.value, ast.Pass())
+                elif isinstance(node, ast.Compare) and ast.unparse(node.left) == named:
+                    found |= {text for each in node.comparators for text in texts(each, ast.Pass())}
+            return found
+    return set()
+
+
 def test_every_log_event_is_explained_and_each_that_is_explained_exists() -> None:
     logged = {
-        node.args[0].value
-        for _, node in sources()
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in LEVELS
-        and node.args
-        and isinstance(node.args[0], ast.Constant)
+        event
+        for file, function in sources()
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call)
+        for event in events(file, call, function)
     }
-    assert len(logged) > 15
-    assert set(column("log-events.md", "event")) == logged | set(PUT_TOGETHER)
-    for event, file in PUT_TOGETHER.items():
-        assert event.removeprefix("worker_") in (ROOT / file).read_text(), f"{file} has {event}"
+    assert {"worker_restarting", "reload_refused", "ready", "standby", "printed", "agent_gone"} <= logged
+    assert set(column("log-events.md", "event")) == logged
 
 
 def test_every_key_of_the_configuration_is_explained_once() -> None:
@@ -101,6 +129,42 @@ def test_every_key_is_in_the_built_table_with_its_default() -> None:
     assert '| `http` | a string | `"127.0.0.1:9600"` |' in generated.section("runner")
 
 
+def test_key_that_takes_its_value_from_elsewhere_says_from_where() -> None:
+    defaults = {row.split(" | ")[0]: row.split(" | ")[2] for row in generated.section("agent").splitlines()}
+    assert defaults["| `handler_timeout_ms`"] == "that of `[supervision]`"
+    assert defaults["| `nodes`"].endswith("else `localhost:8080`")
+    assert defaults["| `capabilities`"] == "those that the handler names, else none"
+    assert "none" not in defaults.values()
+
+
+def test_restarts_are_told_with_the_times_that_they_have() -> None:
+    policy = RestartPolicy()
+    first, longest = f"{policy.first_delay_s * 1000:.0f} ms", f"{policy.max_delay_s:g} s"
+    supervision = words_of("explanation/supervision.md")
+    assert f"the next ones wait {first}, then twice as long each time, up to {longest}." in supervision
+    assert f"A worker that was up for {policy.stable_s:g} s or longer" in supervision
+    for page in ("explanation/supervision.md", "../README.md", "reference/states.md"):
+        assert f"tried again after {policy.retry_s:g} s" in words_of(page), page
+    for page in ("../README.md", "reference/states.md"):
+        assert f"{first}, doubling up to {longest}" in words_of(page), page
+
+
+def test_limits_of_connections_are_those_of_the_server() -> None:
+    limits, page = HttpLimits(), words_of("reference/http.md")
+    for told in (
+        f"idle after an answer | closed after {limits.idle_timeout_s:g} s |",
+        f"nothing was asked yet | closed after {limits.header_timeout_s:g} s |",
+        f"reads nothing of its answer | cut after {limits.write_timeout_s:g} s |",
+        f"in time ({limits.header_timeout_s:g} s, {limits.body_timeout_s:g} s) | 408 |",
+        f"beyond {limits.max_connections}, ",
+        f"answers of {limits.max_unsent_bytes >> 20} MB in all",
+        f"at most {MAX_STREAMS} at once",
+        f"more than {MAX_STREAMS} streams",
+        f"a head of more than {limits.max_header_bytes >> 10} KiB or {limits.max_headers} headers",
+    ):
+        assert told in page, told
+
+
 def test_every_generated_part_is_in_a_page() -> None:
     marked = [name for page in PAGES for name in generated.MARK.findall(page.read_text())]
     assert sorted(marked) == sorted(generated.PARTS)
@@ -109,6 +173,13 @@ def test_every_generated_part_is_in_a_page() -> None:
 def test_every_exit_status_is_explained() -> None:
     told = set(column("exit-statuses.md", "status"))
     assert {str(value) for name, value in vars(errors).items() if name.startswith("EXIT_")} <= told
+
+
+def test_refused_query_ends_as_it_is_told() -> None:
+    assert {client.exit_status(status) for status in (401, 403, 504)} == {errors.EXIT_FAILED}
+    assert "| `query` | 1 | there is no runner, no answer in time, or it refuses (401, 403) |" in words_of(
+        "reference/exit-statuses.md"
+    )
 
 
 def test_every_variable_of_ours_is_explained() -> None:

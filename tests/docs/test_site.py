@@ -105,6 +105,12 @@ def test_every_generated_part_is_filled(site: Path) -> None:
     assert "em_runner_queries_total" in (site / "reference" / "metrics.html").read_text()
 
 
+def test_page_that_takes_a_part_of_another_says_nothing_twice(site: Path) -> None:
+    text = (site / "how-to" / "monitoring.html").read_text()
+    assert text.count("scrape_configs") == 1
+    assert text.count("grafana-dashboard.json") > 0, "the part is there"
+
+
 def test_pictures_are_of_the_page_as_it_is() -> None:
     told = (ROOT / "docs" / "images" / DIGEST).read_text().strip()
     assert told == page_digest(), "run scripts/screenshots.sh"

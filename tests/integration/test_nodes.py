@@ -188,7 +188,7 @@ def _past(hours: int) -> datetime:
     ("kind", "words"),
     [
         ("unknown CA", "unknown CA"),
-        ("wrong host", "it is for another host"),
+        ("wrong host", "certificate is not valid for 'localhost'; it is for another host"),
         ("expired", "certificate has expired; the node must renew it"),
         ("self-signed", "self-signed certificate"),
     ],

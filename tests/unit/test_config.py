@@ -444,6 +444,30 @@ def test_handler_that_cannot_be_imported_ends_the_command_with_78_and_one_line(t
     assert_refused(done, "agent 'echo'", "no_such_module_at_all", "broken.py, line 3")
 
 
+def test_check_says_where_nodes_were_found_that_an_agent_does_not_name(tmp_path: Path) -> None:
+    file = write(tmp_path, AGENT)
+    (tmp_path / "own").mkdir()
+    own = write(tmp_path / "own", AGENT + 'nodes = ["localhost:9000"]\n')
+    conf = tmp_path / "user" / ".config" / "emergence" / "emergence.conf"
+    conf.parent.mkdir(parents=True)
+    conf.write_text("[em_disco]\nnodes = localhost:9001\n")
+    environs = [{"EM_DISCO_HOST": "localhost"}, {"EM_DISCO_PORT": "9002"}, {"HOME": str(tmp_path / "user")}, {}]
+    *found, by_itself = run_checks([*((file, environ) for environ in environs), (own, {})], tmp_path)
+    for done, node in zip(
+        found,
+        (
+            "ws://localhost:8080 (EM_DISCO_HOST)",
+            "ws://localhost:9002 (EM_DISCO_PORT)",
+            f"ws://localhost:9001 ({conf})",
+            "ws://localhost:8080 (the default)",
+        ),
+        strict=True,
+    ):
+        assert f" {node} " in done.stdout, done
+    assert "ws://localhost:9000 " in by_itself.stdout
+    assert "(" not in by_itself.stdout, "it names its node itself"
+
+
 def test_folder_instead_of_a_file_is_told(folder: Path) -> None:
     with pytest.raises(ConfigError, match=f"^{folder}: cannot be read: Is a directory$"):
         load(folder)
