@@ -28,7 +28,7 @@ from runner.watch import Watcher
 from shared.config import Config, HttpAddress, worker_specs
 from shared.errors import StartError
 from shared.http_server import HttpServer
-from shared.logs import get_logger
+from shared.logs import get_logger, tell_held_back
 from shared.signals import obeyed
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ SETTLE_S: Final = 0.02
 
 SAME_SIGNAL_S: Final = 0.3
 """Signals that follow each other faster than a person's are one."""
+
+HELD_BACK_LOOK_S: Final = 1.0
+"""How often the log is looked at for events that were held back."""
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -111,6 +114,7 @@ class Runner:
                 if self._watcher is not None:
                     tasks.start_soon(self._watcher.run)
                 tasks.start_soon(self._supervisor.observe)
+                tasks.start_soon(_keep_log)
                 tasks.start_soon(self._service_manager.report, lambda: self._supervisor.rows)
                 await self._server.start()
                 self._announce(on_started)
@@ -167,6 +171,13 @@ class Runner:
         self._server.close()
         self._fork_server.abandon_probes()
         await self._supervisor.drain()
+
+
+async def _keep_log() -> None:
+    """Tell of what was held back in the log, until cancelled."""
+    while True:
+        await anyio.sleep(HELD_BACK_LOOK_S)
+        tell_held_back()
 
 
 @asynccontextmanager

@@ -142,7 +142,7 @@ class Refusals:
 
     def __init__(self) -> None:
         self.by_status: Counter[int] = Counter()
-        self._folded = Folded()
+        self._folded = Folded(what="request_refused")
         self._log = get_logger("http")
 
     def note(self, refusal: Refusal, client: Sequence[Any] | None) -> None:

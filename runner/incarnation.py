@@ -56,12 +56,7 @@ class Incarnation:
         self.draining = False
         self._killed = False
         self._router = router
-        self._log = get_logger("supervisor").bind(
-            worker=launch.spec.name,
-            agent=launch.spec.agent.name,
-            node=str(launch.spec.node),
-            incarnation=launch.incarnation,
-        )
+        self._log = get_logger("supervisor").bind(**launch.which)
 
     def hear(self, status: ipc.Status) -> None:
         """Take a state change or a heartbeat."""

@@ -63,12 +63,14 @@ class Line:
         "name",
         "outbox",
         "routing_id",
+        "which",
         "withdrawn",
     )
 
     def __init__(self, launch: Launch, listener: Listener) -> None:
         self.name = launch.spec.name
         self.incarnation = launch.incarnation
+        self.which = launch.which
         self.routing_id = launch.routing_id
         self.key = launch.key
         self.listener = listener

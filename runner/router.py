@@ -68,7 +68,8 @@ class Router:
         self._sequence = 0
         self._dirty: dict[bytes, Line] = {}
         self._deadline_timer: asyncio.TimerHandle | None = None
-        self._folded = Folded()
+        self._ignored = Folded(what="message_ignored")
+        self._unreachable = Folded(what="worker_unreachable")
         self._log = get_logger("router")
 
     def bound(self, *, query_timeout_s: float, max_in_flight: int, max_in_flight_total: int) -> None:
@@ -356,8 +357,9 @@ class Router:
         try:
             self._socket.send_multipart([line.routing_id, ipc.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as exc:
-            if (held := self._folded.admit(f"send {line.name}")) is not None:
-                self._log.warning("worker_unreachable", worker=line.name, reason=str(exc), like_it_before=held)
+            if (held := self._unreachable.admit(line.name)) is not None:
+                more = {"like_it_before": held} if held else {}
+                self._log.warning("worker_unreachable", **line.which, reason=str(exc), **more)
             return False
         # A send may have used up the edge that announced something to read.
         if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
@@ -429,6 +431,6 @@ class Router:
         return self._send(line, ipc.Drain(hand_over))
 
     def _ignore(self, reason: str, routing_id: bytes) -> None:
-        if (held := self._folded.admit(reason)) is not None:
-            sender = repr(routing_id[:80])
-            self._log.warning("message_ignored", reason=reason, sender=sender, like_it_before=held)
+        if (held := self._ignored.admit(reason)) is not None:
+            more = {"like_it_before": held} if held else {}
+            self._log.warning("message_ignored", reason=reason, sender=repr(routing_id[:80]), **more)

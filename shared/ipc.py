@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import field
@@ -245,6 +245,17 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     key: bytes
     standby: bool = False
+
+    @property
+    def which(self) -> dict[str, Any]:
+        """What every line of the log about this incarnation carries."""
+        spec = self.spec
+        return {
+            "worker": spec.name,
+            "agent": spec.agent.name,
+            "node": str(spec.node),
+            "incarnation": self.incarnation,
+        }
 
     @property
     def routing_id(self) -> bytes:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
 import logging
 import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, MutableMapping
 from typing import Any, Final, TextIO
 
@@ -25,6 +27,7 @@ from shared.sink import Sink
 
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _MAX_FOLDED_KEYS: Final = 256
+_MOST_OF_A_PLACE: Final = 8
 
 LONGEST_CHARS: Final = 8192
 """The longest value of a field, a traceback too: it may hold what a node or a client has sent."""
@@ -83,6 +86,14 @@ class Logger(structlog.BoundLoggerBase):
 
     def _say(self, level: str, event: str, fields: dict[str, Any]) -> None:
         if _LEVELS[level] >= _lines.threshold:
+            try:
+                self._proxy_to_logger(level, event, **fields)
+            except Exception:  # noqa: BLE001 - whatever a handler has bound to its context: a line costs nobody a query
+                contextvars.copy_context().run(self._say_alone, level, event, fields)
+
+    def _say_alone(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        structlog.contextvars.clear_contextvars()
+        with contextlib.suppress(Exception):
             self._proxy_to_logger(level, event, **fields)
 
 
@@ -102,16 +113,20 @@ os.register_at_fork(after_in_child=lambda: None if _lines.sink is None else _lin
 
 
 class _FromLogging(logging.Handler):
-    """Hands what libraries say through `logging` and `warnings` to structlog; the same words again and again once."""
+    """Hands what libraries say through `logging` and `warnings` to structlog.
+
+    The same words again and again are told once; of one place in the source, a few that differ.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._folded = Folded()
+        self._folded = Folded(what="library")
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(Exception):
             words = record.getMessage().strip()
-            held = self._folded.admit(f"{record.name} {record.levelno} {_kind(record) or words[:LONGEST_CHARS]}")
+            place = f"{record.name} {_where(record, words)}"
+            held = self._folded.admit(f"{place} {_kind(record) or words[:LONGEST_CHARS]}", place)
             if held is None:
                 return
             event: dict[str, Any] = {"library": record.name}
@@ -122,6 +137,11 @@ class _FromLogging(logging.Handler):
             log = get_logger("library")
             say = log.error if record.levelno >= logging.ERROR else log.warning
             say(words, **event)
+
+
+def _where(record: logging.LogRecord, words: str) -> str:
+    """Return where in the source something is said; of a warning, its text begins with that."""
+    return words.split(": ")[0] if record.name == "py.warnings" else f"{record.pathname}:{record.lineno}"
 
 
 def _kind(record: logging.LogRecord) -> str:
@@ -238,30 +258,54 @@ def _is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
 
 
+def tell_held_back() -> None:
+    """Log how many events were held back, once their time is up. For every process, to be called now and then."""
+    for folded in list(_folding):
+        for key, held in folded.overdue():
+            get_logger("log").warning("repeated", what=folded.what, like=key, more=held)
+
+
 class Folded:
     """Lets a repeated event through once, then at most once in `every_s`, with the number held back.
 
     For anything that a peer or a handler can cause as often as it likes.
+
+    Args:
+        every_s: how long those like one are held back.
+        clock: seconds that only go forward.
+        what: the event, for `tell_held_back`; empty where the owner tells of the end of a burst.
     """
 
-    def __init__(self, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic, *, what: str = "") -> None:
+        self.what = what
+        if what:
+            _folding.add(self)
         self._every_s = every_s
         self._clock = clock
         self._seen: dict[str, tuple[float, int]] = {}
         self._one_at_a_time = threading.Lock()  # a handler's thread admits what the loop tells the end of
 
-    def admit(self, key: str) -> int | None:
-        """Return None to hold this event back, else how many like it were held back before it."""
+    def admit(self, key: str, place: str = "") -> int | None:
+        """Return None to hold this event back, else how many like it were held back before it.
+
+        Of a `place`, which the key begins with, only so many kinds are told apart: the others are one.
+        """
         with self._one_at_a_time:
             now = self._clock()  # inside: another thread's later time would be before it
+            if place and key not in self._seen and self._kinds_of(place) >= _MOST_OF_A_PLACE:
+                key = f"{place} and others"
             since, held = self._seen.get(key, (None, 0))
             if since is not None and now - since < self._every_s:
                 self._seen[key] = (since, held + 1)
                 return None
             if since is None and len(self._seen) >= _MAX_FOLDED_KEYS:
                 self._seen.pop(next(iter(self._seen)))
+            self._seen.pop(key, None)  # to the end: what is told again is not the oldest any more
             self._seen[key] = (now, 0)
             return held
+
+    def _kinds_of(self, place: str) -> int:
+        return sum(key.startswith(place) for key in self._seen)
 
     def overdue(self) -> list[tuple[str, int]]:
         """Return (key, number held back) of events whose time is up, so that their end is told too."""
@@ -271,3 +315,6 @@ class Folded:
             for key, _ in found:
                 del self._seen[key]
         return [(key, held) for key, held in found if held]
+
+
+_folding: Final[weakref.WeakSet[Folded]] = weakref.WeakSet()

@@ -72,7 +72,7 @@ class Tracing:
 
     def __init__(self, attributes: Attributes) -> None:
         self._log = get_logger("tracing")
-        self._folded = Folded()
+        self._folded = Folded(what="tracing_fault")
         _listen_to_library(_Told(self._log))
         sending = sends(os.environ)
         try:
@@ -189,7 +189,7 @@ class _Told(logging.Handler):
     def __init__(self, log: Logger) -> None:
         super().__init__(logging.WARNING)
         self._log = log
-        self._folded = Folded()
+        self._folded = Folded(what="tracing_trouble")
 
     def emit(self, record: logging.LogRecord) -> None:
         held = self._folded.admit(record.name)

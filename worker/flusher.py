@@ -37,7 +37,7 @@ class Flusher:
         self._work: SimpleQueue[list[tuple[Job, Answer]] | None] = SimpleQueue()
         self._busy = False
         self._fault = _NOT_WRITTEN
-        self._folded = Folded()
+        self._folded = Folded(what="memory_not_written")
         self._log = get_logger("worker.dispatch")
 
     def start(self) -> None:
@@ -79,7 +79,7 @@ class Flusher:
             self._memory.flush()
         except MemoryFault as exc:
             self._fault = str(exc)
-            if (held := self._folded.admit("flush")) is not None:
+            if (held := self._folded.admit("another commit")) is not None:
                 self._log.error("memory_not_written", error=self._fault, like_it_before=held)
 
     def _flushed(self, batch: list[tuple[Job, Answer]]) -> None:

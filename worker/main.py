@@ -54,14 +54,7 @@ def run(launch: Launch) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     spec = launch.spec
     setproctitle.setproctitle(f"em-worker {spec.name} {spec.node}")
-    logs.configure(
-        spec.log_level,
-        spec.log_format,
-        worker=spec.name,
-        agent=spec.agent.name,
-        node=str(spec.node),
-        incarnation=launch.incarnation,
-    )
+    logs.configure(spec.log_level, spec.log_format, **launch.which)
     output.take()
     status = EXIT_FAILED
     try:
@@ -271,6 +264,7 @@ class Worker:
             self._states.catch_up()
             connection.tell_overdue()
             dispatcher.tell_overdue()
+            logs.tell_held_back()
             if reason := self._limits.reached(self._counters):
                 self._link.ask_for_successor(reason)
 

@@ -17,7 +17,7 @@ from typing import Any, Final, TextIO
 from shared.logs import LONGEST_CHARS, Folded, flush, get_logger, place_of
 
 _log: Final = get_logger("worker.output")
-_folded: Final = Folded()
+_folded: Final = Folded(what="thread_failed")
 
 
 class Printed(io.TextIOBase):

@@ -195,6 +195,19 @@ def test_same_words_of_a_library_again_and_again_are_one_line(stderr: Read) -> N
     assert [json.loads(line)["event"] for line in stderr().splitlines()] == ["pool is full", "retry 0", "retry 1"]
 
 
+def test_words_of_one_place_that_differ_each_time_are_few_lines(stderr: Read) -> None:
+    logs.configure("info", "json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        for number in range(200):
+            logging.getLogger("some.library").warning("cannot reach %s", f"host-{number}")
+            warnings.warn(f"odd {number}", stacklevel=1)
+    logging.getLogger("some.library").warning("elsewhere")
+    said = [json.loads(line)["event"] for line in stderr().splitlines()]
+    assert said[-1] == "elsewhere"
+    assert [sum(word in words for words in said) for word in ("cannot reach", "odd")] == [9, 9]
+
+
 def test_python_warnings_are_events(stderr: Read) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -282,6 +295,26 @@ def test_handler_that_configures_structlog_configures_its_own_lines_alone(style:
     assert "timestamp" in first
     assert "ValueError: x" in first["exception"]
     assert second["event"] == "of its own"
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+@pytest.mark.parametrize("bound", [{(1, 2): 3}, Unspeakable()])
+def test_what_a_handler_binds_to_its_context_costs_no_line_and_nobody_an_exception(
+    style: Any, bound: Any, stderr: Read
+) -> None:
+    logs.configure("info", style, worker="echo_server")
+    with structlog.contextvars.bound_contextvars(bound=bound):
+        log().error("handler_failed", error="x")
+        structlog.contextvars.bind_contextvars(more="kept")
+        logging.getLogger("a.library").warning("said")
+    for line, words in zip(stderr().splitlines(), ("handler_failed", "said"), strict=True):
+        assert words in line
+        assert "echo_server" in line
 
 
 def test_exceptions_of_one_kind_are_folded_whatever_they_say(stderr: Read) -> None:
@@ -437,6 +470,39 @@ def test_no_event_is_lost_or_told_twice(events: list[tuple[str, int]]) -> None:
     clock.now_s += 60
     told += sum(held for _, held in folded.overdue())
     assert told == len(events)
+
+
+def test_end_of_any_burst_is_told(stderr: Read) -> None:
+    logs.configure("info", "json", worker="w")
+    clock = Clock()
+    folded = Folded(60, clock, what="request_refused")
+    for _ in range(419):
+        folded.admit("403 127.0.0.1")
+    logs.tell_held_back()
+    assert stderr() == ""
+    clock.now_s += 60
+    logs.tell_held_back()
+    logs.tell_held_back()
+    told = json.loads(stderr())
+    assert (told["event"], told["what"], told["like"], told["more"], told["worker"]) == (
+        "repeated",
+        "request_refused",
+        "403 127.0.0.1",
+        418,
+        "w",
+    )
+
+
+def test_kind_that_is_told_again_is_not_the_oldest() -> None:
+    clock = Clock()
+    folded = Folded(60, clock)
+    folded.admit("busy")
+    for number in range(255):
+        folded.admit(str(number))
+    clock.now_s += 60
+    assert folded.admit("busy") == 0
+    folded.admit("one more")
+    assert folded.admit("busy") is None
 
 
 def test_endless_kinds_of_events_do_not_fill_the_memory() -> None:
