@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import Send
 
 from disco.hub import Hub
+from shared.http_head import declares_more_than
 
 _ERRORS = {404: "not_found", 405: "method_not_allowed"}
 
@@ -117,7 +118,7 @@ def application(hub: Hub) -> Starlette:
 
 async def _read(request: Request, limit_bytes: int) -> bytes | None:
     """Return the body, or None as soon as it is known to be longer than `limit_bytes`."""
-    if int(request.headers.get("content-length", 0)) > limit_bytes:
+    if declares_more_than(limit_bytes, request.headers.get("content-length", "").encode()):
         return None
     body = bytearray()
     async for chunk in request.stream():

@@ -21,6 +21,7 @@ from runner.lines import Ending, Reply
 from runner.router import Router
 from shared.http_connection import HttpConnection
 from shared.http_direct import DirectExchange
+from shared.http_head import declares_more_than
 from shared.ipc import NO_TRACE, Trace
 
 MAX_BODY_BYTES: Final = 64 * 1024
@@ -241,6 +242,5 @@ def _declared_too_large(headers: list[tuple[bytes, bytes]]) -> bool:
     """Return whether a client says that it will send too much: that is not read."""
     for name, value in headers:
         if name == b"content-length":
-            declared = value.strip()
-            return declared.isdigit() and int(declared) > MAX_BODY_BYTES
+            return declares_more_than(MAX_BODY_BYTES, value)
     return False

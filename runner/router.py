@@ -11,7 +11,7 @@ import asyncio
 import hmac
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import islice, takewhile
+from itertools import takewhile
 from math import inf
 from pathlib import Path
 from typing import Final
@@ -320,7 +320,9 @@ class Router:
         for pending in expired:
             self._take_back(pending)
         self._flush()  # before its asker is told: nobody may see a query run that was said to have had no answer
-        if following := next(islice(self._pending.values(), len(expired), None), None):
+        # Not by their number: a message that failed may have answered some of them just now.
+        gone = {pending.sequence for pending in expired}
+        if following := next((each for each in self._pending.values() if each.sequence not in gone), None):
             self._deadline_timer = self._loop.call_at(following.deadline, self._expire)
         for pending in expired:
             self._finish(pending, Ending.TIMED_OUT, b"no answer before the deadline")

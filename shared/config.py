@@ -381,12 +381,27 @@ def _http_token(runner: RunnerSection, folder: Path) -> Secret | None:
         raise ConfigError("runner: found http_token and http_token_file, expected only one of them")
     if runner.http_token_file is not None:
         try:
-            return Secret(read_secret_file(absolute(runner.http_token_file, folder, "runner.http_token_file")))
+            token = read_secret_file(absolute(runner.http_token_file, folder, "runner.http_token_file"))
         except TokenError as exc:
             raise ConfigError(f"runner.http_token_file: {exc}") from None
-    if runner.http_token is not None and not runner.http_token.reveal().strip():
+        _require_header("runner.http_token_file", token)
+        return Secret(token)
+    if runner.http_token is None:
+        return None
+    token = runner.http_token.reveal()
+    if not token.strip():
         raise ConfigError("runner.http_token: found an empty text, expected a token")
+    _require_header("runner.http_token", token)
     return runner.http_token
+
+
+def _require_header(key: str, token: str) -> None:
+    """See that a token can be sent as a header, as its holders must."""
+    if not (token.isascii() and token.isprintable() and token == token.strip()):
+        raise ConfigError(
+            f"{key}: found a token with characters that no HTTP header can hold, or blanks at an end; "
+            "make one with: openssl rand -hex 32"
+        )
 
 
 def _tracing(runner: RunnerSection) -> bool:

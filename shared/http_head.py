@@ -33,6 +33,12 @@ def settled(url: bytes, version: str, headers: Headers) -> bytes:
     return b"/" + rest + mark + query
 
 
+def declares_more_than(limit_bytes: int, content_length: bytes) -> bool:
+    """Return whether a Content-Length is larger; what is no number is none, whatever its length."""
+    digits = content_length.strip().lstrip(b"0")
+    return digits.isdigit() and (len(digits) > len(str(limit_bytes)) or int(digits) > limit_bytes)
+
+
 def without_upgrade(method: bytes, url: bytes, version: str, headers: Headers) -> bytes:
     """Return the head of a request that asks for no upgrade, and else for the same."""
     lines = [b"%b %b HTTP/%b" % (method, url, version.encode())]

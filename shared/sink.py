@@ -71,6 +71,8 @@ class Sink:
         self._idle = threading.Event()
         self._idle.set()
         self._within_line = False
+        self._begun = False  # a part of a line is written, and the rest is still to be
+        self._torn = False  # and will never be
 
     def write(self, line: bytes) -> None:
         """Write a line, now or later, or drop it. Never raises, never waits."""
@@ -80,9 +82,10 @@ class Sink:
             elif self._waiting:
                 self._keep(line)
             else:
-                if rest := self._at_once(line):
+                rest = self._at_once(line)
+                if rest:
                     self._keep(rest)  # whatever its length: a line that has been begun is ended
-                elif self._dropped:
+                elif rest is not None and self._dropped:
                     dropped, self._dropped = self._dropped, 0
                     self._tell_dropped(dropped)
 
@@ -102,18 +105,33 @@ class Sink:
 
     # --- at once ---
 
-    def _at_once(self, line: bytes) -> bytes:
-        """Write as much as can be written now, and return the rest."""
+    def _at_once(self, line: bytes) -> bytes | None:
+        """Write as much as can be written now, and return the rest; None when nothing can be written at all."""
         try:
             self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
-            rest = line[self._write_some(line) :]
+            rest: bytes | None = self._begin(line)
         except BlockingIOError:
             return line
-        except OSError:  # its reader is gone, the disk is full: there is nobody to be told
-            rest = b""
+        except OSError:  # its reader is gone, the disk is full: there is nobody to be told now
+            self._lose()
+            rest = None
         if not rest:
             self._end_line()
         return rest
+
+    def _begin(self, line: bytes) -> bytes:
+        """Write what can be written of a line now, after the end of one before it that was torn; return the rest."""
+        line = b"\n" + line if self._torn else line
+        return self._go_on(line)
+
+    def _go_on(self, rest: bytes) -> bytes:
+        rest = rest[self._write_some(rest) :]
+        self._torn, self._begun = False, bool(rest)
+        return rest
+
+    def _lose(self) -> None:
+        self._dropped += 1
+        self._torn, self._begun = self._begun or self._torn, False
 
     def _lock(self, how: int) -> None:
         if self._locks and not self._within_line:
@@ -159,14 +177,16 @@ class Sink:
                 self._over()
 
     def _write_later(self) -> None:
+        dropped, written = 0, False
         while True:
             with self._mutex:
                 if not self._waiting:
-                    dropped, self._dropped = self._dropped, 0
+                    if written:  # else it is told with the next line that can be
+                        dropped, self._dropped = self._dropped, 0
                     self._over()
                     break
                 line = self._waiting[0]
-            self._write_when_possible(line)
+            written = self._write_when_possible(line)
             with self._mutex:
                 self._waiting.popleft()
                 self._waiting_bytes -= len(line)
@@ -177,8 +197,10 @@ class Sink:
         self._thread, self._waiting_bytes = None, 0
         self._idle.set()
 
-    def _write_when_possible(self, rest: bytes) -> None:
-        with contextlib.suppress(OSError):
+    def _write_when_possible(self, rest: bytes) -> bool:
+        """Write the rest of a line, however long that takes; False when it cannot be."""
+        written = False
+        try:
             self._lock(fcntl.LOCK_EX)
             fd = self._fd if self._own == -1 else self._own
             poll = select.poll()
@@ -186,5 +208,10 @@ class Sink:
             while rest:
                 poll.poll()
                 with contextlib.suppress(BlockingIOError):
-                    rest = rest[self._write_some(rest) :]
+                    rest = self._go_on(rest) if self._begun else self._begin(rest)
+            written = True
+        except OSError:
+            with self._mutex:
+                self._lose()
         self._end_line()
+        return written

@@ -7,6 +7,7 @@ goes wrong with a trace costs that trace, and a line in the log that is folded.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from opentelemetry.context import Context
@@ -157,6 +158,16 @@ def _header_values(environ: Mapping[str, str]) -> Iterator[str]:
             yield from (value, unquote(value))
 
 
+def _endpoint_secrets(environ: Mapping[str, str]) -> Iterator[str]:
+    """Return what a collector's address may hold of secrets: a user with a password, and what follows its path."""
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(environ.get(name, ""))
+            for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query, parts.fragment):
+                if secret:
+                    yield from (secret, unquote(secret))
+
+
 class _Exporter(OTLPSpanExporter):
     """The library's, which also knows whether anybody takes what it sends."""
 
@@ -197,7 +208,7 @@ class _Told(logging.Handler):
             return
         # That part quotes headers of the environment that it cannot read, and they hold tokens.
         words = str(record.msg) if record.name == "opentelemetry.util.re" else record.getMessage()
-        words = redact(words, *_header_values(os.environ))
+        words = redact(words, *_header_values(os.environ), *_endpoint_secrets(os.environ))
         more = {"like_it_before": held} if held else {}
         self._log.warning("tracing_trouble", why=" ".join(words.split())[:500], library=record.name, **more)
 

@@ -64,6 +64,14 @@ async def test_body_declared_too_long_is_refused_unread(node: Node) -> None:
     writer.close()
 
 
+async def test_length_with_thousands_of_leading_zeros_is_a_length(node: Node) -> None:
+    reader, writer = await asyncio.open_connection(node.host, node.port)
+    body = b'{"value": "x"}'
+    writer.write(b"POST /query HTTP/1.1\r\nHost: x\r\nContent-Length: %s%d\r\n\r\n%s" % (b"0" * 5000, len(body), body))
+    assert b" 200 " in await reader.readline()
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "error"),
     [

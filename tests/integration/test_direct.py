@@ -144,6 +144,15 @@ async def test_errors_that_are_known_at_once_are_told_in_their_turn(tmp_path: Pa
         assert (await one.answer()).results == "last"
 
 
+async def test_length_with_thousands_of_leading_zeros_is_a_length(tmp_path: Path, node: Node) -> None:
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        for zeros in (10, 5000):
+            one.send(query("x").replace(b"content-length: ", b"content-length: " + b"0" * zeros))
+            answer = await one.answer()
+            assert answer.results == "x"
+        assert not running.events("internal_error")
+
+
 async def test_connection_is_kept_or_closed_as_the_client_asks(tmp_path: Path, node: Node) -> None:
     async with running_agent(tmp_path, node) as running:
         for request, kept in (

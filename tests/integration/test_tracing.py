@@ -296,7 +296,8 @@ async def test_collector_that_takes_nothing_costs_no_query_and_holds_up_no_end(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and nobody listens
         if collector_is == "gone":
-            environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
+            there = f"127.0.0.1:{taken.getsockname()[1]}/v1/traces?api_key=s3cr3t%20key"
+            environ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = f"http://op:p4ssw0rd@{there}"
         collector.open.clear()
         # So small a queue that most spans find it full.
         environ |= {"OTEL_BSP_MAX_QUEUE_SIZE": "16", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "8"}
@@ -318,6 +319,8 @@ async def test_collector_that_takes_nothing_costs_no_query_and_holds_up_no_end(
     assert not running.events("worker_killed")
     assert not running.events("drain_timed_out")
     assert "Traceback" not in running.log
+    for secret in ("s3cr3t", "p4ssw0rd"):
+        assert secret not in running.log, "what the collector's address holds of secrets"
 
 
 async def test_spans_that_wait_are_sent_when_the_cluster_ends(tmp_path: Path, node: Node, collector: Collector) -> None:

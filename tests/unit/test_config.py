@@ -102,6 +102,14 @@ WRONG = [
         with_agent("[supervision]", "max_restarts = -1"),
         ("supervision.max_restarts: found -1, expected a whole number from 0 to 1000",),
     ),
+    *(
+        Wrong(
+            f"token_{number}",
+            with_agent("[runner]", f"http_token = {token}"),
+            ("runner.http_token: found a token with characters that no HTTP header can hold", "openssl rand"),
+        )
+        for number, token in enumerate(('"caf\u00e9-caf\u00e9"', '"s3cr3t\\n"', '" s3cr3t"', '"s3\\u0007cr3t"'))
+    ),
     Wrong(
         "zero",
         with_agent("[runner]", "query_timeout_ms = 0"),

@@ -131,6 +131,37 @@ def test_reader_that_goes_away_while_lines_wait_holds_up_nothing(ends: Ends, ope
     sink.write(b"to nobody\n")
 
 
+FULL = """
+import resource, sys
+from shared.sink import Sink
+
+def room(more_bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + more_bytes, resource.RLIM_INFINITY))
+
+told = []
+sink, size = Sink(2, told.append), 0
+for number in range(6):
+    if number == 1:
+        size = 12
+        room(5)  # of the second line there is a part, of the third and fourth nothing
+    if number == 4:
+        room(1000)
+    sink.write(b'{"line": %d}\\n' % number)
+    sink.flush(20)
+print(told)
+"""
+
+
+def test_disk_that_was_full_costs_the_lines_of_that_time_and_says_how_many(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("ab") as stream:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL], cwd=ROOT, stdout=subprocess.PIPE, stderr=stream, text=True, timeout=60
+        )
+    assert done.stdout == "[3]\n"
+    assert log.read_text().splitlines() == ['{"line": 0}', '{"lin', '{"line": 4}', '{"line": 5}']
+
+
 WRITER = """
 import sys
 from shared.sink import Sink
