@@ -78,9 +78,22 @@ def main() -> None:
         _leave(str(exc), EXIT_FAILED)
     except KeyboardInterrupt:
         _leave("interrupted", 130)
-    except OSError as exc:  # `em-runner check | head`, or a full disk behind a redirection
-        _give_up_output()
+    except OSError as exc:
+        if _folder_is_gone():
+            _leave("the current folder is gone; change to another one", EXIT_FAILED)
+        if exc.filename is not None:
+            _leave(f"{exc.filename}: {exc.strerror}", EXIT_FAILED)
+        _give_up_output()  # `em-runner check | head`, or a full disk behind a redirection
         _leave(f"the output cannot be written: {exc.strerror or exc}", EXIT_FAILED)
+
+
+def _folder_is_gone() -> bool:
+    """Return whether the current folder was removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _give_up_output() -> None:

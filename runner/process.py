@@ -60,7 +60,7 @@ class ForkServer:
         Raises:
             StartError: when it cannot be started.
         """
-        if not os.access(".", os.X_OK):  # such as root's home, by `runuser`: multiprocessing has each child enter it
+        if not _can_be_entered("."):  # such as root's home, by `runuser`: multiprocessing has each child enter it
             os.chdir("/")
         try:
             with _nameless_main():
@@ -236,6 +236,11 @@ class WorkerProcess:
             self._pidfd = None
         with contextlib.suppress(ValueError):  # its status is still on the way; the collector takes it later
             self._process.close()
+
+
+def _can_be_entered(folder: str) -> bool:
+    """Return whether a folder can be entered: it may be forbidden, and the current one may have been removed."""
+    return os.path.exists(folder) and os.access(folder, os.X_OK) and os.stat(folder).st_nlink > 0
 
 
 def _how(status: int | None) -> str:

@@ -16,11 +16,18 @@ from typing import Final
 import msgspec
 
 from shared.errors import StartError
+from shared.logs import shortened
 
 LOOK_S: Final = 0.01
 """How long another command may take to look whether a folder is held."""
 
 KEPT_RELOADS: Final = 16
+
+RESERVED_BYTES: Final = 4096
+"""The room for what is to be written when the disk is full: what a file takes of it at least."""
+
+LONGEST_KEPT_CHARS: Final = 500
+"""How much of a reload's outcome is told then; as JSON, a character has up to six bytes."""
 
 _MAX_SOCKET_PATH: Final = 107  # sun_path of unix(7) holds 108 bytes, one of them the end
 
@@ -54,14 +61,24 @@ class StateDir:
         self._reload_path = path / "reload.json"
         self._reloads: deque[Reloaded] = deque(maxlen=KEPT_RELOADS)
 
+    def reserve(self) -> None:
+        """Have room for what is to be written later, though the disk may be full then.
+
+        Raises:
+            OSError: when there is none.
+        """
+        for path in (self._address_path, self._reload_path):
+            path.write_bytes(b" " * RESERVED_BYTES)
+
     def announce(self, http: str) -> None:
         """Write where the runner listens, whole or not at all."""
-        _write_whole(self._address_path, Address(os.getpid(), http))
+        _write(self._address_path, Address(os.getpid(), http))
 
     def tell_reload(self, outcome: Reloaded) -> None:
         """Write how a reload went, for the command that waits for it; the last ones stay."""
         self._reloads.append(outcome)
-        _write_whole(self._reload_path, list(self._reloads))
+        last = msgspec.structs.replace(outcome, message=shortened(outcome.message, LONGEST_KEPT_CHARS))
+        _write(self._reload_path, list(self._reloads), [last])
 
     def clear(self) -> None:
         """Remove what only a running runner has."""
@@ -81,34 +98,35 @@ def hold(path: Path) -> Iterator[StateDir]:
     state = StateDir(path.absolute())
     if len(os.fsencode(state.socket_path)) > _MAX_SOCKET_PATH:
         raise StartError(f"the path of the state folder {path} is too long for a socket in it; choose a shorter one")
-    try:
-        lock = _lock(state.path)
-        state.clear()
-        state.socket_path.parent.mkdir(mode=0o700)
-    except OSError as exc:
-        raise StartError(
-            f"the state folder {path} cannot be used: {exc.strerror or exc}; "
-            "choose another one with --state-dir or runner.state_dir"
-        ) from None
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_lock(state.path))
+            held.callback(state.clear)
+            state.clear()
+            state.socket_path.parent.mkdir(mode=0o700)
+            state.reserve()
+        except OSError as exc:
+            raise StartError(
+                f"the state folder {path} cannot be used: {exc.strerror or exc}; "
+                "choose another one with --state-dir or runner.state_dir"
+            ) from None
         yield state
-    finally:
-        state.clear()
-        os.close(lock)
 
 
-def _lock(path: Path) -> int:
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _lock_soon(lock)
-    except BlockingIOError:
-        message = _held_by_another(lock, path)
+        try:
+            _lock_soon(lock)
+        except BlockingIOError:
+            raise StartError(_held_by_another(lock, path)) from None
+        os.truncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        yield
+    finally:
         os.close(lock)
-        raise StartError(message) from None
-    os.truncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
-    return lock
 
 
 def _lock_soon(lock: int) -> None:
@@ -146,10 +164,19 @@ def read_reload(path: Path, since_s: float = 0.0) -> Reloaded | None:
     return next((each for each in reloads if each.began_s >= since_s), None)
 
 
-def _write_whole(path: Path, value: msgspec.Struct | list[Reloaded]) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
-    partial.replace(path)
+def _write(path: Path, value: msgspec.Struct | list[Reloaded], less: list[Reloaded] | None = None) -> None:
+    """Write a file anew, or where there is no room for that into the room that it has; `less` fits into it."""
+    try:
+        partial = path.with_suffix(".tmp")
+        partial.write_bytes(_lines(value))
+        partial.replace(path)
+    except OSError:
+        with path.open("r+b", buffering=0) as file:  # the whole at once: whoever reads finds all of it
+            file.write(_lines(value if less is None else less).ljust(path.stat().st_size))
+
+
+def _lines(value: object) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value)) + b"\n"
 
 
 def _held_by_another(lock: int, path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,6 +56,22 @@ async def test_signal_during_a_slow_import_ends_the_start_at_once(number: int, t
     assert process.returncode == (130 if number == signal.SIGINT else 0)
     assert "Traceback" not in errors
     assert not (tmp_path / "state" / "ipc").exists()
+
+
+@pytest.mark.parametrize("command", ["try", "check"])
+async def test_folder_that_is_gone_is_said_to_be_or_not_needed(command: str, tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text("def handle(body, memory): return [], memory\n")
+    (tmp_path / "em-runner.toml").write_text(agent("a", ["localhost:1"]))
+    arguments = (
+        ["try", "handlers.py:handle", "x"] if command == "try" else ["check", "-c", f"{tmp_path}/em-runner.toml"]
+    )
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    ended = await shell(f"rmdir ../gone; exec {shlex.join([*RUNNER, *arguments])}", gone)
+    if command == "try":
+        assert (ended.returncode, ended.stderr) == (1, "em-runner: the current folder is gone; change to another one\n")
+    else:
+        assert ended.returncode == 0, ended.stderr
 
 
 async def test_modules_of_the_current_folder_are_not_taken_for_ours(tmp_path: Path) -> None:

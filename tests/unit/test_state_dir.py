@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.state_dir import Address, hold, read_address
+from runner.state_dir import RESERVED_BYTES, Address, Reloaded, hold, read_address, read_reload
 from shared.errors import StartError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,35 @@ def test_announced_address_is_found_and_gone_afterwards(tmp_path: Path) -> None:
         assert read_address(tmp_path) == Address(os.getpid(), "http://127.0.0.1:2")
     assert read_address(tmp_path) is None
     assert not state.socket_path.parent.exists()
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_keeps_neither_the_address_nor_an_outcome_from_those_who_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold(tmp_path) as state:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        state.announce("http://127.0.0.1:1")
+        assert read_address(tmp_path) == Address(os.getpid(), "http://127.0.0.1:1")
+        for number in range(20):
+            state.tell_reload(Reloaded(float(number), done=True, message=f"{number} " + "\x01" * 5000))
+            told = read_reload(tmp_path, number)
+            assert told is not None
+            assert told.message.startswith(f"{number} ")
+        assert (tmp_path / "reload.json").stat().st_size == RESERVED_BYTES
+
+
+def test_full_disk_at_the_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StartError, match="cannot be used: No space left on device"):
+        with hold(tmp_path):
+            pytest.fail("it is held")
+    monkeypatch.undo()
+    with hold(tmp_path):
+        pass
 
 
 def test_second_runner_is_refused_and_told_who_holds_the_folder(tmp_path: Path) -> None:
