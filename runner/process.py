@@ -26,6 +26,7 @@ import anyio.to_thread
 from shared.errors import ConfigError, StartError
 from shared.handlers import HandlerRef
 from shared.ipc import Launch
+from shared.logs import get_logger
 from shared.trial import IMPORTING, Phase, Trial
 from worker.entry import probe, run, trial  # the worker's entry points: the only line of the runner that knows them
 
@@ -52,6 +53,7 @@ class ForkServer:
         self._context.set_forkserver_preload([PRELOAD_TRACING, PRELOAD] if tracing else [PRELOAD])
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._probes: set[ForkServerProcess] = set()
+        self._pid: int | None = None
         self._starting = threading.Lock()  # a reload probes handlers on one thread while another starts a worker
 
     def start(self) -> None:
@@ -65,6 +67,7 @@ class ForkServer:
         try:
             with _nameless_main():
                 multiprocessing.forkserver.ensure_running()
+            self._look_who()
         except OSError as exc:  # its socket's path is too long, or there is no process to be had
             raise StartError(f"the fork server cannot be started: {exc}; is TMPDIR too long a path?") from None
 
@@ -178,7 +181,16 @@ class ForkServer:
         process = self._context.Process(target=target, args=arguments, name=name)
         with self._starting, _nameless_main():
             process.start()
+            self._look_who()
         return process
+
+    def _look_who(self) -> None:
+        """Log it when there is another fork server than before. multiprocessing starts one when it finds none."""
+        pid = getattr(getattr(multiprocessing.forkserver, "_forkserver", None), "_forkserver_pid", None)
+        if self._pid is not None and pid != self._pid:
+            why = "the one before was killed or ended; the workers that it had started go on"
+            get_logger("supervisor").warning("fork_server_restarted", pid=pid, before=self._pid, why=why)
+        self._pid = pid
 
 
 class WorkerProcess:

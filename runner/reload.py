@@ -118,19 +118,27 @@ class Reloader:
             return self._refused("there is no configuration file to read again")
         if self._supervisor.leaving:
             return self._refused("nothing was changed: the runner is ending")
+        applying = False
         try:
-            config = await anyio.to_thread.run_sync(self._read, abandon_on_cancel=True)
-            known = {(agent.name, agent.handler) for agent in self._config.agents}
-            new = tuple(agent for agent in config.agents if (agent.name, agent.handler) not in known)
-            await anyio.to_thread.run_sync(check_handlers, new, self._fork_server, abandon_on_cancel=True)
-            # Those that are taken out are there while those that are new start.
-            self._make_room(len({spec.name for of in (self._config, config) for spec in worker_specs(of)}))
+            config = await self._checked(self._read)
+            applying = True
+            return await self._apply(config)
         except (ConfigError, StartError) as exc:
             return self._refused(f"nothing was changed: {exc}")
         except Exception as exc:  # noqa: BLE001 - a fault of ours must not end the runner, whose workers are well
             self._log.error("reload_fault", exc_info=exc)
-            return self._refused(f"nothing was changed: a fault of em-runner's own, {type(exc).__name__} (see the log)")
-        return await self._apply(config)
+            words = "it is not known what was changed" if applying else "nothing was changed"
+            why = f"{words}: a fault of em-runner's own, {type(exc).__name__} (see the log)"
+            return Reloaded(self._began_s, False, why, changed=applying)
+
+    async def _checked(self, read: ReadConfig) -> Config:
+        config = await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+        known = {(agent.name, agent.handler) for agent in self._config.agents}
+        new = tuple(agent for agent in config.agents if (agent.name, agent.handler) not in known)
+        await anyio.to_thread.run_sync(check_handlers, new, self._fork_server, abandon_on_cancel=True)
+        # Those that are taken out are there while those that are new start.
+        self._make_room(len({spec.name for of in (self._config, config) for spec in worker_specs(of)}))
+        return config
 
     async def _apply(self, config: Config) -> Reloaded:
         # These hold for as long as the runner does: its lock, its socket and its memory files are where they are.

@@ -218,6 +218,7 @@ async def test_fork_server_and_a_worker_killed_at_once_under_load_are_started_ag
                     f"registered again after {(time.monotonic() - began_s) * 1000:.0f} ms",
                 )
                 fork_server(running)
+        assert len(running.events("fork_server_restarted")) == 3
         report("kill -9 the fork server and a worker", str(load))
         load.assert_nothing_lost()
         calm.assert_nothing_lost()
