@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from runner.client import parse_url
+from runner.dashboard.view import views
 from runner.status import exit_status, grid, in_full, summary, view
 from runner.table import ErrorSource, WorkerRow, count, last_errors, latency, rate
 from shared.ipc import Mishap
@@ -256,6 +257,14 @@ def test_table_of_a_runner_that_is_gone_is_said_to_be_from_before() -> None:
     assert lines[0].startswith("What is below was before: no answer from http://127.0.0.1:9600")
     assert any("a_server" in line for line in lines)
     assert [line.rstrip() for line in seen(problem="no runner is known")] == ["no runner is known", ""]
+
+
+def test_error_that_is_cut_on_the_page_says_so() -> None:
+    (short,) = views([row(**wrong(handler=(0, "x" * 160)))], {})
+    (long,) = views([row(**wrong(handler=(0, "x" * 161)))], {})
+    assert short.brief.endswith(": " + "x" * 160)
+    assert long.brief.endswith(": " + "x" * 159 + "\u2026")
+    assert long.last_error.endswith("\n" + "x" * 161)
 
 
 def test_no_word_of_a_handler_moves_the_cursor() -> None:
