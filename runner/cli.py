@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from io import TextIOWrapper
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import anyio
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from runner import client
 from shared import logs, tokens
@@ -34,6 +37,8 @@ _out: Final = Console(
     soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if _on_terminal else 10_000
 )
 
+_NO_OPTION: Final = re.compile(r"-[^-a-zA-Z].*|-[^-].*\s.*", re.DOTALL)
+
 
 def _version(asked: bool) -> None:
     if asked:
@@ -48,6 +53,22 @@ def _url(text: str | None) -> str | None:
         return None if text is None else client.parse_url(text)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
+
+
+def _name(text: str | None) -> str | None:
+    if text == "":  # such as of a variable that is not set: nobody else is asked instead
+        raise typer.BadParameter("found an empty name; name one, or leave the option out")
+    return text
+
+
+class _TakesText(TyperCommand):
+    """A command whose argument may be any text, and so look like an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for word in takewhile(lambda word: word != "--", args):
+            if _NO_OPTION.fullmatch(word):
+                raise typer.BadParameter(f"{word!r} is taken for an option; a query that begins with '-' follows '--'")
+        return super().parse_args(ctx, args)
 
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration, a TOML file.")]
@@ -106,7 +127,7 @@ def _give_up_output() -> None:
 
 def _leave(message: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):
-        print(f"em-runner: {' '.join(message.split())}", file=sys.stderr)
+        print(f"em-runner: {logs.printable_line(message)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -288,11 +309,13 @@ def token(
     print(tokens.mint(secret, sub, ttl_s=ttl_s))
 
 
-@cli.command()
+@cli.command(cls=_TakesText)
 def query(
     text: Annotated[str, typer.Argument(help="The query.")],
-    agent: Annotated[str | None, typer.Option(help="Ask this agent; needed when there are several.")] = None,
-    worker: Annotated[str | None, typer.Option(help="Ask this worker.")] = None,
+    agent: Annotated[
+        str | None, typer.Option(callback=_name, help="Ask this agent; needed when there are several.")
+    ] = None,
+    worker: Annotated[str | None, typer.Option(callback=_name, help="Ask this worker.")] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to wait, in seconds.")] = 35.0,
     url: RunnerUrl = None,
     token_file: TokenFile = None,
@@ -307,19 +330,18 @@ def query(
     """
     base = client.find(url, state_dir.expanduser())
     asked = {"query": text} | {name: value for name, value in (("agent", agent), ("worker", worker)) if value}
-    hint = "is the runner up? A query may take longer: --timeout-s"
+    late = "is the runner up? A query may take longer: --timeout-s"
     try:
-        answer = client.call(base, "/agent/query", asked, token=_token(token_file), timeout_s=timeout_s, hint=hint)
+        answer = client.call(base, "/agent/query", asked, token=_token(token_file), timeout_s=timeout_s, late=late)
     except client.NotText as exc:
         _leave(str(exc), 2)
     if answer.status == 200 and isinstance(answer.body, dict) and "results" in answer.body:
         _print_json(answer.body["results"])
         return
-    message = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
-    if answer.status == 200:
-        _leave(f"what answers at {base} is not em-runner", EXIT_FAILED)
+    if not client.is_refusal(answer):
+        raise client.not_a_runner(base)
     who = f" ({answer.worker})" if answer.worker else ""
-    _leave(f"{answer.status}: {message}{who}{client.advice(answer)}", client.exit_status(answer.status))
+    _leave(f"{answer.status}: {answer.body['error']}{who}{client.advice(answer)}", client.exit_status(answer.status))
 
 
 @cli.command("status")
@@ -335,7 +357,8 @@ def show_status(
 ) -> None:
     """Show the workers of a running runner, each with its state, its counts and its last error.
 
-    Exit status: 0 when all workers are ready, 1 when not all are, 2 when no runner could be asked, or it refused.
+    Exit status: 0 when all workers are ready, 1 when not all are or there are none, 2 when no runner could be asked, or it
+    refused.
 
     Example: em-runner status --watch
     """
@@ -387,7 +410,7 @@ def _overridden(config: Config, http: str | None, state_dir: Path | None) -> Con
 def _print_json(value: Any) -> None:
     import msgspec
 
-    print(msgspec.json.format(msgspec.json.encode(value)).decode())
+    print(logs.printable_json(msgspec.json.format(msgspec.json.encode(value)).decode()))
 
 
 def _welcome(http: HttpAddress, nodes_at: list[str]) -> None:

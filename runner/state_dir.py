@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
 import shutil
 import time
 from collections import deque
@@ -143,6 +144,9 @@ def read_address(path: Path) -> Address | None:
 
     One that was killed could not take its address back: who holds the lock is asked of the kernel, for its pid and
     its port may be somebody else's by now.
+
+    Raises:
+        StartError: when this user may not look.
     """
     try:
         address = msgspec.json.decode((path / "runner.json").read_bytes(), type=Address)
@@ -150,9 +154,27 @@ def read_address(path: Path) -> Address | None:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return address
+    except PermissionError:
+        raise StartError(_not_for_us(path)) from None
     except (OSError, UnicodeDecodeError, msgspec.DecodeError):
         pass
     return None
+
+
+def _not_for_us(path: Path) -> str:
+    owner = "USER"
+    for folder in (path, *path.parents):  # nobody sees whose a folder is that is in one they may not enter
+        with contextlib.suppress(OSError):
+            uid = folder.stat().st_uid
+            try:
+                owner = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                owner = f"'#{uid}'"
+            break
+    return (
+        f"the state folder {path} may not be read by this user; ask as its owner, with 'sudo -u {owner}', or "
+        "name the runner's address with --url"
+    )
 
 
 def read_reload(path: Path, since_s: float = 0.0) -> Reloaded | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Final
 
@@ -51,7 +52,7 @@ def fetch(base: str, token: str | None, timeout_s: float = 10.0) -> Table:
     """
     answer = client.call(base, "/workers", token=token, timeout_s=timeout_s)
     if answer.status == 404:
-        raise StartError(f"what answers at {base} is not em-runner")
+        raise client.not_a_runner(base)
     if answer.status != 200:
         words = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
         advice = "; name the file with the token as --token-file" if answer.status == 401 else ""
@@ -59,18 +60,31 @@ def fetch(base: str, token: str | None, timeout_s: float = 10.0) -> Table:
     try:
         return msgspec.convert(answer.body, Table)
     except msgspec.ValidationError:
-        raise StartError(f"what answers at {base} is not em-runner, or one of another version") from None
+        raise _of_another_version(base, token, timeout_s) from None
+
+
+def _of_another_version(base: str, token: str | None, timeout_s: float) -> StartError:
+    from runner.metrics import version
+
+    document = client.call(base, "/openapi.json", token=token, timeout_s=timeout_s).body
+    match document:
+        case {"info": {"title": "em-runner", "version": running}}:
+            return StartError(
+                f"the runner at {base} is em-runner {printable_line(running)}, and this command {version()}: start the "
+                "runner anew after an upgrade, or ask it with the command of its own version"
+            )
+    return client.not_a_runner(base)
 
 
 def exit_status(rows: Sequence[WorkerRow]) -> int:
-    """Return 0 when every worker is ready, else 1."""
-    return 0 if all(row.state == "ready" for row in rows) else EXIT_NOT_READY
+    """Return 0 when every worker is ready, else 1: none is not all is well."""
+    return 0 if rows and all(row.state == "ready" for row in rows) else EXIT_NOT_READY
 
 
 def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
     """Return the rows as a table; of the width of a terminal, a row is one line, and what matters least is left out."""
     columns, room = _fitting(rows, width)
-    reasons = [_cut(_reason(row)) for row in rows]
+    reasons = [table.brief(_reason(row), LONGEST_REASON) for row in rows]
     grid = Grid(box=None, pad_edge=False, expand=width is not None, padding=(0, _GAP, 0, 0))
     for heading in columns:
         grid.add_column(heading, justify="left" if heading in ("worker", "state", "node") else "right", no_wrap=True)
@@ -83,19 +97,25 @@ def grid(rows: Sequence[WorkerRow], width: int | None = None) -> Grid:
 
 
 def in_full(rows: Sequence[WorkerRow], width: int | None) -> Text:
-    """Return why workers are not ready, where the table has no room for it: a paragraph for each, or nothing."""
-    room = _fitting(rows, width)[1]
-    cut = [row for row in rows if row.state != "ready" and len(_reason(row)) > min(room, LONGEST_REASON)]
-    return _wrapped("".join(f"{row.name}: {_reason(row)}\n" for row in cut))
+    """Return why workers are not ready, where the table has no room for it: a paragraph for each why, or nothing."""
+    return _wrapped("".join(f"{each}\n" for each in _paragraphs(rows, _fitting(rows, width)[1])))
+
+
+def _paragraphs(rows: Sequence[WorkerRow], room: int) -> list[str]:
+    """Return each why that is longer than the room in a row, and whose it is."""
+    whose: dict[str, list[str]] = {}
+    for row in rows:
+        if row.state != "ready" and len(_reason(row)) > min(room, LONGEST_REASON):
+            whose.setdefault(_reason(row), []).append(row.name)
+    return [
+        f"{', '.join(names[:2])}{f' and {more} more' if (more := len(names) - 2) > 0 else ''}: {why}"
+        for why, names in whose.items()
+    ]
 
 
 def _wrapped(text: str, style: str = "") -> Text:
     """Return a text that goes on in the next line, in a screen that cuts its lines otherwise, too."""
     return Text(text, style=style, no_wrap=False, overflow="fold")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 1]}\u2026"
 
 
 def _without_middle(name: str, longest: int) -> str:
@@ -105,7 +125,7 @@ def _without_middle(name: str, longest: int) -> str:
 
 
 def _reason(row: WorkerRow) -> str:
-    return printable_line(row.detail or _last_error(row))
+    return printable_line(table.why(row) or _last_error(row))
 
 
 def _fitting(rows: Sequence[WorkerRow], width: int | None) -> tuple[dict[str, list[Text]], int]:
@@ -113,14 +133,21 @@ def _fitting(rows: Sequence[WorkerRow], width: int | None) -> tuple[dict[str, li
     whole = _columns(rows)
     if width is None:
         return whole, LONGEST_REASON
-    left = width - min(LEAST_REASON, max((len(_reason(row)) for row in rows), default=0))
+    longest_reason = min(max((len(_reason(row)) for row in rows), default=0), LONGEST_REASON)
+    # A column that says nothing goes before the reason is cut, and one that does only before it is cut to a word.
+    useful = [name for name in _SPENT_FIRST if any(cell.plain not in ("", "0") for cell in whole.get(name, ()))]
+    empty = [name for name in _SPENT_FIRST if name in whole and name not in useful]
     spent: list[str] = []
-    for heading in _SPENT_FIRST:
-        if sum(_width(name, whole[name]) for name in whole if name not in spent) > left:
+
+    def fits(kept: Iterable[str], name: str) -> bool:
+        reserve = longest_reason if name in empty else min(LEAST_REASON, longest_reason)
+        return sum(_width(each, whole[each]) for each in kept) <= width - reserve
+
+    for heading in (*empty, *useful):
+        if not fits((name for name in whole if name not in spent), heading):
             spent.append(heading)
     for heading in reversed(spent[:]):  # what is narrow may fit where what is wide did not
-        kept = [name for name in whole if name not in spent or name == heading]
-        if sum(_width(name, whole[name]) for name in kept) <= left:
+        if fits((name for name in whole if name not in spent or name == heading), heading):
             spent.remove(heading)
     columns = {name: cells for name, cells in whole.items() if name not in spent}
     room = width - sum(_width(name, cells) for name, cells in columns.items())
@@ -200,16 +227,40 @@ def view(rows: Sequence[WorkerRow], width: int | None, height: int | None, probl
         problem: why it cannot be had now; empty when it can.
     """
     told = f"What is below was before: {problem}" if rows else problem
-    parts = [_wrapped(told, "bold red") if problem else summary(rows), Text("")]
-    lines = 1 + (len(told) // width + 1 if problem and width else 1)
-    left_out = 0 if height is None else max(len(rows) - max(height - lines - 2, 1), 0)
-    if left_out:
-        rows = sorted(rows, key=lambda row: row.state == "ready")[: len(rows) - left_out]
-    shown: list[RenderableType] = [*parts]
+    shown: list[RenderableType] = [_wrapped(told, "bold red") if problem else summary(rows), Text("")]
+    room = None if height is None else height - 3 - (len(told) // width if problem and width else 0)
+    rows, paragraphs, left_out = _chosen(
+        rows, width, room, [] if problem else _paragraphs(rows, _fitting(rows, width)[1])
+    )
     if rows:
         shown.append(Styled(grid(rows, width), "dim") if problem else grid(rows, width))
     if left_out:
         shown.append(Text(f"and {left_out} more that do not fit", style="dim"))
-    elif not problem and (reasons := in_full(rows, width)):
-        shown.append(reasons)  # where it does not fit, the screen cuts it off
+    if paragraphs:
+        shown.append(_wrapped("\n".join(paragraphs)))
     return Group(*shown)
+
+
+def _chosen(
+    rows: Sequence[WorkerRow], width: int | None, room: int | None, paragraphs: list[str]
+) -> tuple[Sequence[WorkerRow], list[str], int]:
+    """Return the rows and the paragraphs of why that so many lines have room for, and how many rows have none.
+
+    First come the rows that are not ready, then why, then those that are ready.
+    """
+    heights = [len(textwrap.wrap(each, width, break_on_hyphens=False)) if width else 1 for each in paragraphs]
+    if room is None or len(rows) + sum(heights) <= room:
+        return rows, paragraphs, 0
+    by_need = sorted(rows, key=lambda row: row.state == "ready")
+    not_ready = sum(row.state != "ready" for row in rows)
+    # A third of the screen is for why, however many are not ready.
+    left = max(room - 1 - not_ready, room // 3)
+    told: list[str] = []
+    for paragraph, lines in zip(paragraphs, heights, strict=True):
+        if lines > left:
+            break
+        told.append(paragraph)
+        left -= lines
+    room -= sum(heights[: len(told)])
+    kept = max(room - 1, 1) if len(rows) > room else len(rows)
+    return (by_need[:kept] if kept < len(rows) else rows), told, len(rows) - kept

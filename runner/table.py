@@ -138,6 +138,18 @@ def _state(row: WorkerRow) -> str:
     return f"{row.state}: {row.detail}" if row.detail else row.state
 
 
+def why(row: WorkerRow) -> str:
+    """Return why a worker is in its state, with what comes next where that is not plain; empty with nothing to say."""
+    if row.state != "failed":
+        return row.detail
+    return f"{row.detail}; it is tried again within a minute".removeprefix("; ")
+
+
+def brief(text: str, longest: int) -> str:
+    """Return a text, or as much of its beginning as there is room for, with a sign that it goes on."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}\u2026"
+
+
 def summary(ready: int, workers: int) -> str:
     """Return one line that says how it stands."""
     return f"{ready} of {workers} worker{'' if workers == 1 else 's'} ready"

@@ -10,6 +10,7 @@ import msgspec
 from runner.process import ForkServer
 from shared.errors import ConfigError
 from shared.handlers import parse_handler
+from shared.logs import printable_json
 from shared.trial import Trial
 
 _ADVICE = (
@@ -50,8 +51,8 @@ def try_out(handler: str, text: str, memory: str, timeout_s: float) -> Report:
 def _told(trial: Trial) -> Report:
     lines = []
     if trial.result is not None:
-        lines.append(f"result  {_indented(msgspec.json.format(trial.result).decode())}")
-    lines.append(f"memory  {trial.memory}")
+        lines.append(f"result  {_indented(printable_json(msgspec.json.format(trial.result).decode()))}")
+    lines.append(f"memory  {printable_json(trial.memory)}")
     if trial.seconds is not None:
         milliseconds = trial.seconds * 1000
         lines.append(f"time    {milliseconds:{'.3g' if milliseconds < 100 else '.0f'}} ms")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import contextvars
+import json
 import logging
 import os
 import sys
@@ -183,6 +184,11 @@ def escaped(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode() for char in text
     )
+
+
+def printable_json(text: str) -> str:
+    """Return JSON that means the same, with what no terminal may obey, or show otherwise than it is, as `\\u009b`."""
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
 
 def shortened(text: str, longest: int) -> str:

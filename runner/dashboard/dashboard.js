@@ -9,6 +9,7 @@ const NEWS_MS = 100;
 
 const byId = (id) => document.getElementById(id);
 let rows = new Map();
+let known = new Map(); // Each worker's cells as the stream has told them; it tells of each only what changes.
 let heardAt = performance.now();
 let fetching = false;
 let source = null;
@@ -41,13 +42,16 @@ function standing(row) {
   return { state: row.dataset.state, restarts: row.querySelector("[data-cell=restarts]").textContent };
 }
 
+// What is worth an interruption: whether a worker is ready, that it failed or was restarted. While its node hangs it
+// goes through the other states again and again.
 function change(name, before, now) {
-  if (before.state !== now.state) return `${name}: ${now.state}`;
+  const worth = (before.state === "ready") !== (now.state === "ready") || now.state === "failed";
+  if (before.state !== now.state && worth) return `${name}: ${now.state}`;
   // Too fast for its states to be seen. Of another runner's, or at another node, the count begins again.
   return before.restarts === now.restarts || now.restarts === "0" ? null : `${name}: restarted`;
 }
 
-// The keyboard stays at a worker: at its link in the list above the table, or in its row once it is not in that.
+// The keyboard stays at a worker: at its link in the list of those that are not ready, or in its row once it is ready.
 function focusOn(name) {
   const link = [...byId("troubled").querySelectorAll("a")].find((each) => each.dataset.name === name);
   const row = rows.get(name)?.querySelector("th");
@@ -55,7 +59,7 @@ function focusOn(name) {
   (link ?? row)?.focus({ preventScroll: row !== undefined && !link });
 }
 
-// Of many workers, those that are not ready, above the table. A link stays its worker's: somebody may be on it.
+// Of more than a few workers, those that are not ready, in the header. A link stays its worker's: somebody may be on it.
 function listTroubled() {
   const list = byId("troubled");
   const found = [...rows].filter(([, row]) => row.dataset.state !== "ready");
@@ -95,60 +99,89 @@ function tell(words) {
 }
 
 function take(update) {
-  if (update.version !== document.body.dataset.version) return void loadAnew();
+  for (const cells of update.changed) known.set(cells.name, { ...known.get(cells.name), ...cells });
+  if (update.version !== document.body.dataset.version) return void loadAnew(update.version);
   if (String(update.layout) !== byId("agents").dataset.layout) return void replaceTable();
-  const news = update.changed.map(show).filter((words) => words !== null);
+  alive();
+  const news = update.changed.map(({ name }) => show(known.get(name))).filter((words) => words !== null);
   listTroubled();
   put(byId("summary"), update.summary);
   document.title = `${update.summary} - em-runner`;
   tell(news);
 }
 
-// The runner was replaced by another version: its page and its script are others too. What was typed is kept.
-function loadAnew() {
-  const [query, target] = [byId("query"), byId("target")];
+// Asks for the page, and has `use` do something with it. While it cannot be had, what is shown is from before.
+async function withThePage(use) {
+  if (fetching) return;
+  fetching = true;
   try {
-    sessionStorage.setItem("typed", JSON.stringify([query.value, target.value, document.activeElement === query]));
-  } catch {
-    // A browser that keeps nothing for anybody.
+    const answer = await fetch("./", { cache: "no-store", signal: AbortSignal.timeout(SILENCE_MS) });
+    if (!answer.ok) throw new Error(`the page is answered ${answer.status}`);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (!page.body.dataset.version) throw new Error("something else answers in its place");
+    use(page);
+  } catch (error) {
+    lost(`This page could not be brought up to date: ${error.message}. What is shown is from before. Trying again.`, "stale");
+  } finally {
+    fetching = false;
   }
-  location.reload();
 }
 
-function takeUpWhatWasTyped() {
-  let typed = null;
+// The runner was replaced by another version: its page and its script are others too. What was typed, and what was
+// open, is kept. Not before that page is there: nobody stands by to mend what a proxy says meanwhile.
+function loadAnew(version) {
+  return withThePage((page) => {
+    if (page.body.dataset.version !== version) throw new Error("it is still the page of another version");
+    const [query, target] = [byId("query"), byId("target")];
+    try {
+      const kept = [query.value, target.value, document.activeElement === query, withOpenErrors()];
+      sessionStorage.setItem("typed", JSON.stringify(kept));
+    } catch {
+      // A browser that keeps nothing for anybody.
+    }
+    location.reload();
+  });
+}
+
+function takeUpWhatWasKept() {
+  let kept = null;
   try {
-    typed = JSON.parse(sessionStorage.getItem("typed"));
+    kept = JSON.parse(sessionStorage.getItem("typed"));
     sessionStorage.removeItem("typed");
   } catch {
     // As above.
   }
-  if (typed === null) return;
-  const [query, target, focused] = typed;
+  if (kept === null) return;
+  const [query, target, focused, open = []] = kept; // Another version's page may have kept less.
   byId("query").value = query;
   choose(target);
   if (focused) byId("query").focus({ preventScroll: true });
+  openErrors(open);
+}
+
+function withOpenErrors() {
+  return [...rows].filter(([, row]) => row.querySelector("details").open).map(([name]) => name);
+}
+
+function openErrors(names) {
+  for (const name of names) rows.get(name)?.querySelector("details").setAttribute("open", "");
 }
 
 // There are other workers than before: the runner has reloaded its configuration.
-async function replaceTable() {
-  if (fetching) return;
-  fetching = true;
-  try {
-    const answer = await fetch("./", { cache: "no-store" });
-    if (!answer.ok) throw new Error(`the page is answered ${answer.status}`);
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
-    const chosen = byId("target").value;
-    const opened = [...rows].filter(([, row]) => row.querySelector("details").open).map(([name]) => name);
-    const focused = document.activeElement;
+function replaceTable() {
+  return withThePage((page) => {
+    const [chosen, before] = [byId("target").value, new Map([...rows].map(([name, row]) => [name, standing(row)]))];
+    const [open, focused] = [withOpenErrors(), document.activeElement];
     const [inTable, inList] = [focused.closest("[data-worker]")?.dataset.worker, focused === byId("target")];
     const onLink = focused.closest("#troubled a")?.dataset.name ?? (focused.tagName === "TH" ? inTable : undefined);
-    const before = new Map([...rows].map(([name, row]) => [name, standing(row)]));
     for (const id of ["agents", "target", "summary", "troubled"]) byId(id).replaceWith(document.adoptNode(page.getElementById(id)));
     findRows();
+    // What the stream has told while the page was on its way is not told again.
+    for (const name of rows.keys()) if (known.has(name)) show(known.get(name));
+    listTroubled();
     choose(chosen);
     // What was open stays open, and the keyboard stays where it was.
-    for (const name of opened) rows.get(name)?.querySelector("details").setAttribute("open", "");
+    openErrors(open);
     if (inTable !== undefined && onLink === undefined) rows.get(inTable)?.querySelector("summary").focus();
     if (inList) byId("target").focus();
     if (onLink !== undefined) focusOn(onLink);
@@ -157,11 +190,8 @@ async function replaceTable() {
       ...[...rows].map(([name, row]) => before.has(name) && change(name, before.get(name), standing(row))).filter(Boolean),
       ...[...before.keys()].filter((name) => !rows.has(name)).map((name) => `${name} removed`),
     ]);
-  } catch (error) {
-    lost(`This page could not be brought up to date: ${error.message}. Trying again.`);
-  } finally {
-    fetching = false;
-  }
+    alive();
+  });
 }
 
 function choose(target) {
@@ -173,7 +203,6 @@ function choose(target) {
 }
 
 function alive() {
-  heardAt = performance.now();
   const was = byId("link").dataset.link;
   if (was !== undefined && was !== "live") tell([was === "gone" ? "The runner is back" : "The page is live again"]);
   document.body.classList.remove("gone");
@@ -183,7 +212,7 @@ function alive() {
 
 // What is shown is from before, whatever the reason.
 function lost(words, link = "gone") {
-  if (byId("link").dataset.link === link) return;
+  if (byId("link").dataset.link === link) return put(byId("link"), words); // That is no news, even in other words.
   document.body.classList.add("gone");
   byId("link").dataset.link = link;
   put(byId("link"), words);
@@ -193,7 +222,8 @@ function lost(words, link = "gone") {
 }
 
 function gone() {
-  const since = new Date(Date.now() - (performance.now() - heardAt)).toLocaleTimeString();
+  // With the date: a screen on a wall may say so for days.
+  const since = new Date(Date.now() - (performance.now() - heardAt)).toLocaleString();
   lost(`The runner is gone: nothing was heard of it since ${since}. What is shown is from before. Looking for it again.`);
   asking?.abort(new Error("the runner is gone"));
 }
@@ -217,6 +247,7 @@ async function afterTheEnd() {
 function listen() {
   clearTimeout(retry);
   source?.close();
+  known = new Map(); // A stream begins with all there is.
   const mine = (source = new EventSource("events"));
   const end = async () => {
     mine.close(); // Not its own retries: they end for good at the first answer that is not 200.
@@ -233,7 +264,7 @@ function listen() {
     }
   }, 1000);
   mine.onmessage = (event) => {
-    alive();
+    heardAt = performance.now();
     refusals = 0;
     take(JSON.parse(event.data));
     if (!document.hidden) return;
@@ -279,9 +310,10 @@ function pretty(text) {
 
 async function onSubmit(event) {
   event.preventDefault();
+  if (asking !== null) return; // That one is answered first.
   const form = event.currentTarget;
   const [button, answer, result] = [form.querySelector("button"), byId("answer"), byId("result")];
-  button.disabled = true;
+  button.setAttribute("aria-disabled", "true"); // One that is `disabled` would lose the keyboard's focus.
   result.hidden = true; // An answer stands below its own question alone.
   answer.classList.remove("failed");
   put(byId("verdict"), "asked");
@@ -298,9 +330,7 @@ async function onSubmit(event) {
     put(byId("verdict"), `No answer: ${unreachable ? "the runner cannot be reached; this page looks for it" : error.message}`);
   } finally {
     asking = null;
-    button.disabled = false;
-    // A button that is disabled loses the focus; whoever has gone elsewhere meanwhile stays there.
-    if (document.activeElement === document.body) byId("query").focus();
+    button.removeAttribute("aria-disabled");
   }
 }
 
@@ -312,16 +342,19 @@ function onNoTarget() {
 
 findRows();
 put(byId("link"), "connecting"); // Without a script it says that the page has to be loaded again.
+// What sticks below the header, and what is scrolled to, keeps clear of it, however high it is now.
+new ResizeObserver(([header]) => {
+  document.documentElement.style.setProperty("--header", `${header.borderBoxSize[0].blockSize}px`);
+}).observe(document.querySelector("header"));
 byId("ask").hidden = byId("to-ask").hidden = false;
 byId("ask").querySelector("form").addEventListener("submit", onSubmit);
 byId("query").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  // Not by a button that is disabled while a question is asked: that one is answered first.
-  if (asking === null) event.target.form.requestSubmit();
+  event.target.form.requestSubmit();
 });
 byId("ask").addEventListener("invalid", (event) => event.target === byId("target") && onNoTarget(), true);
-takeUpWhatWasTyped();
+takeUpWhatWasKept();
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) listen();
 });

@@ -19,7 +19,18 @@ from starlette.types import Receive, Scope, Send
 
 from runner.answers import unavailable
 from runner.dashboard import ASSETS
-from runner.dashboard.view import GLANCE, SPARK_HEIGHT, SPARK_WIDTH, Update, View, layout, summary, troubled, views
+from runner.dashboard.view import (
+    GLANCE,
+    SPARK_HEIGHT,
+    SPARK_WIDTH,
+    Update,
+    View,
+    changes,
+    layout,
+    summary,
+    troubled,
+    views,
+)
 from runner.metrics import version
 from runner.table import WorkerRow
 
@@ -115,7 +126,7 @@ class Dashboard:
         while True:
             over = self._over.is_set()  # what is told after that is the last there is to tell
             rows = self._now()
-            changed = [row for row in rows if sent.get(row.name) != row]
+            changed = [cells for row in rows if (cells := changes(sent.get(row.name), row))]
             if changed or len(rows) != len(sent) or time.monotonic() - told_s >= QUIET_S:
                 update = Update(version=version(), summary=summary(rows), layout=layout(rows), changed=changed)
                 yield b"data: %b\n\n" % msgspec.json.encode(update)

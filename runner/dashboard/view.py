@@ -17,8 +17,9 @@ SPARK_WIDTH: Final = 2 * STEPS
 SPARK_HEIGHT: Final = 20
 """The size of a sparkline's view box; the page's template has it too."""
 
-GLANCE: Final = 8
-"""Past so many workers those that are not ready are listed above the table; the page's script knows it from there."""
+GLANCE: Final = 2
+"""Past so many workers those that are not ready are listed in the page's head; its script knows it from there. Two
+cards are in view on a phone, more are not on every screen."""
 
 _LONGEST_BRIEF: Final = 160
 
@@ -56,13 +57,21 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
         version: em-runner's: the page of another one is another page.
         summary: how it stands, in words.
         layout: changes when there are other workers than before, or in another order: then the page is asked for anew.
-        changed: the workers whose cells are not those of the event before; at first all.
+        changed: of the workers whose cells are not those of the event before, the name and those cells; at first all.
     """
 
     version: str
     summary: str
     layout: int
-    changed: list[View]
+    changed: list[dict[str, str]]
+
+
+def changes(before: View | None, now: View) -> dict[str, str]:
+    """Return a worker's name and its cells that are not as before, all where there was none; nothing where all are."""
+    if before is None:
+        return msgspec.structs.asdict(now)
+    found = {name: cell for name in now.__struct_fields__ if (cell := getattr(now, name)) != getattr(before, name)}
+    return {"name": now.name, **found} if found else {}
 
 
 def views(rows: Sequence[WorkerRow], rates: Mapping[str, Sequence[float]]) -> list[View]:
@@ -91,7 +100,7 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         agent=row.agent,
         node=row.node,
         state=row.state,
-        detail=row.detail,
+        detail=table.why(row),
         uptime="" if row.pid is None else table.uptime(row.uptime_s),
         rate=table.rate(row.queries_per_s),
         spark=_spark(rates),
@@ -103,7 +112,7 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         unanswered=table.count(row.unanswered),
         restarts=table.count(row.restarts),
         brief="\n".join(
-            f"{each.source}, {table.ago(each.at)}: {printable_line(each.error)[:_LONGEST_BRIEF]}"
+            f"{each.source}, {table.ago(each.at)}: {table.brief(printable_line(each.error), _LONGEST_BRIEF)}"
             for each in row.last_errors
         ),
         last_error="\n\n".join(map(_in_full, row.last_errors)),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import pty
+import pwd
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
@@ -62,6 +67,9 @@ async def test_status_tells_people_programs_and_scripts_how_it_stands(tmp_path: 
             node_itself = await status("--url", node.url.replace("ws://", "http://"))
             assert node_itself.returncode == 2
             assert "is not em-runner" in node_itself.stderr
+            asked = await command("query", "x", "--url", node.url.replace("ws://", "http://"))
+            assert asked.returncode == 1
+            assert b"is not em-runner" in asked.stderr
 
             refused = await status(*where)
             assert refused.returncode == 2
@@ -161,10 +169,12 @@ async def test_nobody_is_asked_by_the_address_of_a_runner_that_was_killed(tmp_pa
 
 async def test_query_that_is_refused_says_what_to_do(tmp_path: Path, anyio_backend: object) -> None:
     handlers = """
-import time
+import os, time
 def handle(body, memory):
     if body == "fail":
         raise ValueError("no")
+    if body == "die":
+        os._exit(3)
     time.sleep(float(body))
     return body, memory
 """
@@ -178,11 +188,157 @@ def handle(body, memory):
             (["fail", "--agent", "a"], 3, b"500: handler_failed (a_server); the traceback is in the runner's log"),
             (["2", "--agent", "a", "--timeout-s", "0.3"], 1, b"none within 0.3 s; is the runner up? A query may take"),
             ([b"\xff", "--agent", "a"], 2, b"the query is no text in UTF-8"),
+            (["die", "--agent", "a"], 4, b"; em-runner status says why"),
         ):
             done = await command("query", *arguments, *where)  # type: ignore[arg-type]
             assert done.returncode == status, done.stderr
             assert says in done.stderr
             assert done.stderr.count(b"\n") == 1
+
+
+async def test_words_that_cannot_be_meant_are_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+    where = ("--state-dir", str(tmp_path))
+    for arguments, status, says in (
+        (["-5"], 2, b"follows '--'"),
+        (["- a list"], 2, b"follows '--'"),
+        (["-what is new?"], 2, b"follows '--'"),
+        (["x", "--agent", ""], 2, b"empty name"),
+        (["x", "--worker", ""], 2, b"empty name"),
+        (["x", "--url", "http://:s3cr3t@127.0.0.1:9600"], 2, b"--token-file"),
+        (["--", "-5"], 1, b"no runner is known"),
+    ):
+        done = await command("query", *where, *arguments)
+        assert (done.returncode, done.stdout) == (status, b""), arguments
+        assert says in b" ".join(done.stderr.translate(None, "\u2502|".encode()).split())
+        assert b"s3cr3t" not in done.stderr
+
+
+async def test_state_folder_of_another_user_is_said_to_be_that(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o700)
+    (folder / "runner.json").write_text("{}")
+    ask = """
+import os, sys, pathlib
+from runner import client
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+else:
+    os.chmod(sys.argv[1], 0)
+for known in (lambda path: client.find(None, path), client.reload):
+    try:
+        known(pathlib.Path(sys.argv[1]))
+    except client.StartError as exc:
+        print(exc)
+"""
+    done = await anyio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [sys.executable, "-c", ask, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+    )
+    folder.chmod(0o700)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    for line in lines:
+        assert f"{folder} may not be read by this user" in line
+        assert f"'sudo -u {pwd.getpwuid(os.getuid()).pw_name}'" in line
+        assert "--url" in line
+
+
+@contextmanager
+def answering(
+    status: int, body: bytes, headers: dict[str, str] | None = None, **at: bytes
+) -> Iterator[tuple[str, list[str]]]:
+    """Something that answers whatever is asked, or with the bodies in `at` by the last word of the path."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(at.get(self.path.rpartition("/")[2].partition(".")[0], body))
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Nobody reads it."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+async def test_token_is_sent_nowhere_a_redirect_leads(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("let-me-in")
+    secret.chmod(0o600)
+    with answering(200, b'{"workers":[],"results":1}') as (elsewhere, asked_elsewhere):
+        for location, named in ((f"{elsewhere}/login\x9b", f"{elsewhere}/login?"), (f"{elsewhere}/workers", elsewhere)):
+            with answering(302, b"", {"location": location}) as (url, asked):
+                for arguments, status in ((["status"], 2), (["query", "x"], 1)):
+                    done = await command(*arguments, "--url", url, "--token-file", str(secret))
+                    assert (done.returncode, done.stdout) == (status, b"")
+                    assert f"{url} answers 302 to {elsewhere}".encode() in done.stderr
+                    assert b"--url" in done.stderr
+                    assert b"let-me-in" not in done.stderr
+                    if arguments == ["status"]:
+                        assert f" to {named}, which is not followed".encode() in done.stderr
+                assert len(asked) == 2
+        assert asked_elsewhere == []
+
+
+async def test_what_is_no_runner_or_another_one_is_told_from_one_that_is_up(tmp_path: Path) -> None:
+    old = b'{"workers":[{"name":"a_server","state":"ready"}]}'
+    document = b'{"info":{"title":"em-runner","version":"0.0.7"}}'
+    for status, body, tls, says in (
+        (502, b"<html>Bad Gateway</html>", False, b"502 from http://127.0.0.1:"),
+        (502, b"<html>Bad Gateway</html>", False, b"; is the runner behind it up?"),
+        (404, b"<html>", False, b"is not em-runner"),
+        (404, b'{"error":"not_found"}', False, b"is not em-runner"),
+        (200, b"{}", False, b"is not em-runner"),
+        (200, b"{}", True, b"its address begins with http://"),
+    ):
+        with answering(status, body) as (url, _):
+            for arguments, left_with in ((["status"], 2), (["query", "x"], 1)):
+                done = await command(*arguments, "--url", url.replace("http", "https") if tls else url)
+                assert (done.returncode, done.stdout) == (left_with, b"")
+                assert says in done.stderr
+                assert b"--timeout-s" not in done.stderr
+    with answering(200, old, openapi=document) as (url, _):
+        done = await command("status", "--url", url)
+        assert done.returncode == 2
+        assert b"is em-runner 0.0.7, and this command " in done.stderr
+        assert b"after an upgrade" in done.stderr
+    with answering(200, b'{"workers":[]}') as (url, _):
+        done = await command("status", "--url", url)
+        assert done.returncode == 1
+        assert b"0 of 0 workers ready" in done.stdout
+    done = await command("query", "x", "--url", url)
+    assert done.returncode == 1
+    assert b"Connection refused" in done.stderr
+    assert b"--timeout-s" not in done.stderr, "nobody waited"
+
+
+async def test_no_word_of_a_handler_is_obeyed_by_a_terminal(tmp_path: Path, anyio_backend: object) -> None:
+    text = "\x1b[31m \x9b31m \x7f \u202e \U000e0041 \u00e9"
+    handlers = f"def handle(body, memory):\n    return {text!a}, {{'last': {text!a}}}\n"
+    async with cluster(tmp_path, agent("a", ["127.0.0.1:9"]), handlers=handlers) as running:
+        await running.wait_up("a_server")
+        done = await command("query", "x", "--state-dir", str(running.state_dir))
+    tried = await command("try", f"{tmp_path / 'handlers.py'}:handle", "x")
+    assert json.loads(done.stdout) == text
+    for shown in (done.stdout, tried.stdout):
+        assert b"\\u009b31m \\u007f \\u202e \\udb40\\udc41 \xc3\xa9" in shown
+        assert all(char.isprintable() or char == "\n" for char in shown.decode())
 
 
 async def test_terminal_of_one_who_watched_is_as_it_was_after_a_signal(tmp_path: Path) -> None:

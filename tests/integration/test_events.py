@@ -45,8 +45,24 @@ async def test_events_tell_the_table_and_then_its_changes(tmp_path: Path, node: 
             # Nothing counts but the end: whoever looks on keeps no runner from it.
             assert await running.stop() == 0
             await until(lambda: running.process.poll() is not None, "it has ended", 5)
-            states = [row["state"] async for event in told for row in event["changed"]]
+            states = [row["state"] async for event in told for row in event["changed"] if "state" in row]
             assert states[-2:] == ["stopped", "stopped"]
+
+
+async def test_events_tell_only_the_cells_that_changed(tmp_path: Path) -> None:
+    async with cluster(tmp_path, agent("a", ["127.0.0.1:9"]), connection="reconnect_interval_ms = 60000") as running:
+        await running.wait_state("a_server", "backoff")
+        async with running.http.stream("GET", "/events") as answer:
+            told = events(answer)
+            (whole,) = (await anext(told))["changed"]
+            assert "Connection refused" in whole["last_error"]
+            async for event in told:
+                for cells in event["changed"]:
+                    assert cells["name"] == "a_server"
+                    assert not {"agent", "node", "state", "detail", "spark", "last_error"} & set(cells), cells
+                    whole |= cells
+                if whole["uptime"] == "3s":
+                    break
 
 
 async def test_streams_are_bounded_and_given_back(tmp_path: Path, node: Node) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from runner.client import parse_url
+from runner.dashboard.view import views
 from runner.status import exit_status, grid, in_full, summary, view
 from runner.table import ErrorSource, WorkerRow, count, last_errors, latency, rate
 from shared.ipc import Mishap
@@ -141,7 +142,7 @@ def test_rate_has_a_decimal_place_only_where_it_says_something(per_s: float, sho
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 150])
 def test_narrow_terminal_does_without_columns_and_cuts_no_name(width: int) -> None:
     rows = (
-        row("word_counter_server_2", queries=123_456, p50_s=0.001, **wrong(handler=(0, "x" * 300))),
+        row("word_counter_server_2", queries=123_456, p50_s=0.001, restarts=1, **wrong(handler=(0, "x" * 300))),
         row("b", "registering"),
     )
     heading, *lines, _ = printed(*rows, width=width)
@@ -185,7 +186,7 @@ def test_large_counts_are_short(number: int, shown: str) -> None:
 @pytest.mark.parametrize("width", [60, 80, 120, 132])
 def test_why_a_worker_is_not_ready_is_told_in_whole_where_a_row_has_no_room_for_it(width: int) -> None:
     why = "cannot connect to disco.example.com:8080: Name or service not known"
-    rows = row("word_counter_server", "backoff", detail=why), row("b", detail=""), row("c", "failed", detail="short")
+    rows = row("word_counter_server", "backoff", detail=why), row("b", detail=""), row("c", "backoff", detail="short")
     told = in_full(rows, width).plain
     assert told in (f"word_counter_server: {why}\n", "")
     assert why in told + "".join(printed(*rows, width=width)).replace("  ", "")
@@ -193,9 +194,28 @@ def test_why_a_worker_is_not_ready_is_told_in_whole_where_a_row_has_no_room_for_
     assert in_full(rows, None).plain == ""
 
 
+def test_column_that_says_nothing_goes_before_the_reason_is_cut() -> None:
+    why = "cannot connect to disco.example.com:8080: Name or service not known"
+    rows = row("a_server", "backoff", detail=why, pid=None), row("b_server", "backoff", pid=None, queries=7)
+    heading, first, *_ = printed(*rows, width=120)
+    assert why in first
+    assert "queries" in heading
+    assert not {"errors", "restarts", "p50", "pid"} & set(heading.split())
+    heading, first, *_ = printed(*(row(each.name, errors=1, restarts=1) for each in rows), width=150)
+    assert {"errors", "restarts", "p50"} <= set(heading.split()), "where there is room for all, all are there"
+
+
+def test_worker_that_failed_is_said_to_be_tried_again() -> None:
+    rows = row("a", "failed", detail="killed by SIGKILL"), row("b", "failed")
+    _, first, second, _ = printed(*rows)
+    assert "killed by SIGKILL; it is tried again within a minute" in first
+    assert second.rstrip().endswith("  it is tried again within a minute")
+
+
 def test_exit_status_says_whether_all_are_ready() -> None:
     assert exit_status([row(), row("b_server")]) == 0
     assert exit_status([row(), row("b_server", "backoff")]) == 1
+    assert exit_status([]) == 1, "of nothing it cannot be said that all is well"
 
 
 def seen(*rows: WorkerRow, height: int | None = None, problem: str = "") -> list[str]:
@@ -216,11 +236,35 @@ def test_of_more_workers_than_fit_those_that_are_not_ready_are_seen() -> None:
     assert "that do not fit" not in seen(*rows[:6], height=10)[-1]
 
 
+def test_why_workers_are_not_ready_goes_before_the_rows_of_those_that_are() -> None:
+    why = "cannot connect to disco.example.com:8080: " + "Name or service not known " * 5
+    rows = [row(f"w{number}", "backoff" if number >= 37 else "ready", detail=why) for number in range(40)]
+    lines = seen(*rows, height=12)
+    assert len(lines) <= 12
+    assert [line.split()[0] for line in lines[3:6]] == ["w37", "w38", "w39"]
+    assert "".join(lines).count("Name or service not known") > 5, "it is told in whole, once"
+    assert any(line.startswith("w37, w38 and 1 more: cannot connect") for line in lines)
+    assert any(line.startswith("w0 ") for line in lines), "what room is left is theirs"
+    # Of more than there is room for: some rows, and why.
+    lines = seen(*[row(f"w{number}", "backoff", detail=why) for number in range(40)], height=12)
+    assert len(lines) <= 12
+    assert any(line.startswith("w0, w1 and 38 more: cannot connect") for line in lines)
+    assert sum("backoff" in line for line in lines) >= 5
+
+
 def test_table_of_a_runner_that_is_gone_is_said_to_be_from_before() -> None:
     lines = seen(row(), problem="no answer from http://127.0.0.1:9600")
     assert lines[0].startswith("What is below was before: no answer from http://127.0.0.1:9600")
     assert any("a_server" in line for line in lines)
     assert [line.rstrip() for line in seen(problem="no runner is known")] == ["no runner is known", ""]
+
+
+def test_error_that_is_cut_on_the_page_says_so() -> None:
+    (short,) = views([row(**wrong(handler=(0, "x" * 160)))], {})
+    (long,) = views([row(**wrong(handler=(0, "x" * 161)))], {})
+    assert short.brief.endswith(": " + "x" * 160)
+    assert long.brief.endswith(": " + "x" * 159 + "\u2026")
+    assert long.last_error.endswith("\n" + "x" * 161)
 
 
 def test_no_word_of_a_handler_moves_the_cursor() -> None:
@@ -249,6 +293,7 @@ def test_what_is_no_address_is_said_to_be_none(text: str) -> None:
 
 
 def test_password_in_an_address_is_refused_and_not_repeated() -> None:
-    with pytest.raises(ValueError, match=r"such as http://127\.0\.0\.1:9600") as caught:
-        parse_url("http://me:s3cr3t@127.0.0.1:9600")
-    assert "s3cr3t" not in str(caught.value)
+    for password in ("s3cr3t", "s3cr3t/s3cr3t", "s3cr3t#"):
+        with pytest.raises(ValueError, match=r"a password in it is not taken.*--token-file") as caught:
+            parse_url(f"http://me:{password}@127.0.0.1:9600")
+        assert "s3cr3t" not in str(caught.value)
