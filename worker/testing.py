@@ -127,8 +127,24 @@ class AgentUnderTest:
         Raises:
             HandlerFailed: when the handler failed, took longer than its time, or gave what a node does not take.
             ValueError: when the text cannot be sent.
-            RuntimeError: when the agent runs no more.
+            RuntimeError: when the agent runs no more, or the query before was not waited for.
         """
+        return self._answered(text, [])
+
+    async def ask_async(self, text: str) -> list[Any]:
+        """Ask as `ask` does, while the event loop of the test goes on: a server of its own may answer the handler."""
+        asked: list[Future[list[Any]]] = []
+        try:
+            return await anyio.to_thread.run_sync(self._answered, text, asked, abandon_on_cancel=True)
+        except BaseException as exc:
+            if not isinstance(exc, Exception):  # cancelled, by Ctrl-C too: the thread must not outlive the test
+                self._given_up = True
+                for one in asked:
+                    one.cancel()
+            raise
+
+    def _answered(self, text: str, begun: list[Future[list[Any]]]) -> list[Any]:
+        """Ask and wait; what is waited for is put into `begun`."""
         if not isinstance(text, str):
             raise TypeError(f"ask() takes a text, found a {type(text).__name__}")
         try:
@@ -138,21 +154,22 @@ class AgentUnderTest:
         with self._one_at_a_time:
             if self.hangs:
                 raise HandlerFailed(f"{self._why_hung}; a worker would have been replaced")
+            if self._given_up:
+                raise RuntimeError("the query before was not waited for; run another agent")
             asking = self._ask(text, _LOOP_HELD_UP if _is_on_a_loop() else "")
             try:
                 asked = asyncio.run_coroutine_threadsafe(asking, self._loop)
             except RuntimeError as exc:
                 asking.close()
                 raise RuntimeError(f"the agent under test runs no more: {exc}") from None
+            begun.append(asked)
+            if self._given_up:  # just now, and by one who did not see it begin
+                asked.cancel()
             try:
                 return self._waited_for(asked)
             except BaseException as exc:
                 self._given_up = self._given_up or not isinstance(exc, Exception)  # Ctrl-C
                 raise
-
-    async def ask_async(self, text: str) -> list[Any]:
-        """Ask as `ask` does, while the event loop of the test goes on: a server of its own may answer the handler."""
-        return await anyio.to_thread.run_sync(self.ask, text, abandon_on_cancel=True)
 
     def _waited_for(self, asked: Future[list[Any]]) -> list[Any]:
         ends_s = time.monotonic() + self._timeout_s + 2 * _PATIENCE_S

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from shared.errors import ConfigError
@@ -312,12 +313,20 @@ async def blocks(body, memory):
 """
 
 
+ASKS = "def test_it(run_agent):\n    run_agent('agents.py:{handler}', timeout_s=90).ask('x')\n"
+ASKS_ASYNC = """
+import asyncio
+def test_it(run_agent):
+    agent = run_agent('agents.py:{handler}', timeout_s=90)
+    asyncio.run(agent.ask_async('x'))
+"""
+
+
 @pytest.mark.parametrize("handler", ["sleeps", "waits", "blocks"])
-def test_ctrl_c_ends_a_test_whose_handler_does_not(handler: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asks", [ASKS, ASKS_ASYNC], ids=["plain", "async"])
+def test_ctrl_c_ends_a_test_whose_handler_does_not(asks: str, handler: str, tmp_path: Path) -> None:
     (tmp_path / "agents.py").write_text(WAITS)
-    (tmp_path / "test_it.py").write_text(
-        f"def test_it(run_agent):\n    run_agent('agents.py:{handler}', timeout_s=90).ask('x')\n"
-    )
+    (tmp_path / "test_it.py").write_text(asks.format(handler=handler))
     process = subprocess.Popen(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_it.py"],
         cwd=tmp_path,
@@ -370,6 +379,16 @@ async def test_server_of_the_tests_own_answers_the_handler_meanwhile(run_agent: 
         with pytest.raises(HandlerFailed) as told:
             await late.ask_async("x")
         assert "ask_async" not in str(told.value), "it is not at fault there"
+
+
+@pytest.mark.anyio
+async def test_query_that_is_not_waited_for_is_the_last_one(run_agent: RunAgent) -> None:
+    agent = run_agent(swallows_nothing, timeout_s=60)
+    with anyio.move_on_after(0.1) as limit:
+        await agent.ask_async("x")
+    assert limit.cancelled_caught
+    with pytest.raises(RuntimeError, match="the query before was not waited for"):
+        await agent.ask_async("x")
 
 
 async def swallows_nothing(body: str, memory: dict[Any, Any]) -> Any:
