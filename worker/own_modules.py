@@ -6,6 +6,7 @@ A worker is a process of its own and imports one agent's modules. A user's tests
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Final
 from shared.handlers import OUR_PACKAGES
 from worker.handler import file_of
 
+_TESTS: Final = re.compile(r"tests?|conftest|test_.*|.*_test")
 _INSTALLED: Final = frozenset({"site-packages", "dist-packages"})
 _PYTHONS: Final = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))
 _OURS: Final = tuple(Path(__file__).resolve().parents[1] / name for name in OUR_PACKAGES)
@@ -31,6 +33,7 @@ def own_modules(folder: Path) -> Iterator[None]:
     """
     home, entry, before = folder.resolve(), str(folder), dict(sys.modules)
     names = {file.stem for file in home.glob("*.py")} | {file.parent.name for file in home.glob("*/__init__.py")}
+    names = {name for name in names if not _TESTS.fullmatch(name)}  # those that run are not to find others' instead
     aside = {name: module for name, module in before.items() if name in names and _is_another_folders(module, home)}
     aside |= {name: module for name, module in before.items() if name.partition(".")[0] in aside}
     for name in aside:

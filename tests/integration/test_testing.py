@@ -445,6 +445,14 @@ def test_agents_of_two_folders_at_once_have_each_what_they_import_at_first(run_a
     assert one.ask("x") + other.ask("x") == [{"type": "a"}, {"type": "b"}]
 
 
+def test_tests_that_run_are_not_set_aside(run_agent: RunAgent, tmp_path: Path) -> None:
+    project(tmp_path / "tests", __init__="", agent="def handle(body, memory): return [], memory\n")
+    project(tmp_path, agent="def handle(body, memory): return [], memory\n", conftest="")
+    tests = sys.modules["tests"]
+    assert run_agent("agent:handle", folder=tmp_path).ask("x") == []
+    assert sys.modules["tests"] is tests
+
+
 def test_modules_and_path_are_afterwards_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         project(tmp_path / name, agent_b=AGENT, helper=f"WORD = {name!r}\n", later=f"WORD = {name!r}\n")
