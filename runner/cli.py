@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import sys
 from io import TextIOWrapper
@@ -269,7 +270,7 @@ def write_new(
     written = new.write(name, folder)
     inside = written[0].parent
     _out.print("\n".join(f"wrote {path}" for path in written))
-    _out.print(f"\nTry it:\n\n  cd {inside}\n  em-runner try {written[0].name}:handle 'red fish'")
+    _out.print(f"\nTry it:\n\n  cd {shlex.quote(str(inside))}\n  em-runner try {written[0].name}:handle 'red fish'")
     _out.print("  pytest                  # once before: pip install pytest\n  em-runner check")
     _out.print("  em-runner run --reload  # replaces it whenever it is saved")
 
@@ -289,7 +290,7 @@ def try_out(
     """
     from runner import trials
 
-    report = trials.try_out(handler, text, memory, timeout_s)
+    report = trials.try_out(handler, text, memory, timeout_s, lambda words: print(words, file=sys.stderr))
     print(report.text)
     if report.failed:
         _leave(report.failed, EXIT_HANDLER_FAILED)
@@ -357,8 +358,8 @@ def show_status(
 ) -> None:
     """Show the workers of a running runner, each with its state, its counts and its last error.
 
-    Exit status: 0 when all workers are ready, 1 when not all are or there are none, 2 when no runner could be asked, or it
-    refused.
+    Exit status: 0 when all workers are ready, 1 when not all are or there are none, 2 when no runner could be asked,
+    or it refused.
 
     Example: em-runner status --watch
     """

@@ -34,6 +34,9 @@ PRELOAD: Final = "worker.preload"
 PRELOAD_TRACING: Final = "worker.preload_tracing"
 SAFE_PATH: Final = "PYTHONSAFEPATH"
 PROBE_TIMEOUT_S: Final = 60.0
+SLOW_IMPORT_S: Final = 5.0
+"""How long an import may take before whoever waits for it is told."""
+
 STOP_GRACE_S: Final = 2.0
 """How much later than the process itself a call that is tried out is taken to hang."""
 
@@ -93,8 +96,12 @@ class ForkServer:
         """
         return tuple(self._ask(probe, (ref,), f"the handler {ref} is not imported after", PROBE_TIMEOUT_S))
 
-    def try_out(self, ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float) -> Trial:
+    def try_out(
+        self, ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float, tell: Callable[[str], None]
+    ) -> Trial:
         """Call a handler once in a process of its own. One that hangs or ends its process has failed.
+
+        `tell` is told when its import takes long.
 
         Raises:
             ConfigError: when it cannot be loaded.
@@ -102,7 +109,7 @@ class ForkServer:
         phase, told = IMPORTING, Trial(None, repr(memory), None, "")
         with self._probing(trial, (ref, text, memory, timeout_s)) as (process, receiver):
             try:
-                while receiver.poll(PROBE_TIMEOUT_S if phase == IMPORTING else timeout_s + STOP_GRACE_S):
+                while _heard(receiver, phase, timeout_s, tell):
                     news = receiver.recv()
                     if isinstance(news, Phase):
                         phase = news
@@ -145,7 +152,7 @@ class ForkServer:
         process: ForkServerProcess | None = None
         try:
             try:
-                process = self._start_process(target, (*arguments, sender), f"probe {arguments[0]}")
+                process = self._start_process(target, (*arguments, sender), _probe_name(arguments[0]))
             except (OSError, EOFError) as exc:
                 why = str(exc) or "the fork server died"
                 raise StartError(
@@ -171,10 +178,11 @@ class ForkServer:
             receiver.close()
             sender.close()
 
-    def abandon_probes(self) -> None:
-        """End the processes that still load handlers: nobody waits for what they find."""
+    def abandon_probes(self, ref: HandlerRef | None = None) -> None:
+        """End the processes that still load handlers, or this handler: nobody waits for what they find."""
         for process in list(self._probes):
-            process.kill()
+            if ref is None or process.name == _probe_name(ref):
+                process.kill()
 
     def _start_process(self, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> ForkServerProcess:
         # Not a daemon in multiprocessing's sense: those may have no children, and handlers may want some.
@@ -255,6 +263,16 @@ def _can_be_entered(folder: str) -> bool:
     return os.path.exists(folder) and os.access(folder, os.X_OK) and os.stat(folder).st_nlink > 0
 
 
+def _heard(receiver: Connection, phase: Phase, timeout_s: float, tell: Callable[[str], None]) -> bool:
+    """Wait for news of a call that is tried out; return whether there are any."""
+    if phase != IMPORTING:
+        return receiver.poll(timeout_s + STOP_GRACE_S)
+    if receiver.poll(SLOW_IMPORT_S):
+        return True
+    tell(f"{phase.words} has not ended after {SLOW_IMPORT_S:g} s; it is given up after {PROBE_TIMEOUT_S:g} s")
+    return receiver.poll(PROBE_TIMEOUT_S - SLOW_IMPORT_S)
+
+
 def _how(status: int | None) -> str:
     if status is None or status == _UNKNOWN_STATUS:
         return "status unknown"
@@ -281,6 +299,10 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _probe_name(ref: HandlerRef) -> str:
+    return f"probe {ref}"
 
 
 @contextlib.contextmanager

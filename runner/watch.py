@@ -20,7 +20,7 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
-from runner.process import ForkServer
+from runner.process import PROBE_TIMEOUT_S, SLOW_IMPORT_S, ForkServer
 from runner.supervisor import Supervisor
 from shared.config import Config
 from shared.errors import ConfigError
@@ -234,6 +234,7 @@ class Watcher:
         self._looking = anyio.Lock()
         self._due: dict[HandlerRef, Path] = {}
         self._busy: set[HandlerRef] = set()
+        self._outdated = anyio.Event()
         self._stop = anyio.Event()
         self._log = get_logger("watch")
 
@@ -322,6 +323,8 @@ class Watcher:
             self._log.info("handler_changed", handler=str(ref), file=str(file))
             self._due[ref] = file
             self._supervisor.outdate(ref)
+            self._outdated.set()
+            self._outdated = anyio.Event()
             if ref not in self._busy:
                 self._busy.add(ref)
                 tasks.start_soon(self._renew, ref)
@@ -338,7 +341,7 @@ class Watcher:
         agents = self._agents.get(ref, ())
         try:
             # In a process of its own first: what is broken is said once, and costs no worker.
-            await anyio.to_thread.run_sync(self._fork_server.probe, ref, abandon_on_cancel=True)
+            await self._probe(ref)
         except ConfigError as exc:
             if ref not in self._due and not self._supervisor.leaving:
                 self._tell_failed(file, agents, str(exc))
@@ -356,6 +359,40 @@ class Watcher:
         failed = {worker: problem for worker, problem in found.items() if problem}
         if failed and ref not in self._due:
             self._tell_failed(file, agents, "; ".join(dict.fromkeys(failed.values())), workers=list(failed))
+
+    async def _probe(self, ref: HandlerRef) -> None:
+        """Have it loaded in a process of its own, which is ended when the handler is saved again meanwhile.
+
+        Raises:
+            ConfigError: when it cannot be loaded.
+        """
+        problem: Exception | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._tell_slow, ref)
+            tasks.start_soon(self._abandon_outdated, ref)
+            try:
+                await anyio.to_thread.run_sync(self._fork_server.probe, ref, abandon_on_cancel=True)
+            except Exception as exc:  # noqa: BLE001 - raised below: a group would wrap it
+                problem = exc
+            tasks.cancel_scope.cancel()
+        if problem is not None:
+            raise problem
+
+    async def _tell_slow(self, ref: HandlerRef) -> None:
+        await anyio.sleep(SLOW_IMPORT_S)
+        self._log.warning(
+            "handler_importing",
+            handler=str(ref),
+            since_s=SLOW_IMPORT_S,
+            do=f"the old one still answers; it is given up after {PROBE_TIMEOUT_S:g} s, or when it is saved again",
+        )
+
+    async def _abandon_outdated(self, ref: HandlerRef) -> None:
+        while ref not in self._due:
+            await self._outdated.wait()
+        while True:  # its process may have to be started yet
+            self._fork_server.abandon_probes(ref)
+            await anyio.sleep(STEP_MS / 1000)
 
     def _tell_failed(self, file: Path, agents: Sequence[str], error: str, **more: Any) -> None:
         self._log.error(

@@ -136,7 +136,7 @@ class _FromLogging(logging.Handler):
             if record.exc_info:
                 event["exc_info"] = record.exc_info
             log = get_logger("library")
-            say = log.error if record.levelno >= logging.ERROR else log.warning
+            say = log.error if record.levelno >= logging.ERROR else log.warning if record.levelno >= 30 else log.info
             say(words, **event)
 
 

@@ -78,6 +78,10 @@ class DiskMemory:
         self._checked_out = self._generation  # first: taken back between the two, the commit is refused
         return self._current
 
+    def peek(self) -> dict[Any, Any]:
+        """Return what was committed last, on disk or still to be flushed, as a dict of its own."""
+        return _decode(self._blob)
+
     def commit(self, new: dict[Any, Any]) -> int:
         """Keep `new` for the next query; return the commit's number.
 

@@ -244,11 +244,12 @@ class Dispatcher(ABC):
 
     def _conclude(self, job: Job, returned: Any) -> Answer:
         """Turn what `handle` returned into an answer, and keep its memory. Where `handle` ran."""
-        if type(returned) is not tuple or len(returned) != 2:
+        if not isinstance(returned, tuple) or len(returned) != 2:
             raise HandlerFault(f"handle() must return (result, memory), it returned {_kind(returned)}")
         result, memory = returned
         if not isinstance(memory, dict):
-            raise HandlerFault(f"handle() must return a dict as memory, it returned {_kind(memory)}")
+            swapped = " and a dict as result: are the two swapped?" if isinstance(result, dict) else ""
+            raise HandlerFault(f"handle() must return a dict as memory, it returned {_kind(memory)}{swapped}")
         encoded = job.source.encode(result)
         if job.settled:  # it came too late, and was answered without it
             self._memory.rollback()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -23,6 +25,9 @@ from shared.schema import LogLevel
 LONGEST_QUERY_CHARS: Final = 200
 """How much of a query's text is logged, at debug level; at no other any of it."""
 
+_OWN_NAME: Final = "em_handler_"
+_HERE: Final = Path(__file__).parent
+
 
 class Handler(msgspec.Struct, frozen=True, kw_only=True):
     """A loaded handler.
@@ -39,18 +44,22 @@ class Handler(msgspec.Struct, frozen=True, kw_only=True):
     close: Callable[[], Any] | None = None
 
 
-def load(ref: HandlerRef) -> Handler:
+def load(ref: HandlerRef, *, reuse: bool = False) -> Handler:
     """Import a handler and check that it can be called.
 
+    Args:
+        ref: where it is.
+        reuse: take the module that somebody has made of its file already, where there is one.
+
     Raises:
-        ConfigError: one line that says what failed and where.
+        ConfigError: one line that says what failed and where; its cause is what the module raised.
     """
     try:
-        return examined(_attribute(_import(ref), ref), ref)
+        return examined(_attribute(_import(ref, reuse), ref), ref)
     except ConfigError:
         raise
-    except BaseException as exc:  # noqa: BLE001 - a module may raise anything, SystemExit too, while it is imported
-        raise ConfigError(f"the handler {ref} cannot be imported: {_describe(exc)}") from None
+    except BaseException as exc:  # a module may raise anything, SystemExit too, while it is imported
+        raise ConfigError(f"the handler {ref} cannot be imported: {_describe(exc)}{_hint(exc, ref)}") from exc
 
 
 def examined(found: Any, ref: HandlerRef) -> Handler:
@@ -90,20 +99,69 @@ def told(handler: Handler, level: LogLevel) -> Handler:
     return msgspec.structs.replace(handler, handle=handle_and_tell)
 
 
-def _import(ref: HandlerRef) -> ModuleType:
+def _import(ref: HandlerRef, reuse: bool) -> ModuleType:
     folder = str(ref.search_dir)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     if ref.file is None:
         assert ref.module is not None
-        return importlib.import_module(ref.module)
-    return _import_file(ref.file)
+        try:
+            module = importlib.import_module(ref.module)
+        except ImportError:
+            _check_whose(ref)
+            raise
+        _check_whose(ref)
+        return module
+    made = _made_of(ref.file) if reuse else None
+    return made or _import_file(ref.file)
+
+
+def _check_whose(ref: HandlerRef) -> None:
+    """Refuse a module that was had from elsewhere, though one of its name lies where the handler is looked for.
+
+    What Python has imported already, and what is built into it, hides any file.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    assert ref.module is not None
+    name = ref.module.partition(".")[0]
+    there = [file for file in (ref.search_dir / name / "__init__.py", ref.search_dir / f"{name}.py") if file.is_file()]
+    had = sys.modules.get(name)
+    if not there or had is None:
+        return
+    found = file_of(had)
+    if found not in [file.resolve() for file in there]:
+        raise ConfigError(
+            f"the handler {ref} is not that of {there[0]}: the name {name!r} is taken by "
+            f"{found or 'a module of Python itself'}; rename the file, or name it by its path, file.py:{ref.attribute}"
+        )
+
+
+def _made_of(file: Path) -> ModuleType | None:
+    """Return the module that an import of somebody else's made of a file."""
+    file = file.resolve()
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(_OWN_NAME) and file_of(module) == file:
+            return module
+    return None
+
+
+def file_of(module: ModuleType) -> Path | None:
+    """Return the file that a module was made of, wherever links lead; a folder, where that is all there is of it."""
+    named = getattr(module, "__dict__", {})  # not its attributes: some import more when they are asked for
+    if isinstance(file := named.get("__file__"), str):
+        return Path(file).resolve()
+    with contextlib.suppress(Exception):  # the places of a folder without __init__.py are found out when they are read
+        for place in named.get("__path__", ()):
+            return Path(place).resolve()
+    return None
 
 
 def _import_file(file: Path) -> ModuleType:
     # A name of its own, so that my/json.py does not become everybody's json; registered, because
     # dataclasses, pickle and annotations look their module up by name.
-    name = f"em_handler_{file.stem}"
+    name = f"{_OWN_NAME}{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ConfigError(f"the handler {file} is not a Python file")
@@ -147,6 +205,8 @@ def _check_arguments(handle: Callable[..., Any], ref: HandlerRef) -> None:
 
 def _is_async(handle: Callable[..., Any]) -> bool:
     # The method itself is looked at, not whether it exists; either side of a decorator may be the async one.
+    while isinstance(handle, functools.partial):
+        handle = handle.func
     seen = (handle, inspect.unwrap(handle), getattr(handle, "__call__", None))  # noqa: B004
     return any(inspect.iscoroutinefunction(one) for one in seen)
 
@@ -178,5 +238,25 @@ def _describe(exc: BaseException) -> str:
     return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text
 
 
+def _hint(exc: BaseException, ref: HandlerRef) -> str:
+    if ref.file is None or not isinstance(exc, ImportError) or "relative import" not in str(exc):
+        return ""
+    return f"; a file by itself is in no package: name it as a module, package.{ref.file.stem}:{ref.attribute}"
+
+
+def frames_of(exc: BaseException) -> str:
+    """Return an exception's traceback, and those of what it came of, without the lines of em-runner's own."""
+    told = traceback.TracebackException.from_exception(exc)
+    _leave_out_ours(told)
+    return "".join(told.format()).rstrip()
+
+
+def _leave_out_ours(told: traceback.TracebackException) -> None:
+    told.stack = traceback.StackSummary.from_list([frame for frame in told.stack if not _is_ours(frame.filename)])
+    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
+        if other is not None:
+            _leave_out_ours(other)
+
+
 def _is_ours(filename: str) -> bool:
-    return filename.startswith("<frozen") or filename == __file__ or filename == importlib.__file__
+    return filename.startswith("<frozen") or filename == importlib.__file__ or Path(filename).parent == _HERE

@@ -7,6 +7,7 @@ that a failure to start can be told, then the handler, then the node.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -27,7 +28,7 @@ from worker import output
 from worker.connection import Connection
 from worker.dispatch import Dispatcher
 from worker.dispatchers import dispatcher_for
-from worker.handler import Handler, load, told
+from worker.handler import Handler, frames_of, load, told
 from worker.limits import Limits
 from worker.link import Link
 from worker.memories import memory_for
@@ -68,20 +69,27 @@ def run(launch: Launch) -> None:
 def probe(ref: HandlerRef, pipe: Pipe) -> None:
     """Load a handler and send `(capabilities, error)`. The target of a process that ends after it."""
     leave_with_parent()
+    # The world in which a worker will import it. What it prints and warns of meanwhile is told then, with the worker's
+    # name, and not here too; its errors are.
+    logs.configure("error", handler=str(ref))
+    output.take()
     try:
         pipe.send((load(ref).capabilities, None))
     except ConfigError as exc:
         pipe.send(((), str(exc)))
     pipe.close()
+    output.finish()
     os._exit(EXIT_DONE)
 
 
 def trial(ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float, pipe: Pipe) -> None:
     """Call a handler once; send each phase, and at last `(trial, error)`. The target of a process of its own."""
     leave_with_parent()
-    logs.configure("error", "console")
+    logs.configure("warning", "console")
     try:
-        pipe.send((attempt(ref, text, memory, timeout_s, pipe.send), None))
+        found = attempt(ref, text, memory, timeout_s, pipe.send)
+        gc.collect()  # what was never awaited, or has failed with nobody to see it, is told by its destructor
+        pipe.send((found, None))
     except ConfigError as exc:
         pipe.send((None, str(exc)))
     pipe.close()
@@ -118,7 +126,7 @@ class Worker:
                 self._trace()
             return await self._serve(told(load(self._spec.agent.handler), self._spec.log_level))
         except ConfigError as exc:
-            return self._give_up(str(exc), EXIT_CONFIG)
+            return self._give_up(str(exc), EXIT_CONFIG, exc.__cause__)
         finally:
             self._link.close()
             if self._tracing is not None:
@@ -137,8 +145,9 @@ class Worker:
         left_s = self._spec.shutdown_timeout_ms / 1000 - (time.monotonic() - self._leaves_since_s)
         return max(0.0, min(left_s, self._spec.liveness_timeout_ms / 2000))
 
-    def _give_up(self, reason: str, status: int) -> int:
-        self._log.error("worker_failed", error=reason)
+    def _give_up(self, reason: str, status: int, cause: BaseException | None = None) -> int:
+        """Tell why it cannot go on; in the log with the way through the handler, where that has raised `cause`."""
+        self._log.error("worker_failed", error=reason, **({} if cause is None else {"exception": frames_of(cause)}))
         self._link.tell_failed(reason)
         return status
 
@@ -158,7 +167,9 @@ class Worker:
             tasks.start_soon(self._obey_sigterm)
             try:
                 await self._get_ready(dispatcher, memory)
-            except (HandlerFault, MemoryFault) as exc:
+            except HandlerFault as exc:
+                self._give_up(str(exc), status, exc.__cause__)
+            except MemoryFault as exc:
                 self._give_up(str(exc), status)
             else:
                 tasks.start_soon(connection.run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 _ATOMIC: Final = frozenset({str, bytes, int, float, bool, type(None)})
 
@@ -42,6 +42,9 @@ class Memory(Protocol):
 
     def checkout(self) -> dict[Any, Any]:
         """Return the dict to hand to the handler."""
+
+    def peek(self) -> dict[Any, Any]:
+        """Return a copy of what was committed last, for whoever looks on. On any thread, a query's midst too."""
 
     def commit(self, new: dict[Any, Any]) -> int:
         """Keep `new` for the next query; return the commit's number.
@@ -82,6 +85,10 @@ class NoMemory:
         """Return a new empty dict."""
         return {}
 
+    def peek(self) -> dict[Any, Any]:
+        """Return an empty dict."""
+        return {}
+
     def commit(self, new: dict[Any, Any]) -> int:
         """Drop it."""
         return 0
@@ -107,7 +114,8 @@ class RamMemory:
 
     def __init__(self) -> None:
         self._current: dict[Any, Any] = {}
-        self._before: dict[Any, Any] | bytes = {}
+        self._before: dict[Any, Any] | bytes | None = None  # the snapshot, while a query has the dict
+        self._turn = 0
 
     def open(self, legacy: bytes | None = None) -> None:
         """Begin with what the predecessor left, or with nothing.
@@ -136,11 +144,27 @@ class RamMemory:
     def checkout(self) -> dict[Any, Any]:
         """Return the current dict, after taking a snapshot of it."""
         self._before = _snapshot(self._current)
+        self._turn += 1
         return self._current
+
+    def peek(self) -> dict[Any, Any]:
+        """Return a copy of what was committed last; what cannot be copied in it is shared."""
+        while True:
+            turn, before = self._turn, self._before
+            found = self._current if before is None else before
+            try:
+                copied = _copied(found, self._current)
+            except Exception:  # objects of any class may refuse in any way, and a query may have begun to change it
+                if turn == self._turn:
+                    raise
+                continue
+            if turn == self._turn:  # else it may be half of what it was and half of what a query makes of it
+                return copied
 
     def commit(self, new: dict[Any, Any]) -> int:
         """Keep `new`, which may be the dict that `checkout` returned."""
         self._current = new
+        self._before = None
         return 0
 
     def kept(self, number: int) -> bool:
@@ -149,11 +173,12 @@ class RamMemory:
 
     def rollback(self) -> None:
         """Bring back the snapshot; a dict whose pickled contents cannot be read back stays as it is."""
-        if not isinstance(self._before, bytes):
-            self._current = self._before
+        before, self._before = self._before, None
+        if not isinstance(before, bytes):
+            self._current = self._current if before is None else before
             return
         with contextlib.suppress(Exception):  # objects of any class may refuse in any way
-            self._current = pickle.loads(self._before)
+            self._current = pickle.loads(before)
 
     def flush(self) -> None:
         """Nothing is durable."""
@@ -177,6 +202,17 @@ def _snapshot(memory: dict[Any, Any]) -> dict[Any, Any] | bytes:
         return pickle.dumps(memory, pickle.HIGHEST_PROTOCOL)
     except Exception:  # noqa: BLE001 - objects of any class may refuse in any way
         return {key: _copy(value) for key, value in memory.items()}
+
+
+def _copied(memory: dict[Any, Any] | bytes, live: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a dict of its own for a dict or a snapshot; of `live`, where what is pickled cannot be read back."""
+    snapshot = memory if isinstance(memory, bytes) else _snapshot(memory)
+    if not isinstance(snapshot, bytes):
+        return snapshot
+    try:
+        return cast(dict[Any, Any], pickle.loads(snapshot))
+    except Exception:  # noqa: BLE001 - objects of any class may refuse in any way
+        return {key: _copy(value) for key, value in live.items()}
 
 
 def _copy(value: Any) -> Any:

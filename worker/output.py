@@ -30,8 +30,14 @@ class Printed(io.TextIOBase):
     """
 
     encoding = "utf-8"
+    errors = "backslashreplace"  # as the log has it
+    newlines = None
+    mode = "w"
+    line_buffering = True
+    write_through = False
 
     def __init__(self, stream: str, tell: Callable[..., Any], original: TextIO | None) -> None:
+        self.name = f"<{stream}>"
         self._stream = stream
         self._tell = tell
         self._original = original
@@ -48,6 +54,9 @@ class Printed(io.TextIOBase):
         if self._original is None:
             raise io.UnsupportedOperation("fileno")
         return self._original.fileno()
+
+    def reconfigure(self, **options: Any) -> None:
+        """Take what a handler asks of a stream of text, and go on: each line is an event, whatever it asks."""
 
     def writable(self) -> bool:
         """Return True."""

@@ -1,12 +1,10 @@
-"""The fixture `run_agent`, which pytest finds wherever em-runner is installed. For users' own tests.
-
-What it needs is imported when a test asks for it: a session without such tests pays nothing.
-"""
+"""What the fixture `run_agent` does, and its type. For users' own tests; pytest finds it by `em_runner_pytest`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,14 +32,11 @@ class RunAgent(Protocol):
         """Run a handler at an embedded node until the end of the test."""
 
 
-@pytest.fixture
-def run_agent(request: pytest.FixtureRequest) -> Iterator[RunAgent]:
-    """Run handlers at embedded nodes until the end of the test: `agent = run_agent("agents.py:handle")`.
-
-    Files and modules are looked for beside the test's own file; a memory on disk is in the test's `tmp_path`.
-    """
+def agents_of(request: pytest.FixtureRequest) -> Iterator[RunAgent]:
+    """Run handlers at embedded nodes until the end of the test that requests it."""
     from worker.testing import running
 
+    numbers = count(1)
     with ExitStack() as agents:
 
         def run(
@@ -54,7 +49,7 @@ def run_agent(request: pytest.FixtureRequest) -> Iterator[RunAgent]:
             setup_timeout_s: float = 30.0,
         ) -> AgentUnderTest:
             if memory == "disk" and state_dir is None:
-                state_dir = request.getfixturevalue("tmp_path")
+                state_dir = request.getfixturevalue("tmp_path") / f"agent_{next(numbers)}"  # no two share a memory
             where = folder or request.path.parent
             agent = running(
                 handler,

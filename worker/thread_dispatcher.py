@@ -133,7 +133,10 @@ class ThreadDispatcher(Dispatcher):
             returned = self._handler.handle(body, self._memory.checkout())
             if type(returned) is CoroutineType:
                 returned.close()
-                raise HandlerFault("handle() returned a coroutine; write it as 'async def'")
+                raise HandlerFault(
+                    "handle() returned a coroutine; write it as 'async def', and where it is one behind a decorator, "
+                    "have that use functools.wraps"
+                )
             return self._conclude(job, returned)
         except BaseException as exc:  # noqa: BLE001 - SystemExit too: a handler's failure is a failed query
             return self._fail(job, exc, body)

@@ -98,6 +98,8 @@ def _changed(result: Any) -> Iterator[str]:
         yield "NaN and infinity are sent as null: JSON has no such numbers"
     if set in found:
         yield "a set is sent as a list, in no certain order"
+    if dict in found:
+        yield "keys that are no texts become texts, and some are the same then: JSON's reader sees the last of them"
 
 
 def _surprises(value: Any, depth: int) -> Iterator[type]:
@@ -108,6 +110,9 @@ def _surprises(value: Any, depth: int) -> Iterator[type]:
     elif isinstance(value, set | frozenset):
         yield set
     elif isinstance(value, dict):
+        others = any(type(key) is not str for key in value)
+        if others and len(msgspec.json.decode(msgspec.json.encode(dict.fromkeys(value)))) < len(value):
+            yield dict
         for each in value.values():
             yield from _surprises(each, depth + 1)
     elif isinstance(value, list | tuple):

@@ -82,4 +82,4 @@ def test_wheel_has_every_file_of_the_packages(tmp_path: Path) -> None:
         if file.is_file() and "__pycache__" not in file.parts
     }
     assert wanted <= found
-    assert {name.partition("/")[0] for name in found if ".dist-info" not in name} == set(packages)
+    assert {name.partition("/")[0] for name in found if ".dist-info" not in name} == {*packages, "em_runner_pytest.py"}

@@ -50,6 +50,24 @@ def test_new_agent_runs_as_it_is_written(tmp_path: Path) -> None:
     assert styled.returncode == 0, styled.stdout
 
 
+@pytest.mark.parametrize("mode", ["prepend", "append", "importlib"])
+@pytest.mark.parametrize("packaged", [False, True])
+def test_test_of_a_new_agent_passes_wherever_pytest_is_started_and_however_it_imports(
+    packaged: bool, mode: str, tmp_path: Path
+) -> None:
+    assert run(tmp_path, "runner", "new", "weather_report").returncode == 0
+    if packaged:
+        (tmp_path / "weather_report" / "__init__.py").touch()
+    tested = run(tmp_path, "pytest", "-q", "-p", "no:cacheprovider", f"--import-mode={mode}", "weather_report")
+    assert "1 passed" in tested.stdout, tested.stdout
+
+
+def test_folder_that_a_shell_would_take_apart_is_quoted(tmp_path: Path) -> None:
+    (tmp_path / "my agents").mkdir()
+    made = run(tmp_path, "runner", "new", "weather_report", "--folder", "my agents")
+    assert "cd 'my agents/weather_report'" in made.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "status", "says"),
     [

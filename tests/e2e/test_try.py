@@ -9,12 +9,14 @@ from pathlib import Path
 import anyio
 import pytest
 
+from runner.trials import try_out
+from shared.errors import ConfigError
 from tests.cluster import ROOT, alive, until
 
 pytestmark = pytest.mark.anyio
 
 HANDLERS = """
-import asyncio, os, time
+import asyncio, functools, os, time
 
 def count(body, memory):
     number = memory.get("count", 0) + 1
@@ -31,6 +33,33 @@ class Remembers:
 
 def alone(body, memory): return [body]
 def listed(body, memory): return body, [1]
+def swapped(body, memory): return {"asked": 1}, [{"type": "x"}]
+def one_embryo(body, memory): return {"type": "x"}, memory
+def keyed_twice(body, memory): return [{"type": "x", "properties": {1: 2, "1": 3}}], memory
+def large(body, memory): return [{"type": "x", "text": "x" * (1 << 24)}], memory
+class _Pair(tuple): pass
+def paired(body, memory): return _Pair(([{"type": "x"}], {"pair": 1}))
+def undecorated(function): return lambda body, memory: function(body, memory)
+@undecorated
+async def decorated(body, memory): return [], memory
+class _Called:
+    async def __call__(self, body, memory): return [{"type": "called"}], memory
+called = functools.partial(_Called())
+async def forgets_to_wait(body, memory):
+    asyncio.sleep(0)
+    return [{"type": "x"}], memory
+def warns(body, memory):
+    import logging, warnings
+    warnings.warn("this is outdated")
+    logging.getLogger("mine").warning("low on %s", "fuel")
+    return [{"type": "x"}], memory
+async def fails_unseen(body, memory):
+    async def fail(): raise ValueError("nobody saw it")
+    task = asyncio.ensure_future(fail())
+    memory = {"itself": []}
+    memory["itself"].append(task)
+    await asyncio.sleep(0)
+    return [{"type": "x"}], {}
 def typeless(body, memory): return [{"properties": {}}], memory
 def text(body, memory): return body, memory
 def unsendable(body, memory): return {"what": object()}, memory
@@ -114,7 +143,9 @@ async def test_class_is_set_up_asked_and_closed(tmp_path: Path) -> None:
         ("listed", "must return a dict as memory, it returned a list; the second value is what the next query gets"),
         ("unsendable", "Encoding objects of type object is unsupported; return what JSON can hold"),
         ("fails", "ValueError: no such thing: hello"),
+        ("swapped", "it returned a list and a dict as result: are the two swapped?; end it with: return result, mem"),
         ("wants_async", "returned a coroutine; write it as 'async def'"),
+        ("decorated", "where it is one behind a decorator, have that use functools.wraps"),
         ("sleeps", "a query took longer than 200 ms"),
         ("waits", "a query took longer than 200 ms"),
         ("computes", "handle() has not ended after 0.2 s, and keeps the event loop: an 'async def' must not"),
@@ -165,7 +196,9 @@ async def test_handler_that_waits_is_waited_for(tmp_path: Path) -> None:
     ("handler", "note"),
     [
         ("typeless", "embryo 0 has no 'type'"),
-        ("text", "expect a list"),
+        ("text", "the result is a str, which nodes drop: they expect a list"),
+        ("keyed_twice", "keys that are no texts become texts, and some are the same then"),
+        ("large", "the result has 16.0 MiB as JSON; a node takes 16 MiB, and cuts the connection at more"),
         ("nan", "NaN and infinity are sent as null"),
         ("nan", "a set is sent as a list"),
         ("nan", '"disk" would refuse it'),
@@ -206,6 +239,40 @@ async def test_what_becomes_of_a_memory_is_told(handler: str, shown: str, tmp_pa
     assert found.returncode == 0
     assert '"type": "x"' in found.stdout
     assert shown in found.stdout
+
+
+@pytest.mark.parametrize("handler", ["one_embryo", "paired", "called"])
+async def test_result_that_is_taken_as_it_is_has_no_note(handler: str, tmp_path: Path) -> None:
+    found = await trial(tmp_path, f"handlers:{handler}")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert '"type": ' in found.stdout
+    assert "note" not in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("handler", "says"),
+    [
+        ("forgets_to_wait", "RuntimeWarning: coroutine 'sleep' was never awaited"),
+        ("warns", "UserWarning: this is outdated"),
+        ("warns", "low on fuel"),
+        ("fails_unseen", "ValueError: nobody saw it"),
+    ],
+)
+async def test_what_python_and_libraries_warn_of_is_shown(handler: str, says: str, tmp_path: Path) -> None:
+    found = await trial(tmp_path, f"handlers:{handler}")
+    assert found.returncode == 0
+    assert says in found.stderr
+
+
+async def test_import_that_takes_long_is_told_while_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.process.SLOW_IMPORT_S", 0.05)
+    monkeypatch.setattr("runner.process.PROBE_TIMEOUT_S", 0.1)
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    with pytest.raises(ConfigError, match=r"its import has not ended after 0\.1 s"):
+        await anyio.to_thread.run_sync(try_out, "slow.py:handle", "x", "{}", 1.0, told.append)
+    assert told == ["its import has not ended after 0.05 s; it is given up after 0.1 s"]
 
 
 async def test_what_a_handler_has_started_ends_with_the_trial(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ import anyio.to_thread
 import pytest
 
 from disco import Node
+from runner.process import ForkServer
+from shared.errors import ConfigError
+from shared.handlers import parse_handler
 from tests.cluster import Cluster, agent, cluster, until
 
 pytestmark = pytest.mark.anyio
@@ -67,9 +70,7 @@ async def test_every_line_of_a_worker_says_whose_it_is_whatever_its_handler_does
         assert (await running.ask("x")).status_code == 200
         assert (await running.ask("fail")).status_code == 500
         assert await running.stop() == 0
-        # The process that looks whether the handler can be loaded is no worker.
-        whole = [line for line in running.log.splitlines() if line != "imported"]
-        found = [json.loads(line) for line in whole]
+        found = lines(running)
         of_worker = [line for line in found if "agent" in line or line["event"] not in OF_THE_RUNNER]
         for line in of_worker:
             assert line | WHOSE | {"node": node.url.replace("http", "ws")} == line, line
@@ -83,11 +84,79 @@ async def test_every_line_of_a_worker_says_whose_it_is_whatever_its_handler_does
         said = {line["event"] for line in of_worker}
         assert {"ready", "of a library", "of a thread", "of its own", "thread_failed", "exception_ignored"} <= said
         assert any("UserWarning: outdated" in event for event in said)
+        imported = [line for line in of_worker if line.get("text") == "imported"]
+        assert len(imported) == 1, "the process that looked whether the handler can be loaded has said nothing"
         (failed,) = (line for line in of_worker if line["event"] == "handler_failed")
         assert "ValueError: failed" in failed["exception"]
         (thread, *_) = (line for line in of_worker if line["event"] == "thread_failed")
         assert thread["thread"] == "mine"
         assert "KeyError: 'thread failed'" in thread["exception"]
+
+
+SETUP_FAILS = """
+class Handle:
+    def setup(self):
+        connect("db")
+    def handle(self, body, memory):
+        return [], memory
+def connect(host):
+    try:
+        raise OSError("refused")
+    except OSError:
+        raise ValueError("no " + host)
+handle = Handle
+"""
+
+
+@pytest.mark.parametrize("handlers", [SETUP_FAILS, SETUP_FAILS.replace("def setup", "async def setup")])
+async def test_setup_that_fails_is_told_with_the_way_through_the_handler_and_through_nothing_else(
+    handlers: str, tmp_path: Path, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=handlers) as running:
+        await until(lambda: any("exception" in line for line in running.events("worker_failed")), "it is told")
+        told = next(line for line in running.events("worker_failed") if "exception" in line)
+        assert told["error"] == "the handler's setup() failed: ValueError: no db"
+        assert told["agent"] == "a"
+        assert 'connect("db")' in told["exception"]
+        assert 'raise OSError("refused")' in told["exception"]
+        assert {Path(part.split('"')[0]).name for part in told["exception"].split('File "')[1:]} == {"handlers.py"}
+
+        async def is_told() -> bool:
+            return bool((await running.row("a_server"))["last_error"] == told["error"])
+
+        await until(is_told, "and its row has the line alone")
+
+
+async def test_handler_that_sets_up_its_streams_is_served(tmp_path: Path, node: Node) -> None:
+    text = """
+import sys
+for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(line_buffering=True, encoding="utf-8", errors="replace")
+    assert (stream.errors, stream.newlines, stream.line_buffering, stream.mode) == ("backslashreplace", None, True, "w")
+    assert stream.name in ("<stdout>", "<stderr>") and not stream.write_through and not stream.isatty()
+def handle(body, memory):
+    return [], memory
+"""
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=text) as running:
+        await running.wait_ready()
+        assert not running.events("worker_restarting")
+
+
+async def test_handler_that_fails_in_a_workers_world_alone_is_found_before_one_is_forked(
+    tmp_path: Path, node: Node
+) -> None:
+    text = """
+import sys
+sys.stdout.no_such_thing
+def handle(body, memory):
+    return [], memory
+"""
+    (tmp_path / "handlers.py").write_text(text)
+    ref = parse_handler("handlers.py:handle", tmp_path)
+    fork_server = ForkServer()
+    fork_server.start()
+    with pytest.raises(ConfigError, match="'Printed' object has no attribute 'no_such_thing'"):
+        await anyio.to_thread.run_sync(fork_server.probe, ref)
 
 
 async def test_a_change_of_state_is_one_line(tmp_path: Path, node: Node) -> None:

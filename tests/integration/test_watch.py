@@ -197,6 +197,18 @@ async def test_setup_that_hangs_holds_up_no_later_save(tmp_path: Path, node: Nod
         assert not running.events("handler_not_reloaded"), "it was out of date"
 
 
+async def test_import_that_hangs_holds_up_no_later_save(tmp_path: Path, node: Node) -> None:
+    begun = tmp_path / "begun"
+    hangs = f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(1000)\n"
+    async with watched(tmp_path, agent("a", [node.url]), handlers=handler("one")) as running:
+        write(tmp_path / "handlers.py", hangs)
+        await until(begun.exists, "it is being imported")
+        assert (await running.results("x"))["properties"]["version"] == "one"
+        write(tmp_path / "handlers.py", handler("two"))
+        await wait_for_version(running, "two")
+        assert not running.events("handler_not_reloaded"), "it was out of date"
+
+
 async def test_setup_that_hangs_in_a_new_configuration_holds_up_no_later_save(tmp_path: Path, node: Node) -> None:
     hangs = (
         "import time\nclass A:\n    def setup(self):\n        time.sleep(1000)\n    def handle(self, body, memory):\n"

@@ -236,6 +236,7 @@ FAILURES: dict[str, tuple[Plain, str]] = {
     "returns_text": (returns("ab"), "must return (result, memory), it returned a str"),
     "memory_is_none": (returns((1, None)), "must return a dict as memory, it returned a NoneType"),
     "memory_is_a_list": (returns((1, [])), "must return a dict as memory, it returned a list"),
+    "result_and_memory_swapped": (returns(({}, [])), "it returned a list and a dict as result: are the two swapped?"),
     "objects": (returns(lambda memory: ({object()}, memory)), "TypeError: "),
     "surrogates": (returns(lambda memory: ("\ud800", memory)), "UnicodeEncodeError: "),
     "cycle": (returns(cycle), "RecursionError: "),

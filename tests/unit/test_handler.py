@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -120,6 +121,7 @@ FORMS = """
     call = Call()
     call_later = CallLater()
     method = instance.handle
+    partial_call_later = functools.partial(functools.partial(CallLater()))
     lambda_ = lambda body, memory, extra=1, *rest, **more: (body, memory)
 """
 
@@ -132,6 +134,7 @@ FORMS = """
         ("later", True, "q"),
         ("partial", False, "pq"),
         ("partial_later", True, "pq"),
+        ("partial_call_later", True, "q"),
         ("decorated", False, "q"),
         ("decorated_later", True, "q"),
         ("decorated_into_async", True, "q"),
@@ -198,6 +201,52 @@ def test_file_of_a_known_modules_name_does_not_become_that_module(tmp_path: Path
 
     assert answer(load(parse_handler("json.py:handle", tmp_path))) == ("q", {})
     assert sys.modules["json"] is json
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "taken"),
+    [
+        ("queue", "queue.py", "queue.py"),
+        ("time", "time.py", "a module of Python itself"),
+        ("json.agent", "json/__init__.py", "json"),
+        ("msgspec", "msgspec.py", "msgspec"),
+    ],
+)
+def test_module_whose_name_is_taken_is_an_error_that_names_both(
+    name: str, file: str, taken: str, tmp_path: Path, module: Write
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("def handle(body, memory): return body, memory\n")
+    importlib.import_module(name.partition(".")[0])
+    with pytest.raises(ConfigError) as caught:
+        load(parse_handler(f"{name}:handle", tmp_path))
+    told = str(caught.value)
+    assert f"{name}:handle is not that of {tmp_path / file}: the name {name.partition('.')[0]!r} is taken by" in told
+    assert taken in told.partition("taken by")[2]
+
+
+def test_module_that_is_reached_by_a_link_is_no_other(tmp_path: Path, module: Write) -> None:
+    file = module("def handle(body, memory): return body, memory\n")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path, target_is_directory=True)
+    by_module(file, "handle")
+    assert answer(load(parse_handler(f"{file.stem}:handle", link))) == ("q", {})
+
+
+def test_relative_import_in_a_file_is_told_how_it_is_named(tmp_path: Path, module: Write) -> None:
+    file = module("from .helper import word\n")
+    with pytest.raises(ConfigError, match=rf"relative import.*name it as a module, package\.{file.stem}:handle$"):
+        by_file(file, "handle")
+
+
+def test_module_that_was_made_of_a_file_is_taken_where_that_is_wanted(module: Write) -> None:
+    file = module("def handle(body, memory): return body, memory\n")
+    sys.path.insert(0, str(file.parent))
+    made = importlib.import_module(file.stem)
+    ref = parse_handler(f"{file.name}:handle", file.parent)
+    assert load(ref, reuse=True).handle is made.handle
+    assert load(ref).handle is not made.handle
+    assert load(ref, reuse=True).handle is made.handle, "and not what was loaded from the file"
 
 
 def test_file_may_define_what_is_looked_up_by_its_modules_name(module: Write) -> None:

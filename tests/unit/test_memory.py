@@ -137,6 +137,75 @@ def test_memory_whose_pickle_cannot_be_read_back_stays_and_raises_nothing() -> N
     assert memory.checkout()["n"] == 1
 
 
+PEEKED: list[dict[Any, Any]] = [
+    {"n": 1},
+    {"list": [1, {"deep": [2]}]},
+    {"object": Point(1)},
+    {"function": print, "list": [1]},
+    {"function": lambda: 1, "list": [1]},
+]
+
+
+@pytest.mark.parametrize("value", PEEKED)
+def test_who_looks_on_sees_the_last_commit_and_changes_nothing(value: dict[Any, Any]) -> None:
+    memory = memory_for("ram", "w", Path("/nowhere"))
+    keep(memory, value)
+    seen = memory.peek()
+    expected = memory.peek()
+    spoil(seen)
+    assert memory.peek() == expected, "a copy, all the way down"
+    spoil(memory.checkout())
+    assert memory.peek() == expected, "what a query makes of it is no commit yet"
+    memory.rollback()
+    assert memory.checkout() == expected, "it was in nobody's way"
+    memory.commit({"next": 1})
+    assert memory.peek() == {"next": 1}
+
+
+def test_who_looks_on_at_a_disk_sees_the_last_commit_and_changes_nothing(tmp_path: Path) -> None:
+    memory = memory_for("disk", "w", tmp_path)
+    memory.open()
+    keep(memory, {"list": [1]})
+    spoil(memory.peek())
+    spoil(memory.checkout())
+    assert memory.peek() == {"list": [1]}
+    memory.rollback()
+    assert memory.checkout() == {"list": [1]}
+    memory.close()
+    assert memory_for("none", "w", tmp_path).peek() == {}
+
+
+def test_memory_that_cannot_be_read_back_is_seen_all_the_same() -> None:
+    memory = memory_for("ram", "w", Path("/nowhere"))
+    keep(memory, {"error": Unreadable("a", "b"), "n": 1})
+    assert memory.peek()["n"] == 1
+    memory.checkout()
+    assert memory.peek()["n"] == 1
+
+
+def test_who_looks_on_while_queries_run_sees_a_whole_commit_always() -> None:
+    memory, over = memory_for("ram", "w", Path("/nowhere")), threading.Event()
+
+    def work() -> None:
+        number = 0
+        while not over.is_set():
+            current = memory.checkout()
+            for key in ("a", "b", "c"):
+                current[key] = [number]
+            memory.commit(current)
+            number += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(300):
+            seen = memory.peek()
+            assert len({tuple(value) for value in seen.values()}) <= 1
+    finally:
+        over.set()
+        thread.join()
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
+import anyio.from_thread
 import pytest
 import watchfiles
 
 from runner.watch import Changed, Import, Watched, Watcher, imports
 from shared.config import Agent, Config
+from shared.errors import ConfigError
 from shared.handlers import HandlerRef
+from tests.cluster import until
 from tests.logs import capture_logs
 
 HOME = Path("/home")
@@ -295,3 +299,54 @@ async def test_file_that_is_just_being_written_is_waited_for(tmp_path: Path, mon
             await parts.changed.wait()
         tasks.cancel_scope.cancel()
     assert parts.probed == ["# new"]
+
+
+class Hanging(Supervised):
+    """The first handler hangs while it is imported, until its process is ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = threading.Event()
+        self.hangs = anyio.Event()
+
+    def probe(self, ref: HandlerRef) -> tuple[str, ...]:
+        super().probe(ref)
+        if len(self.probed) == 1:
+            anyio.from_thread.run_sync(self.hangs.set)
+            if not self.ended.wait(30):
+                return ()
+            raise ConfigError("killed by SIGKILL")
+        return ()
+
+    def abandon_probes(self, ref: HandlerRef) -> None:
+        assert self.hangs.is_set()
+        self.ended.set()
+
+
+@pytest.mark.anyio
+async def test_import_that_hangs_is_told_and_given_up_when_the_file_is_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.watch.SLOW_IMPORT_S", 0.01)
+    file = tmp_path / "a.py"
+    file.write_text("# old")
+    ref = HandlerRef(None, file, "handle", tmp_path)
+    parts = Hanging()
+    with capture_logs() as lines:
+        config = Config(agents=(Agent(name="a", handler=ref, nodes=()),))
+        watcher = Watcher(config, tmp_path / "em-runner.toml", parts, parts, lambda: None)  # type: ignore[arg-type]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watcher.run)
+            with anyio.fail_after(30):
+                file.write_text("# hangs")
+                await parts.hangs.wait()
+                await until(lambda: any(line["event"] == "handler_importing" for line in lines), "it is told")
+                assert not parts.ended.is_set(), "it may still come to an end"
+                file.write_text("# mended")
+                await parts.changed.wait()
+            tasks.cancel_scope.cancel()
+    assert parts.probed == ["# hangs", "# mended"]
+    (told,) = (line for line in lines if line["event"] == "handler_importing")
+    assert told["handler"] == str(ref)
+    assert "the old one still answers" in told["do"]
+    assert not any(line["event"] == "handler_not_reloaded" for line in lines), "it was out of date"
