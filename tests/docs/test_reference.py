@@ -177,8 +177,9 @@ def test_every_exit_status_is_explained() -> None:
 
 def test_refused_query_ends_as_it_is_told() -> None:
     assert {client.exit_status(status) for status in (401, 403, 504)} == {errors.EXIT_FAILED}
-    assert "| `query` | 1 | there is no runner, no answer in time, or it refuses (401, 403) |" in words_of(
-        "reference/exit-statuses.md"
+    assert (
+        "| `query` | 1 | there is no runner, what answers is none, it refuses (401, 403), or no answer in time |"
+        in words_of("reference/exit-statuses.md")
     )
 
 
