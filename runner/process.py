@@ -56,6 +56,7 @@ class ForkServer:
         self._context.set_forkserver_preload([PRELOAD_TRACING, PRELOAD] if tracing else [PRELOAD])
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._probes: set[ForkServerProcess] = set()
+        self._probes_lock = threading.Lock()
         self._pid: int | None = None
         self._starting = threading.Lock()  # a reload probes handlers on one thread while another starts a worker
 
@@ -159,7 +160,8 @@ class ForkServer:
                     f"no process could be started: {why}; may this user execute {sys.executable}, "
                     "and have another process?"
                 ) from None
-            self._probes.add(process)
+            with self._probes_lock:
+                self._probes.add(process)
             sender.close()
             try:
                 yield process, receiver
@@ -171,7 +173,8 @@ class ForkServer:
             if process is not None and process.pid is not None:
                 with contextlib.suppress(OSError):  # what its handler has started is in its group, and in no other
                     os.killpg(process.pid, signal.SIGKILL)
-                self._probes.discard(process)
+                with self._probes_lock:  # from here on nobody else has it
+                    self._probes.discard(process)
                 process.join(_STATUS_TIMEOUT_S)
                 with contextlib.suppress(ValueError):  # it still ends; the collector closes it later
                     process.close()
@@ -180,9 +183,10 @@ class ForkServer:
 
     def abandon_probes(self, ref: HandlerRef | None = None) -> None:
         """End the processes that still load handlers, or this handler: nobody waits for what they find."""
-        for process in list(self._probes):
-            if ref is None or process.name == _probe_name(ref):
-                process.kill()
+        with self._probes_lock:
+            for process in self._probes:
+                if ref is None or process.name == _probe_name(ref):
+                    process.kill()
 
     def _start_process(self, target: Callable[..., None], arguments: tuple[Any, ...], name: str) -> ForkServerProcess:
         # Not a daemon in multiprocessing's sense: those may have no children, and handlers may want some.
