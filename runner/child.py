@@ -223,8 +223,8 @@ class Child:
             # Together with the next line: whoever looks finds it in one of the two.
             self._before.add(incarnation.counters)
         if self.current is incarnation:
-            self.current = None
-            self._state = "crashed"
+            self.current = incarnation.successor  # at once: there is a worker all the time
+            self._state = "crashed" if self.current is None else self._state
         self._router.drop(
             incarnation.launch,
             "the worker had to end before it was done" if incarnation.draining else "the worker died",

@@ -207,7 +207,12 @@ class Router:
             What `withdraw` takes, or None when the query was refused at once.
         """
         line = self._by_name.get(name)
-        if (refusal := self._objection(name, line)) is not None:
+        refusal = self._objection(name, line)
+        if refusal is not None and refusal.ending is Ending.WORKER_GONE:
+            self._read()  # it may just have said that it is up
+            line = self._by_name.get(name)
+            refusal = self._objection(name, line)
+        if refusal is not None:
             self._count(name, refusal.ending)
             on_reply(refusal)
             return None

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from disco import Node, NodeSettings, serve
-from tests.cluster import Cluster, agent, cluster, until
+from tests.cluster import Cluster, agent, cluster
 from tests.integration.test_reload import configure, reload
 from worker.disk_memory import DiskMemory
 
@@ -32,6 +32,11 @@ def count(kind: str, *nodes: Node) -> str:
     return agent("count", [node.url for node in nodes], memory=kind)
 
 
+async def both_ready(running: Cluster) -> None:
+    for worker in ("count_server", "count_server_2"):
+        await running.wait_state(worker, "ready")
+
+
 async def come_to(running: Cluster, folder: Path, agents: str) -> None:
     configure(folder, agents)
     done = await reload(running)
@@ -44,12 +49,13 @@ async def test_memory_stays_at_its_node_when_one_before_it_is_taken_out_and_put_
     tmp_path: Path, node: Node, other_node: Node, kind: str
 ) -> None:
     async with cluster(tmp_path, count(kind, node, other_node)) as running:
-        await running.wait_ready()
+        await both_ready(running)
         await ask(running, "count_server", 3)
         await ask(running, "count_server_2", 1)
         await come_to(running, tmp_path, count(kind, other_node))
         assert await remembered(running, other_node) == 1
         await come_to(running, tmp_path, count(kind, node, other_node))
+        await both_ready(running)
         assert await remembered(running, other_node) == 2, "it went along with its node again"
         assert await remembered(running, node) == (3 if kind == "disk" else 0), "what is on disk was kept"
         assert not running.events("memory_not_handed_over")
@@ -70,22 +76,18 @@ async def test_nodes_that_change_places_keep_their_memories(tmp_path: Path, kind
             await running.wait_ready()
             for place in range(6):
                 worker = f"count_server_{place + 1}".removesuffix("_1")
-                await until(lambda worker=worker: _is_ready(running, worker), f"{worker} is ready")
+                await running.wait_state(worker, "ready")
                 await ask(running, worker, place + 1)
             # All move on by one: more at once than a reload replaces at a time, and each waits for another.
             with anyio.fail_after(20):
                 await come_to(running, tmp_path, count(kind, *nodes[1:], a))
             for place, node in enumerate(nodes):
-                await until(lambda node=node: _is_ready(running, _worker_at(nodes, node)), "it is ready")
+                await running.wait_state(_worker_at(nodes, node), "ready")
                 assert await remembered(running, node) == place + 1
 
 
 def _worker_at(nodes: tuple[Node, ...], node: Node) -> str:
     return f"count_server_{(nodes.index(node) - 1) % len(nodes) + 1}".removesuffix("_1")
-
-
-async def _is_ready(running: Cluster, worker: str) -> bool:
-    return bool((await running.row(worker))["state"] == "ready")
 
 
 @KINDS
@@ -106,7 +108,7 @@ async def test_new_node_at_the_head_of_the_list_begins_with_nothing(
         await running.wait_ready()
         await ask(running, "count_server", 2)
         await come_to(running, tmp_path, count("disk", other_node, node))
-        await until(lambda: _is_ready(running, "count_server_2"), "it is ready")
+        await both_ready(running)
         assert await remembered(running, other_node) == 0
         assert await remembered(running, node) == 2
         assert not running.events("memory_begins"), "there is none that nobody has"
@@ -116,14 +118,12 @@ async def test_memory_on_disk_is_its_nodes_after_a_restart_with_another_list(
     tmp_path: Path, node: Node, other_node: Node
 ) -> None:
     async with cluster(tmp_path, count("disk", node, other_node)) as running:
-        await running.wait_ready()
-        await until(lambda: _is_ready(running, "count_server_2"), "it is ready")
+        await both_ready(running)
         await ask(running, "count_server", 3)
         await ask(running, "count_server_2", 1)
         await running.stop()
     async with cluster(tmp_path, count("disk", other_node, node)) as running:
-        await running.wait_ready()
-        await until(lambda: _is_ready(running, "count_server_2"), "it is ready")
+        await both_ready(running)
         assert await remembered(running, node) == 3
         assert await remembered(running, other_node) == 1
 

@@ -93,6 +93,9 @@ class WholeRouter(ChildsRouter):
     def retire(self, name: str) -> None:
         pass
 
+    def endings_of(self, name: str) -> dict[Any, int]:
+        return {}
+
 
 async def test_successor_that_ends_together_with_its_worker_is_let_go_of() -> None:
     router: Any = WholeRouter()
@@ -119,3 +122,16 @@ async def test_successor_that_ends_together_with_its_worker_is_let_go_of() -> No
                 for process in server.forked:
                     process.told.set()
     assert [process.released for process in server.forked] == [True, True]
+
+
+async def test_worker_whose_process_is_replaced_is_never_said_to_have_none() -> None:
+    router: Any = WholeRouter()
+    child = Child(incarnation(router, Process()).launch.spec, RestartPolicy(), ForkServer(), router)  # type: ignore[arg-type]
+    old, new = incarnation(router, process := EndedProcess()), incarnation(router, Forked())
+    child.current, old.successor = old, new
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(child.bury, old)
+        await process.asked.wait()
+        process.told.set()
+        assert child.current is new
+        assert child.row.state == new.state

@@ -342,6 +342,18 @@ async def test_query_for_a_worker_that_is_not_there_is_refused_at_once() -> None
         assert place.router.in_flight == 0
 
 
+async def test_worker_that_has_just_said_that_it_is_up_is_heard_before_a_query_is_refused() -> None:
+    async with routing() as place:
+        peer = place.peer(place.expect().routing_id)
+        peer.up()
+        assert not place.router.accepts("echo_server")
+        for _ in range(50):  # it is on its way; the loop, which would tell, does not run meanwhile
+            place.router._socket.poll(100)
+            if (sequence := place.asked.ask("q")) is not None:
+                break
+        assert await peer.hear() == Queries([(sequence, "q")])
+
+
 async def test_query_past_the_limit_is_refused_at_once_until_one_before_it_ends() -> None:
     async with routing(max_in_flight=2) as place:
         _, peer = await place.worker("one")
