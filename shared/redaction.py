@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 from urllib.parse import quote, quote_plus
 
@@ -20,6 +20,12 @@ QUERY_RUN_CHARS: Final = 16
 
 SEARCHED_CHARS: Final = 8192
 """In so much of a long query, from its begin on, parts are looked for; the whole of it is found at any length."""
+
+MOST_CHARS: Final = 100_000
+"""Of words that are longer only the begin is kept: they quote a whole book."""
+
+_FEW_CHARS: Final = 512
+"""In so few, it is cheaper to look for each run than to take a long query apart."""
 
 _SHORTEST_QUOTE: Final = 3
 _UNMISTAKABLE: Final = 8
@@ -41,8 +47,11 @@ def without_query(words: str, body: str) -> str:
     if len(body) < _SHORTEST_QUOTE:
         return words
     mark = "(the query)"
-    forms = _forms(body)
-    for text in sorted(forms, key=len, reverse=True):
+    if len(words) > MOST_CHARS:
+        kept = SEARCHED_CHARS // 2
+        words = f"{words[:kept]} [... {len(words) - kept} more characters]"
+    whole = _forms(body) if len(body.strip()) <= len(words) else ()  # what is longer than the words is not in them
+    for text in sorted(whole, key=len, reverse=True):
         # A short word is only taken out where it stands alone: it may be part of any other.
         if len(text) < _UNMISTAKABLE and text.isascii() and text.isalnum():
             words = re.sub(rf"(?<![^\W_]){re.escape(text)}(?![^\W_])", mark, words)
@@ -69,21 +78,29 @@ def _is_part(text: str, body: str) -> bool:
 
 def _without_runs(text: str, forms: Iterable[str], least: int, mark: str, *, within_words: bool = False) -> str:
     """Return a text without the runs of `least` characters and more that it shares with a form, in whatever letters."""
-    lower = _lowered(text)
-    runs = {form[at : at + least] for form in map(_lowered, forms) for at in range(len(form) - least + 1)}
+    lower, forms = _lowered(text), [_lowered(form) for form in forms]
+    known: Callable[[str], bool]
+    if len(text) < _FEW_CHARS:
+        known = _in_one_of(forms)
+    else:
+        known = {form[at : at + least] for form in forms for at in range(len(form) - least + 1)}.__contains__
     parts: list[str] = []
     at = kept = 0
     while at <= len(text) - least:
         begins = within_words or at == 0 or not (text[at - 1].isalnum() and text[at].isalnum())
-        if not begins or lower[at : at + least] not in runs:
+        if not begins or not known(lower[at : at + least]):
             at += 1
             continue
         parts += (text[kept:at], mark)
         at += least
-        while at < len(text) and lower[at - least + 1 : at + 1] in runs:
+        while at < len(text) and known(lower[at - least + 1 : at + 1]):
             at += 1
         kept = at
     return "".join((*parts, text[kept:]))
+
+
+def _in_one_of(forms: list[str]) -> Callable[[str], bool]:
+    return lambda run: any(run in form for form in forms)
 
 
 def _lowered(text: str) -> str:

@@ -59,6 +59,14 @@ def test_number_that_python_cuts_itself_is_found() -> None:
     assert "4111" not in without_query(str(caught.value), body)
 
 
+def test_book_that_is_quoted_whole_or_in_part_is_not_told() -> None:
+    book = " ".join(f"word{number}" for number in range(500_000))
+    for quoted in (book, book[:3000], book[: len(book) // 2]):
+        left = without_query(f"no such thing: {quoted}", book)
+        assert left.startswith("no such thing: (the query)")
+        assert "word" not in left
+
+
 @pytest.mark.parametrize(
     ("words", "body"),
     [
