@@ -10,7 +10,6 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from runner.estates import Passing
 from runner.incarnation import Incarnation
 from runner.lines import Ending
 from runner.metrics import Sample
@@ -163,9 +162,8 @@ class Child:
 
     async def _live(self, tasks: TaskGroup) -> str:
         """Run a process, and whoever succeeds it in good order, to an end that nobody planned; return how it ended."""
-        heir = self.succession.inherits
         try:
-            current: Incarnation | None = await self.fork(self.spec, standby=heir)
+            current: Incarnation | None = await self.fork(self.spec, standby=False)
         except SpawnError as exc:
             self._cause = "not_started"
             return str(exc)
@@ -176,9 +174,6 @@ class Child:
                 why = "its configuration or its handler changed while it was being started"
                 tasks.start_soon(self.succession.recycle, why, "configuration", True)
             async with anyio.create_task_group() as looking:
-                if heir:
-                    looking.start_soon(self.succession.settle, current)
-                    heir = False
                 looking.start_soon(self.succession.on_request, current, tasks)
                 await current.ended(START_TIMEOUT_S, self.spec.liveness_timeout_ms / 1000)
                 looking.cancel_scope.cancel()
@@ -284,17 +279,8 @@ class Child:
         self.stopping.set()
         self.hurry.set()
 
-    async def drain(self, timeout_s: float, passing: Passing = Passing()) -> None:  # noqa: B008 - as above
-        """Have the worker finish what is in flight and leave; kill it when it takes longer than `timeout_s`.
-
-        What it remembers goes to the heir that `passing` names.
-        """
-        try:
-            await self._drain(timeout_s, passing)
-        finally:
-            passing.give_up()
-
-    async def _drain(self, timeout_s: float, passing: Passing) -> None:
+    async def drain(self, timeout_s: float) -> None:
+        """Have the worker finish what is in flight and leave; kill it when it takes longer than `timeout_s`."""
         self.retire()
         current = self.current
         for incarnation in list(self._incarnations.values()):
@@ -302,9 +288,7 @@ class Child:
                 incarnation.kill()
         if current is not None:
             current.successor = None
-            await current.drain(timeout_s, hand_over=passing.leaves is not None)
-            if passing.leaves is not None:
-                passing.leaves.leave(current.legacy or None)
+            await current.drain(timeout_s)
         for incarnation in list(self._incarnations.values()):
             incarnation.kill()
         await self._ended.wait()

@@ -61,7 +61,7 @@ def run(
     fork_server = ForkServer(tracing=config.tracing)
     fork_server.start()
     from runner.app import Runner
-    from runner.estates import bring_forward
+    from runner.memories import bring_forward
     from runner.reload import check_handlers
     from runner.state_dir import hold
     from shared.http_server import listen, resolve

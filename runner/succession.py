@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 import anyio
 from anyio.abc import TaskGroup
 
-from runner.estates import Passing, move_file
 from runner.incarnation import Incarnation
+from runner.memories import move_file
 from runner.process import SpawnError
 from runner.restarts import ReplacementReason
 from runner.router import Router
@@ -40,7 +40,6 @@ class Succession:
     Attributes:
         renewals: how often the handler has been renewed: a process that was started before is out of date.
         replacements: how many processes took another's place, by the reason.
-        inherits: whether the next process begins with what another worker left.
     """
 
     def __init__(self, child: Child, router: Router, log: Logger) -> None:
@@ -49,25 +48,9 @@ class Succession:
         self._log = log
         self.renewals = 0
         self.replacements: Counter[ReplacementReason] = Counter()
-        self._inheritance: bytes | None = None
         self._outdated = anyio.Event()
         self._starting: WorkerSpec | None = None
         self._handover = anyio.Lock()
-
-    @property
-    def inherits(self) -> bool:  # noqa: D102 - above
-        return self._inheritance is not None
-
-    async def settle(self, heir: Incarnation) -> None:
-        """Have a process that took nobody's place begin with what was left to this worker."""
-        if await heir.reached("standby"):
-            self._router.promote(heir.launch, self._inheritance)
-            self._inheritance = None
-
-    async def inherit(self, passing: Passing) -> None:
-        """Wait for what another worker leaves to this one, which does not run yet."""
-        if passing.inherits is not None:
-            self._inheritance = await passing.inherits.inherit()
 
     async def renew(self, why: str) -> str:
         """Have a process that loads the handler afresh take over; one that waits to be started is started now.
@@ -85,24 +68,20 @@ class Succession:
         reason: ReplacementReason,
         *,
         if_stale: bool = False,
-        passing: Passing = Passing(),  # noqa: B008 - it is frozen
+        moves: bool = False,
         instead_of: Incarnation | None = None,
     ) -> bool:
         """Have a new process take over from the running one, without a query lost and with its memory.
 
         The new one has loaded its handler and waits before the old one lets go. Without a running one,
         `spec` holds from the next start on; None is the one that it has. With `if_stale` a process that was
-        started since is left alone; with `instead_of` all but that one. `passing` is what comes from another worker, or
-        goes to one, because their nodes change places.
+        started since is left alone; with `instead_of` all but that one. With `moves` the memory goes along to another
+        node, which has taken the place of the one that is gone.
 
         Returns whether there is a worker by the new spec, or will be; False when the new process did not come up and
         the old one stays.
         """
-        try:
-            problem = await self._replace(spec, why, reason, if_stale, passing, instead_of)
-        finally:
-            passing.give_up()  # whatever has happened: the heir waits
-        if problem:
+        if problem := await self._replace(spec, why, reason, if_stale, moves, instead_of):
             self._log.error("replacement_failed", why=problem, **self._child.which(self._child.numbers))
         return not problem
 
@@ -112,7 +91,7 @@ class Succession:
         why: str,
         reason: ReplacementReason,
         if_stale: bool,
-        passing: Passing = Passing(),  # noqa: B008 - as above
+        moves: bool = False,
         instead_of: Incarnation | None = None,
     ) -> str:
         async with self._handover:
@@ -121,15 +100,12 @@ class Succession:
                 old = self._child.current
                 if instead_of is not None and old is not instead_of:
                     return ""
-                if old is None and passing and not self._child.stopping.is_set():
-                    passing.give_up()
-                    await self.inherit(passing)
-                    passing = Passing()
-                    continue  # there may be a process by now
+                if old is None and moves:  # there is nobody who has it open
+                    move_file(self._child.spec, spec)
                 if old is None or self._child.stopping.is_set() or (if_stale and not self.is_stale(old, spec)):
                     self._child.adopt(spec)
                     return ""
-                problem = await self._replace_once(old, spec, why, reason, passing)
+                problem = await self._replace_once(old, spec, why, reason, moves)
                 if problem is not None:
                     return problem
                 if_stale = True
@@ -139,7 +115,7 @@ class Succession:
         return incarnation.launch.spec != spec or incarnation.renewals != self.renewals
 
     async def _replace_once(
-        self, old: Incarnation, spec: WorkerSpec, why: str, reason: ReplacementReason, passing: Passing
+        self, old: Incarnation, spec: WorkerSpec, why: str, reason: ReplacementReason, moves: bool
     ) -> str | None:
         """Try to replace a running process, and return why that failed or "".
 
@@ -155,7 +131,7 @@ class Succession:
         finally:
             self._starting = None
         if up and self._child.current is old and not self._child.stopping.is_set():
-            await self._hand_over(old, new, why, reason, passing)
+            await self._hand_over(old, new, why, reason, moves)
             return ""
         if not up:
             late = "its handler was written anew meanwhile" if self._outdated.is_set() else _LATE
@@ -167,6 +143,8 @@ class Succession:
         if self._child.stopping.is_set():
             return ""
         if up:
+            if moves and self._child.current is None:
+                move_file(self._child.spec, spec)
             self._child.adopt(spec)  # whoever is started next has it; who has been started without it is replaced
             return None
         return None if self._outdated.is_set() and reason == "configuration" else found
@@ -193,7 +171,7 @@ class Succession:
             self._outdated.set()
 
     async def _hand_over(
-        self, old: Incarnation, new: Incarnation, why: str, reason: ReplacementReason, passing: Passing
+        self, old: Incarnation, new: Incarnation, why: str, reason: ReplacementReason, moves: bool
     ) -> None:
         which = self._child.which(old.launch.incarnation)
         self._log.info("worker_replaced", why=why, pid=old.process.pid, by=new.process.pid, **which)
@@ -204,18 +182,15 @@ class Succession:
         # What has begun may go on for its own time, not only for that of a shutdown: nobody is in a hurry.
         longest_ms = max(spec.shutdown_timeout_ms, old.launch.spec.agent.handler_timeout_ms)
         await old.drain(longest_ms / 1000 + KILL_GRACE_S, hand_over=True)
-        if old.legacy is None and spec.agent.memory == "ram" == old.launch.spec.agent.memory:
-            why = "the worker left nothing; the agent starts with an empty one"
-            self._log.error("memory_not_handed_over", why=why, **which)
         memory = old.legacy or None  # empty: it has said itself why there is nothing
-        if passing:
-            if passing.leaves is not None:
-                passing.leaves.leave(memory)
-            memory = await passing.inherits.inherit() if passing.inherits is not None else None
-        elif old.launch.spec.node != spec.node:
+        if moves:
             move_file(old.launch.spec, spec)
-        self._router.promote(new.launch, self._inheritance if memory is None else memory)
-        self._inheritance = None
+        elif old.launch.spec.node != spec.node:
+            memory = None
+        if memory is None and old.legacy != b"" and spec.agent.memory == "ram" == old.launch.spec.agent.memory:
+            why = "the worker left nothing" if old.legacy is None else "it is of a node that has another worker now"
+            self._log.error("memory_not_handed_over", why=f"{why}; the agent starts with an empty one", **which)
+        self._router.promote(new.launch, memory)
 
     async def on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
         """Have a process replaced whenever it asks for it, until cancelled."""

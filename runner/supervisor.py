@@ -13,7 +13,7 @@ import anyio
 import msgspec
 
 from runner.child import Child
-from runner.estates import Passing, passings
+from runner.memories import moves
 from runner.metrics import Sample
 from runner.process import ForkServer
 from runner.recent import STEP_S
@@ -108,21 +108,19 @@ class Supervisor:
         added = [name for name in wanted if name not in self._children]
         changed = [name for name, child in self._children.items() if name in wanted and child.spec != wanted[name]]
         failed: list[str] = []
-        passing = passings([child.spec for child in self._children.values()], specs)
+        moving = moves([child.spec for child in self._children.values()], specs)
         for child in self._children.values():
             child.judge_by(policy)
         async with anyio.create_task_group() as tasks:
             some_at_a_time = anyio.CapacityLimiter(REPLACED_AT_ONCE)
             for name in changed:
-                # Those that wait for each other are not held up by a limit, too.
-                limiter = anyio.CapacityLimiter(1) if name in passing else some_at_a_time
-                tasks.start_soon(self._replace, wanted[name], limiter, failed, passing.get(name, Passing()))
+                tasks.start_soon(self._replace, wanted[name], some_at_a_time, failed, name in moving)
             for name in added:
                 self._children[name] = self._child(wanted[name])
                 if not self._stopping.is_set():
-                    self._tasks.start_soon(self._run_heir, self._children[name], passing.get(name, Passing()))
+                    self._tasks.start_soon(self._children[name].run)
             for name in removed:
-                tasks.start_soon(self._take_out, self._children.pop(name), passing.get(name, Passing()))
+                tasks.start_soon(self._take_out, self._children.pop(name))
         self._children = {name: self._children[name] for name in wanted}
         return Changes(
             tuple(added),
@@ -161,22 +159,16 @@ class Supervisor:
         for child in self._children.values():
             child.succession.outdate(handler)
 
-    async def _replace(
-        self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str], passing: Passing
-    ) -> None:
+    async def _replace(self, spec: WorkerSpec, limiter: anyio.CapacityLimiter, failed: list[str], moves: bool) -> None:
         async with limiter:
             child, why = self._children[spec.name], "its configuration has changed"
-            if not await child.succession.replace(spec, why, "configuration", passing=passing):
+            if not await child.succession.replace(spec, why, "configuration", moves=moves):
                 failed.append(spec.name)
 
-    async def _run_heir(self, child: Child, passing: Passing) -> None:
-        await child.succession.inherit(passing)
-        await child.run()
-
-    async def _take_out(self, child: Child, passing: Passing) -> None:
+    async def _take_out(self, child: Child) -> None:
         self._taken_out.add(child)
         try:
-            await child.drain(self._shutdown_timeout_s + KILL_GRACE_S, passing)
+            await child.drain(self._shutdown_timeout_s + KILL_GRACE_S)
         finally:
             self._taken_out.discard(child)
 

@@ -7,6 +7,9 @@ this memory is moved aside, never written to and never deleted.
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import sqlite3
 import threading
 import time
@@ -19,7 +22,7 @@ import msgspec
 
 from shared.logs import get_logger
 from shared.memory_files import SIDE_FILES
-from worker.memory import MemoryFault
+from worker.memory import MemoryBusy, MemoryFault
 
 APPLICATION_ID: Final = 0x454D5231  # "EMR1", in SQLite's header at byte 68: whose file this is
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -50,6 +53,7 @@ class DiskMemory:
         # After which commit, and up to which, a failed flush took all back. Few are looked at: the newest first.
         self._lost: deque[tuple[int, int]] = deque(maxlen=LOST_REMEMBERED)
         self._database: sqlite3.Connection | None = None
+        self._lock_fd: int | None = None
         self._flushed = self._blob = _EMPTY
         self._current: dict[Any, Any] = {}
         # A flush runs on a thread of its own, beside the handler: what both touch changes together.
@@ -57,15 +61,20 @@ class DiskMemory:
         self._flushing = threading.Lock()
 
     def open(self, legacy: bytes | None = None) -> None:
-        """Open or make the file. Not before a predecessor has closed it.
+        """Open or make the file. It is this process's alone until `close`, or the process's end.
 
         Raises:
+            MemoryBusy: while another process has it open.
             MemoryFault: when it cannot be opened or made.
         """
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_fd = _hold(self.path.with_name(f".{self.path.stem}.lock"))
             self._database, self._flushed = _open(self.path)
+        except BlockingIOError:
+            raise MemoryBusy(f"the memory {self.path} is still open in another process") from None
         except (OSError, sqlite3.Error) as exc:
+            self._let_go()
             raise MemoryFault(f"the memory {self.path} cannot be opened: {exc}") from None
         self._blob = self._flushed
         self._current = _decode(self._blob)
@@ -146,6 +155,31 @@ class DiskMemory:
         if self._database is not None:
             self._database.close()
             self._database = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+
+def _hold(path: Path) -> int:
+    """Lock a file, and return its descriptor. What the handler forks does not hold it, too, as with `flock` it would.
+
+    Raises:
+        BlockingIOError: while another process holds it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno == errno.ENOLCK:  # a file system without locks
+            return fd
+        os.close(fd)
+        if exc.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(exc.errno, exc.strerror) from None
+        raise
+    return fd
 
 
 def _open(path: Path) -> tuple[sqlite3.Connection, bytes]:

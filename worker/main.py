@@ -32,7 +32,7 @@ from worker.handler import Handler, frames_of, load, told
 from worker.limits import Limits
 from worker.link import Link
 from worker.memories import memory_for
-from worker.memory import Memory, MemoryFault
+from worker.memory import Memory, MemoryBusy, MemoryFault
 from worker.orphan import leave_with_parent
 from worker.results import HandlerFault
 from worker.states import StateLog
@@ -41,6 +41,9 @@ from worker.trial import attempt
 if TYPE_CHECKING:
     from worker.tracing import WorkerTracing
 
+
+MEMORY_POLL_S: Final = 0.02
+"""How often a worker looks whether it can have its node's memory."""
 
 ABANDON_S: Final = 0.5
 """How long the node may take to read the last answers of a worker whose handler hangs."""
@@ -188,7 +191,7 @@ class Worker:
             self._tell("standby", "")
             await self._called.wait()
         try:
-            memory.open(self._inherited)
+            await self._open(memory)
         except MemoryFault as exc:
             if self._inherited is None:
                 raise
@@ -196,6 +199,16 @@ class Worker:
         self._inherited = None
         if objection := self._limits.begin():
             self._log.error("limit_ignored", why=objection, do="raise max_rss_mb, or have the agent remember less")
+
+    async def _open(self, memory: Memory) -> None:
+        """Open the memory, once whoever had this node before has let go of it."""
+        while not self._leaving.is_set():
+            try:
+                memory.open(self._inherited)
+                return
+            except MemoryBusy as exc:
+                self._log.debug("memory_awaited", why=str(exc))
+                await anyio.sleep(MEMORY_POLL_S)
 
     async def _leave(self, dispatcher: Dispatcher, connection: Connection, memory: Memory) -> int:
         if self._hung:

@@ -18,6 +18,10 @@ class MemoryFault(Exception):
     """A memory cannot be opened, kept or written; the text says which file and why."""
 
 
+class MemoryBusy(MemoryFault):
+    """Another process has the memory open; it has not let go of it yet."""
+
+
 class Memory(Protocol):
     """One worker's memory. Every `checkout` is followed by one `commit` or one `rollback`.
 

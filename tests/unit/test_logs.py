@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import gc
 import json
 import logging
 import os
@@ -497,6 +498,34 @@ def test_end_of_any_burst_is_told(stderr: Read) -> None:
         418,
         "w",
     )
+
+
+def test_destructor_that_logs_while_an_event_is_admitted_holds_up_nothing() -> None:
+    class Talkative:
+        def __init__(self) -> None:
+            self.itself = self  # the collector's, not to be gone at once
+
+        def __del__(self) -> None:
+            folded.admit("the last words")
+
+    def clock() -> float:
+        gc.collect()
+        return 0.0
+
+    folded = Folded(60, clock)
+    admitting = threading.Thread(target=lambda: [folded.admit("x") for _ in range(2)], daemon=True)
+    Talkative()
+    admitting.start()
+    admitting.join(10)
+    assert not admitting.is_alive()
+    assert folded.admit("the last words") is None
+
+
+def test_places_of_which_one_begins_like_another_are_told_apart() -> None:
+    folded = Folded(60, Clock())
+    for number in range(10, 18):
+        assert folded.admit(f"x.py:{number} a", f"x.py:{number}") == 0
+    assert [folded.admit(f"x.py:1 {words}", "x.py:1") for words in "abc"] == [0, 0, 0]
 
 
 def test_kind_that_is_told_again_is_not_the_oldest() -> None:
