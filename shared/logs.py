@@ -289,7 +289,8 @@ class Folded:
         self._every_s = every_s
         self._clock = clock
         self._seen: dict[str, tuple[float, int]] = {}
-        self._one_at_a_time = threading.Lock()  # a handler's thread admits what the loop tells the end of
+        # A handler's thread admits what the loop tells the end of. Reentrant: a destructor may log in the midst of it.
+        self._one_at_a_time = threading.RLock()
 
     def admit(self, key: str, place: str = "") -> int | None:
         """Return None to hold this event back, else how many like it were held back before it.
@@ -305,21 +306,21 @@ class Folded:
                 self._seen[key] = (since, held + 1)
                 return None
             if since is None and len(self._seen) >= _MAX_FOLDED_KEYS:
-                self._seen.pop(next(iter(self._seen)))
+                self._seen.pop(next(iter(self._seen)), None)
             self._seen.pop(key, None)  # to the end: what is told again is not the oldest any more
             self._seen[key] = (now, 0)
             return held
 
     def _kinds_of(self, place: str) -> int:
-        return sum(key.startswith(place) for key in self._seen)
+        return sum(key.startswith(f"{place} ") for key in [*self._seen])
 
     def overdue(self) -> list[tuple[str, int]]:
         """Return (key, number held back) of events whose time is up, so that their end is told too."""
         with self._one_at_a_time:
             now = self._clock()  # inside: another thread's later time would be before it
-            found = [(key, held) for key, (since, held) in self._seen.items() if now - since >= self._every_s]
+            found = [(key, held) for key, (since, held) in [*self._seen.items()] if now - since >= self._every_s]
             for key, _ in found:
-                del self._seen[key]
+                self._seen.pop(key, None)
         return [(key, held) for key, held in found if held]
 
 

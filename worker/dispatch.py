@@ -22,7 +22,7 @@ import anyio.abc
 
 from shared.ipc import BUCKETS, Counters, Mishap, Outcome
 from shared.logs import Folded, get_logger, shortened
-from shared.redaction import without_query
+from shared.redaction import Discretion
 from worker.flusher import Flusher
 from worker.handler import Handler
 from worker.jobs import CANCELLED, RETURNED, Answer, Job, Source
@@ -43,6 +43,9 @@ CATCH_UP_POLL_S: Final = 0.005
 
 LONGEST_ERROR_CHARS: Final = 4000
 """How much of an exception's words is told as the last error; its traceback is in the log."""
+
+_OF_CODE: Final = (ImportError, AttributeError, NameError, TypeError)
+"""What these quote are names of the program, not its data."""
 
 SUSPENDED_S: Final = 1.0
 """A clock that is later than this was stopped, with the handler: the time is not counted against it."""
@@ -265,7 +268,10 @@ class Dispatcher(ABC):
         self._memory.rollback()
         if job.settled:
             return CANCELLED
-        what = shortened(self._discreet(f"{type(exc).__name__}: {_words(exc)}", body), LONGEST_ERROR_CHARS)
+        discreet = Discretion("" if self.quotes_queries or isinstance(exc, HandlerFault) else body)
+        quoted = not isinstance(exc, _OF_CODE)
+        words = f"{type(exc).__name__}: {discreet(_words(exc), quoted=quoted)}"
+        what = shortened(words, LONGEST_ERROR_CHARS)
         last = exc.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
@@ -274,14 +280,9 @@ class Dispatcher(ABC):
             more: dict[str, Any] = {"like_it_before": held} if held else {}
             if not isinstance(exc, HandlerFault):  # what was returned is at fault: no line of the handler to be shown
                 lines = TracebackException.from_exception(exc).format()
-                more["exception"] = "".join(
-                    line if line.startswith("  File ") else self._discreet(line, body) for line in lines
-                ).rstrip()
+                more["exception"] = "".join(_without_query(line, discreet, quoted) for line in lines).rstrip()
             self._log.error("handler_failed", error=what, **more)
         return Outcome.HANDLER_FAILED, what.encode("utf-8", "replace")
-
-    def _discreet(self, words: str, body: str) -> str:
-        return words if self.quotes_queries else without_query(words, body)
 
     # --- the time-out ---
 
@@ -315,6 +316,16 @@ class Dispatcher(ABC):
                 return
         lane.hung = True  # said once
         self.on_hung(f"{words} and cannot be stopped")
+
+
+def _without_query(line: str, discreet: Discretion, quoted: bool) -> str:
+    """Return what a traceback says, without the query; places in the source, and names of classes, are none of it."""
+    if line.lstrip(" |").startswith("File "):
+        return line
+    name, colon, words = line.partition(": ")
+    if colon and name.strip(" |").replace(".", "").isidentifier():
+        return f"{name}: {discreet(words, quoted=quoted)}"
+    return discreet(line, quoted=quoted)
 
 
 def _words(exc: BaseException) -> str:

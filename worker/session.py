@@ -45,6 +45,9 @@ _STATUS_ADVICE: Final = {
     429: "the node limits how often one may connect (429)",
 }
 
+SAID_CHARS: Final = 8192
+"""How much of a peer's words is looked at: what is told of them is less."""
+
 _END_OF_HEAD: Final = b"\r\n\r\n"
 
 Query = tuple[bytes, str]
@@ -307,5 +310,5 @@ class Session:
 
     def _said(self, text: object) -> str:
         """Return a peer's words as one short printable line, without our token: it may quote what it was told."""
-        line = printable_line(redact(str(text), self._token))
+        line = printable_line(redact(str(text)[:SAID_CHARS], self._token))  # a node may say megabytes
         return line if len(line) <= 200 else line[:197] + "..."
