@@ -103,6 +103,8 @@ class Succession:
                 if old is None and moves:  # there is nobody who has it open
                     move_file(self._child.spec, spec)
                 if old is None or self._child.stopping.is_set() or (if_stale and not self.is_stale(old, spec)):
+                    if old is None and spec != self._child.spec:
+                        self._child.hurry.set()  # what it died of may be mended by that
                     self._child.adopt(spec)
                     return ""
                 problem = await self._replace_once(old, spec, why, reason, moves)

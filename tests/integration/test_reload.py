@@ -253,3 +253,14 @@ async def test_nothing_is_kept_of_a_successor_whose_worker_is_taken_out_while_it
             await until(lambda: len(runner.children(recursive=True)) <= 3, "its processes are gone")
             files.append(runner.num_fds())
         assert files[0] == files[1] == files[2]
+
+
+async def test_failed_worker_whose_configuration_is_mended_is_tried_at_once(tmp_path: Path, node: Node) -> None:
+    handlers = "import os\nclass Broken:\n    def setup(self): os._exit(3)\n    def handle(self, b, m): return b, m\n"
+    handlers += "def whole(body, memory): return body, memory\n"
+    broken = agent("a", [node.url], handler="handlers.py:Broken")
+    async with cluster(tmp_path, broken, handlers=handlers, supervision="max_restarts = 1") as running:
+        await running.wait_state("a_server", "failed")
+        configure(tmp_path, agent("a", [node.url], handler="handlers.py:whole"), supervision="max_restarts = 1")
+        assert (await reload(running)).returncode == 0
+        await running.wait_state("a_server", "ready")  # not in a minute, as without the reload
