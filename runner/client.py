@@ -144,6 +144,8 @@ def _answer(base: str, path: str, response: http.client.HTTPResponse | urllib.er
         if status >= 500:  # no runner says so in other words than JSON
             raise StartError(f"{status} from {base}; is the runner behind it up?") from None
         raise not_a_runner(base) from None
+    except RecursionError:
+        raise StartError(f"the answer of {base} is nested too deeply to be read here; ask with curl") from None
 
 
 def not_a_runner(base: str) -> StartError:

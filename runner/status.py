@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from io import StringIO
 from typing import Final
 
 import msgspec
@@ -27,6 +27,9 @@ LONGEST_REASON: Final = 120
 _COLOURS: Final = {"ready": "green", "failed": "bold red", "crashed": "red", "restarting": "red", "backoff": "yellow"}
 _SPENT_FIRST: Final = ("p50", "queries", "up", "p99", "a second", "node", "pid", "restarts", "503, 504", "errors")
 """What a terminal that is too narrow does without, in this order."""
+
+_MEASURE: Final = Console(file=StringIO())
+"""What knows how a text is broken into lines; nothing is printed on it."""
 
 _WHY: Final = "why, or the last error"
 
@@ -122,6 +125,11 @@ def _without_middle(name: str, longest: int) -> str:
     """Return a name that is short enough; its end tells an agent's workers from each other."""
     end = longest // 2
     return name if len(name) <= longest else f"{name[: longest - end - 1]}\u2026{name[-end:]}"
+
+
+def _height(text: str, width: int) -> int:
+    """Return how many lines a text takes that goes on in the next line."""
+    return len(_wrapped(text).wrap(_MEASURE, width))
 
 
 def _reason(row: WorkerRow) -> str:
@@ -228,7 +236,7 @@ def view(rows: Sequence[WorkerRow], width: int | None, height: int | None, probl
     """
     told = f"What is below was before: {problem}" if rows else problem
     shown: list[RenderableType] = [_wrapped(told, "bold red") if problem else summary(rows), Text("")]
-    room = None if height is None else height - 3 - (len(told) // width if problem and width else 0)
+    room = None if height is None else height - 2 - (_height(told, width) if problem and width else 1)
     rows, paragraphs, left_out = _chosen(
         rows, width, room, [] if problem else _paragraphs(rows, _fitting(rows, width)[1])
     )
@@ -248,7 +256,7 @@ def _chosen(
 
     First come the rows that are not ready, then why, then those that are ready.
     """
-    heights = [len(textwrap.wrap(each, width, break_on_hyphens=False)) if width else 1 for each in paragraphs]
+    heights = [_height(each, width) if width else 1 for each in paragraphs]
     if room is None or len(rows) + sum(heights) <= room:
         return rows, paragraphs, 0
     by_need = sorted(rows, key=lambda row: row.state == "ready")

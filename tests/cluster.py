@@ -24,6 +24,7 @@ from runner.state_dir import read_address
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.005
 LIMIT_S = 30.0
+ON_THE_WAY = ("starting", "standby", "connecting", "registering")
 
 COUNTER = """
 def handle(body, memory):
@@ -105,7 +106,13 @@ class Cluster:
         return await until(up, f"{worker} is up")
 
     async def wait_ready(self) -> None:
-        await until(self.ready, f"all agents are ready\n{self.log[-2000:]}")
+        """Wait until every agent has a ready worker, and none of its workers is still on its first way to its node."""
+
+        async def settled() -> bool:
+            rows = (await self.rows()).values()
+            return await self.ready() and not any(row["state"] in ON_THE_WAY and not row["reconnects"] for row in rows)
+
+        await until(settled, f"all agents are ready\n{self.log[-2000:]}")
         self.note_processes()
 
     async def ask(self, query: str, **named: str) -> httpx.Response:

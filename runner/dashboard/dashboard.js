@@ -79,6 +79,7 @@ function listTroubled() {
       if (before === null) list.prepend(link);
       else before.after(link);
     }
+    link.dataset.state = state; // The style sheet shows the worst first: a link that were moved would lose the focus.
     put(link.querySelector("strong"), state);
     before = link;
   }
@@ -132,9 +133,9 @@ async function withThePage(use) {
 function loadAnew(version) {
   return withThePage((page) => {
     if (page.body.dataset.version !== version) throw new Error("it is still the page of another version");
-    const [query, target] = [byId("query"), byId("target")];
+    const query = byId("query");
     try {
-      const kept = [query.value, target.value, document.activeElement === query, withOpenErrors()];
+      const kept = [query.value, chosenTarget(), document.activeElement === query, withOpenErrors()];
       sessionStorage.setItem("typed", JSON.stringify(kept));
     } catch {
       // A browser that keeps nothing for anybody.
@@ -170,7 +171,7 @@ function openErrors(names) {
 // There are other workers than before: the runner has reloaded its configuration.
 function replaceTable() {
   return withThePage((page) => {
-    const [chosen, before] = [byId("target").value, new Map([...rows].map(([name, row]) => [name, standing(row)]))];
+    const [chosen, before] = [chosenTarget(), new Map([...rows].map(([name, row]) => [name, standing(row)]))];
     const [open, focused] = [withOpenErrors(), document.activeElement];
     const [inTable, inList] = [focused.closest("[data-worker]")?.dataset.worker, focused === byId("target")];
     const onLink = focused.closest("#troubled a")?.dataset.name ?? (focused.tagName === "TH" ? inTable : undefined);
@@ -194,12 +195,19 @@ function replaceTable() {
   });
 }
 
+function chosenTarget() {
+  const list = byId("target");
+  return list.selectedOptions[0]?.dataset.was ?? list.value;
+}
+
 function choose(target) {
   const list = byId("target");
   list.value = target;
   if (list.selectedIndex >= 0 || target === "") return;
   // Nobody's question goes to another than they chose: the form is not sent with an empty choice.
-  list.prepend(new Option(`${target.replace("/", " ")} is gone: choose anew`, "", true, true));
+  const gone = new Option(`${target.replace("/", " ")} is gone: choose anew`, "", true, true);
+  gone.dataset.was = target; // It may come back.
+  list.prepend(gone);
 }
 
 function alive() {
@@ -344,7 +352,10 @@ findRows();
 put(byId("link"), "connecting"); // Without a script it says that the page has to be loaded again.
 // What sticks below the header, and what is scrolled to, keeps clear of it, however high it is now.
 new ResizeObserver(([header]) => {
-  document.documentElement.style.setProperty("--header", `${header.borderBoxSize[0].blockSize}px`);
+  const [height, focused] = [header.borderBoxSize[0].blockSize, document.activeElement];
+  document.documentElement.style.setProperty("--header", `${height}px`);
+  const covered = focused.closest("main") && focused.getBoundingClientRect().top < height;
+  if (covered && getComputedStyle(header.target).position === "sticky") focused.scrollIntoView({ block: "nearest" });
 }).observe(document.querySelector("header"));
 byId("ask").hidden = byId("to-ask").hidden = false;
 byId("ask").querySelector("form").addEventListener("submit", onSubmit);
@@ -356,6 +367,11 @@ byId("query").addEventListener("keydown", (event) => {
 byId("ask").addEventListener("invalid", (event) => event.target === byId("target") && onNoTarget(), true);
 takeUpWhatWasKept();
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) listen();
+  if (document.hidden) return;
+  if (performance.now() - heardAt > SILENCE_MS && byId("link").dataset.link === "live") {
+    delete byId("link").dataset.link; // What is shown is from before, until the stream has told otherwise.
+    put(byId("link"), "connecting");
+  }
+  listen();
 });
 listen();

@@ -315,6 +315,64 @@ async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(
         assert seen.complaints == []
 
 
+async def test_whom_one_had_chosen_is_said_to_be_gone_until_there_again(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen = await look(chromium, running)
+        config, whom = tmp_path / "em-runner.toml", seen.page.get_by_label("Whom")
+        without = config.read_text()
+        shown = "() => document.querySelector('#target').selectedOptions[0]?.textContent"
+        for names, expected in (
+            ("b", "a: the first that is up"),
+            ("c", "worker b_server is gone: choose anew"),
+            ("d", "worker b_server is gone: choose anew"),
+            ("bd", "b_server"),
+        ):
+            config.write_text(without + "".join(agent(name, [node.url]) for name in names))
+            os.kill(running.process.pid, signal.SIGHUP)
+            await expect(seen.page.locator("tbody[data-worker]")).to_have_count(1 + len(names))
+            await expect(seen.cell(f"{names[-1]}_server", "state")).to_have_text("ready")
+            assert await seen.page.evaluate(shown) == expected
+            if names == "b":
+                await whom.select_option("worker/b_server")
+        assert await whom.input_value() == "worker/b_server"
+        assert seen.complaints == []
+
+
+async def test_what_grows_above_it_covers_no_field_and_no_low_screen(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    names = [*"abcdefgh", "an_agent_with_a_very_long_name_of_fifty_characters_"]
+    agents = [agent(name, ["127.0.0.1:9"]) for name in names] + [agent("z", [node.url])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+        await running.wait_state("z_server", "ready")
+        seen = await look(chromium, running, viewport={"width": 360, "height": 640})
+        wide = (
+            "() => document.querySelector('#troubled').scrollWidth <= document.querySelector('#troubled').clientWidth"
+        )
+        assert await seen.page.evaluate(wide), "no name hides its state"
+        query = seen.page.get_by_label("Query", exact=True)
+        await query.focus()
+        height = "document.querySelector('header').offsetHeight"
+        await query.evaluate(f"field => scrollBy(0, field.getBoundingClientRect().top - {height} - 1)")
+        await seen.page.evaluate(
+            "source.close(); lost('It is said at some length what is wrong: the header grows. '.repeat(3))"
+        )
+        clear = f"field => field.getBoundingClientRect().top >= {height} - 1"
+        for _ in range(50):
+            if await query.evaluate(clear):
+                break
+            await seen.page.evaluate("() => new Promise(requestAnimationFrame)")
+        assert await query.evaluate(clear)
+        await seen.page.set_viewport_size({"width": 320, "height": 256})
+        await seen.page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
+        await expect(seen.page.locator("#link")).to_be_in_viewport()
+        covered = "document.elementFromPoint(160, 100).closest('header') === null"
+        assert await seen.page.evaluate(covered), "there is room for the workers"
+
+
 async def test_what_happens_while_the_page_is_asked_for_anew_is_shown(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
@@ -477,7 +535,9 @@ async def test_page_that_nobody_sees_keeps_no_connection(tmp_path: Path, chromiu
         assert await running.stop() == 0
         await expect(seen.page.locator("#link")).to_have_text("live")
         tell = "document.dispatchEvent(new Event('visibilitychange'))"
-        await seen.page.evaluate(hide % "false" + tell)
+        # Whoever looks again is not told that what is shown is live before it is.
+        at_once = "heardAt -= 60000;" + tell + "; document.querySelector('#link').textContent"
+        assert await seen.page.evaluate(hide % "false" + at_once) == "connecting"
         await expect(seen.page.locator("#link")).to_contain_text("The runner is gone")
 
 

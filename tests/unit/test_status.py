@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from io import StringIO
 from typing import Any, get_args
 
 import pytest
@@ -210,6 +211,23 @@ def test_worker_that_failed_is_said_to_be_tried_again() -> None:
     _, first, second, _ = printed(*rows)
     assert "killed by SIGKILL; it is tried again within a minute" in first
     assert second.rstrip().endswith("  it is tried again within a minute")
+
+
+@pytest.mark.parametrize(
+    ("reason", "problem"),
+    [
+        ("\u7bc0\u70b9\u306b\u63a5\u7d9a\u3067\u304d\u306a\u3044" * 12, ""),
+        ("see https://example.com/" + "x" * 120 + " for more of it", ""),
+        ("short", "no answer from http://127.0.0.1:9600: [Errno 111] Connection refused; is the runner up?"),
+    ],
+    ids=["wide letters", "long words", "gone"],
+)
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_watched_table_is_as_high_as_the_screen_at_the_most(reason: str, problem: str, width: int) -> None:
+    rows = [row(f"w{number}_server", "backoff", detail=f"{number} {reason}") for number in range(30)]
+    console = Console(width=width, height=24, record=True, file=StringIO())
+    console.print(view(rows, width, 24, problem))
+    assert len(console.export_text().splitlines()) <= 24
 
 
 def test_exit_status_says_whether_all_are_ready() -> None:
