@@ -296,6 +296,15 @@ async def test_token_is_sent_nowhere_a_redirect_leads(tmp_path: Path) -> None:
         assert asked_elsewhere == []
 
 
+async def test_answer_that_is_nested_too_deeply_to_be_read_is_told_in_a_line() -> None:
+    with answering(200, b'{"workers":' + b"[" * 3000 + b"]" * 3000 + b"}") as (url, _):
+        for arguments, status in ((["status"], 2), (["query", "x"], 1)):
+            done = await command(*arguments, "--url", url)
+            assert (done.returncode, done.stdout) == (status, b"")
+            assert b"nested too deeply" in done.stderr
+            assert done.stderr.count(b"\n") == 1
+
+
 async def test_what_is_no_runner_or_another_one_is_told_from_one_that_is_up(tmp_path: Path) -> None:
     old = b'{"workers":[{"name":"a_server","state":"ready"}]}'
     document = b'{"info":{"title":"em-runner","version":"0.0.7"}}'
