@@ -34,7 +34,7 @@ def own_modules(folder: Path) -> Iterator[None]:
     home, entry, before = folder.resolve(), str(folder), dict(sys.modules)
     names = {file.stem for file in home.glob("*.py")} | {file.parent.name for file in home.glob("*/__init__.py")}
     names = {name for name in names if not _TESTS.fullmatch(name)}  # those that run are not to find others' instead
-    aside = {name: module for name, module in before.items() if name in names and _is_another_folders(module, home)}
+    aside = {name: module for name, module in before.items() if name in names and _is_another(module, home, name)}
     aside |= {name: module for name, module in before.items() if name.partition(".")[0] in aside}
     for name in aside:
         del sys.modules[name]
@@ -58,9 +58,10 @@ def _is_of(module: ModuleType, home: Path) -> bool:
     return file is not None and file.is_relative_to(home) and not _is_everybodys(file)
 
 
-def _is_another_folders(module: ModuleType, home: Path) -> bool:
-    file = file_of(module)
-    return file is not None and not file.is_relative_to(home) and not _is_everybodys(file)
+def _is_another(module: ModuleType, home: Path, name: str) -> bool:
+    """Return whether a module is of a file that an import of that name from the folder would not find."""
+    file, own = file_of(module), {(home / each).resolve() for each in (f"{name}.py", f"{name}/__init__.py")}
+    return file is not None and file not in own and not _is_everybodys(file)
 
 
 def _is_everybodys(file: Path) -> bool:

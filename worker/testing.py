@@ -251,7 +251,7 @@ def running(
         handler: `module:attribute` or `file.py:attribute`, as in a configuration, or a function, class or object.
         memory: as in a configuration; `disk` needs a `state_dir` or a `folder`.
         folder: where a handler's file or module is looked for; else the current folder.
-        state_dir: where a disk memory's file is made; else `folder`.
+        state_dir: where a disk memory's file is made; else `folder`. Both may be texts.
         timeout_s: how long one query may take.
         setup_timeout_s: how long the handler's `setup` may take.
 
@@ -259,7 +259,7 @@ def running(
         ConfigError: when it cannot be loaded.
         HandlerFault: when its `setup` fails, or takes too long; at the end, when its `close` does.
     """
-    state_dir = state_dir or folder
+    folder, state_dir = (None if each is None else Path(each) for each in (folder, state_dir or folder))
     if memory not in get_args(MemoryKind):
         raise ValueError(f"memory: found {memory!r}, expected one of {', '.join(get_args(MemoryKind))}")
     if memory == "disk" and state_dir is None:
@@ -296,17 +296,24 @@ class _Life:
         self._agent = agent
         self._began: Future[AgentUnderTest] = Future()
         self._ended: Future[None] = Future()
+        self._given_up = False
 
     def begin(self, setup_timeout_s: float) -> AgentUnderTest:
         """Start it, and return the agent once that is ready."""
         threading.Thread(target=self._run, name="agent-under-test", daemon=True).start()
         either: list[Future[Any]] = [self._began, self._ended]
-        wait(either, setup_timeout_s + 2 * _PATIENCE_S, FIRST_COMPLETED)
-        if self._began.done():
-            return self._began.result()
-        if self._ended.done():
-            self._ended.result()
-        raise HandlerFault(f"the handler's setup() {_KEEPS_THE_LOOP}")
+        try:
+            wait(either, setup_timeout_s + 2 * _PATIENCE_S, FIRST_COMPLETED)
+            if self._began.done():
+                return self._began.result()
+            if self._ended.done():
+                self._ended.result()
+            raise HandlerFault(f"the handler's setup() {_KEEPS_THE_LOOP}")
+        except BaseException:  # a signal's too: nobody would end it once it is up
+            self._given_up = True
+            with contextlib.suppress(AttributeError, RuntimeError):  # it is not there yet, or no more
+                self._loop.call_soon_threadsafe(self._over.set)
+            raise
 
     def end(self, limit_s: float) -> None:
         """Have it end, within this time.
@@ -332,7 +339,10 @@ class _Life:
             self._ended.set_result(None)
 
     async def _live(self) -> None:
-        self._loop, self._over = asyncio.get_running_loop(), anyio.Event()
+        self._over = anyio.Event()
+        self._loop = asyncio.get_running_loop()
+        if self._given_up:
+            return
         async with self._agent() as agent:
             self._began.set_result(agent)
             await self._over.wait()

@@ -445,6 +445,61 @@ def test_agents_of_two_folders_at_once_have_each_what_they_import_at_first(run_a
     assert one.ask("x") + other.ask("x") == [{"type": "a"}, {"type": "b"}]
 
 
+def test_module_of_a_subfolder_is_not_the_folders_own(tmp_path: Path) -> None:
+    handler = "import helper\ndef handle(body, memory): return [{'type': helper.WORD}], memory\n"
+    project(
+        tmp_path / "sub", helper="WORD = 'sub'\n", test_a="import helper\ndef test_a(): assert helper.WORD == 'sub'\n"
+    )
+    test = "def test_it(run_agent):\n    assert run_agent('main.py:handle').ask('x') == [{'type': 'root'}]\n"
+    project(tmp_path, helper="WORD = 'root'\n", main=handler, test_it=test)
+    assert "2 passed" in (told := pytest_in(tmp_path, "sub/test_a.py", "test_it.py")), told
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_agent_whose_setup_is_interrupted_does_not_stay() -> None:
+    class Slow:
+        began, closed = threading.Event(), threading.Event()
+
+        def setup(self) -> None:
+            self.began.set()
+            time.sleep(0.3)
+
+        def handle(self, body: str, memory: dict[Any, Any]) -> Any:
+            return [], memory
+
+        def close(self) -> None:
+            self.closed.set()
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    def when_it_has_begun() -> None:
+        Slow.began.wait(20)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    threads = set(threading.enumerate())
+    try:
+        threading.Thread(target=when_it_has_begun).start()
+        with pytest.raises(Interrupted), running(Slow):
+            raise AssertionError("it was interrupted before that")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert Slow.closed.wait(20)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_folders_may_be_texts(tmp_path: Path) -> None:
+    with running(echo, memory="disk", folder=str(tmp_path), state_dir=str(tmp_path / "state")) as agent:  # type: ignore[arg-type]
+        agent.ask("x")
+    assert list((tmp_path / "state" / "memory").glob("*.sqlite"))
+
+
 def test_tests_that_run_are_not_set_aside(run_agent: RunAgent, tmp_path: Path) -> None:
     project(tmp_path / "tests", __init__="", agent="def handle(body, memory): return [], memory\n")
     project(tmp_path, agent="def handle(body, memory): return [], memory\n", conftest="")

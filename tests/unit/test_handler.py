@@ -225,6 +225,16 @@ def test_module_whose_name_is_taken_is_an_error_that_names_both(
     assert taken in told.partition("taken by")[2]
 
 
+def test_module_that_puts_something_else_in_its_place_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "replaces_itself.py").write_text(
+        "import sys\n"
+        "class Module:\n"
+        "    def handle(self, body, memory): return body, memory\n"
+        "sys.modules[__name__] = Module()\n"
+    )
+    assert answer(load(parse_handler("replaces_itself:handle", tmp_path))) == ("q", {})
+
+
 def test_module_that_is_reached_by_a_link_is_no_other(tmp_path: Path, module: Write) -> None:
     file = module("def handle(body, memory): return body, memory\n")
     link = tmp_path / "link"
