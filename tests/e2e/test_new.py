@@ -50,8 +50,9 @@ def test_new_agent_runs_as_it_is_written(tmp_path: Path) -> None:
     assert styled.returncode == 0, styled.stdout
 
 
-@pytest.mark.parametrize("mode", ["prepend", "append", "importlib"])
-@pytest.mark.parametrize("packaged", [False, True])
+@pytest.mark.parametrize(
+    ("packaged", "mode"), [(False, "prepend"), (True, "prepend"), (False, "importlib"), (True, "importlib")]
+)
 def test_test_of_a_new_agent_passes_wherever_pytest_is_started_and_however_it_imports(
     packaged: bool, mode: str, tmp_path: Path
 ) -> None:

@@ -322,8 +322,11 @@ def test_it(run_agent):
 """
 
 
-@pytest.mark.parametrize("handler", ["sleeps", "waits", "blocks"])
-@pytest.mark.parametrize("asks", [ASKS, ASKS_ASYNC], ids=["plain", "async"])
+@pytest.mark.parametrize(
+    ("asks", "handler"),
+    [(ASKS, "sleeps"), (ASKS, "blocks"), (ASKS_ASYNC, "waits"), (ASKS_ASYNC, "blocks")],
+    ids=["plain-sleeps", "plain-blocks", "async-waits", "async-blocks"],
+)
 def test_ctrl_c_ends_a_test_whose_handler_does_not(asks: str, handler: str, tmp_path: Path) -> None:
     (tmp_path / "agents.py").write_text(WAITS)
     (tmp_path / "test_it.py").write_text(asks.format(handler=handler))
@@ -424,11 +427,17 @@ def handle(body, memory):
     import later
     return [{'type': helper.WORD + later.WORD}], memory
 """
-IMPORT_MODES = ["prepend", "append", "importlib"]
 
 
-@pytest.mark.parametrize("mode", IMPORT_MODES)
-@pytest.mark.parametrize("named", ["agent.py:handle", "agent:handle"])
+@pytest.mark.parametrize(
+    ("named", "mode"),
+    [
+        ("agent.py:handle", "prepend"),
+        ("agent:handle", "prepend"),
+        ("agent:handle", "append"),
+        ("agent:handle", "importlib"),
+    ],
+)
 def test_agents_side_by_side_have_each_the_modules_of_their_own_folder(named: str, mode: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         test = f"def test_{name}(run_agent):\n    assert run_agent({named!r}).ask('x') == [{{'type': '{name * 2}'}}]\n"
@@ -555,7 +564,7 @@ def test_what_a_test_replaces_is_replaced_for_the_handler(named: str, tmp_path: 
 # --- in projects that have nothing to do with it ---
 
 
-@pytest.mark.parametrize("taken", ["worker", "shared", "worker/__init__", "shared/__init__", "disco"])
+@pytest.mark.parametrize("taken", ["worker", "shared/__init__", "disco"])
 def test_project_with_a_package_of_our_names_is_left_alone_and_told_when_it_wants_the_fixture(
     taken: str, tmp_path: Path
 ) -> None:
