@@ -1,4 +1,4 @@
-"""Runs the benchmarks, writes what they found, and says how it stands to what is promised.
+"""Runs the benchmarks, writes the results, and compares them with the targets.
 
 python -m benchmarks [--only ws,http] [--runs 5] [--quick] [--out FOLDER]
 """
@@ -27,27 +27,27 @@ SUITES: Final = {
     "endurance": endurance.run,
 }
 RESULTS: Final = Path(__file__).parent / "results"
-README: Final = Path(__file__).parent.parent / "README.md"
-BEGIN: Final = "<!-- targets: written by scripts/bench.sh -->"
-END: Final = "<!-- /targets -->"
+README: Final = Path(__file__).parent / "README.md"
+START_MARK: Final = "<!-- targets: written by scripts/bench.sh -->"
+END_MARK: Final = "<!-- /targets -->"
 NAME: Final = "results.json"
 PARTIAL: Final = RESULTS / "partial"
 
 
 def main() -> int:
-    """Run what was asked for; return 1 when something could not be measured."""
+    """Run the chosen suites. Return 1 if one of them failed, otherwise 0."""
     options = _options()
     found: list[Figure] = []
     failed = 0
     for name in options.only:
         began_s = time.monotonic()
-        _tell(f"{name}:")
+        _report(f"{name}:")
         try:
-            found += SUITES[name](options.runs, options.quick, _tell)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, half an hour's figures are not lost to it
+            found += SUITES[name](options.runs, options.quick, _report)
+        except Exception as exc:  # noqa: BLE001 - keep the figures of the other suites
             failed = 1
-            _tell(f"{name} failed: " + "".join(traceback.format_exception(exc)))
-        _tell(f"{name} took {time.monotonic() - began_s:.0f} s")
+            _report(f"{name} failed: " + "".join(traceback.format_exception(exc)))
+        _report(f"{name} took {time.monotonic() - began_s:.0f} s")
     if options.amend:
         measured = {each.suite for each in found}
         before = msgspec.json.decode((options.out / NAME).read_bytes(), type=Results)
@@ -62,15 +62,37 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Measures em-runner beside others.")
-    parser.add_argument("--only", type=_suites, default=list(SUITES), help=f"of: {', '.join(SUITES)}")
-    parser.add_argument("--runs", type=int, default=5, help="how often each system is measured (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="a few cases, to see that it works")
-    parser.add_argument("--amend", action="store_true", help="keep the other suites' figures of the folder")
-    parser.add_argument("--out", type=Path, default=None, help="where results.json, .svg and .md go")
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench.sh", description="Measures em-runner and alternatives."
+    )
+    parser.add_argument(
+        "--only",
+        type=_suites,
+        default=list(SUITES),
+        metavar="SUITES",
+        help=f"comma-separated names of suites: {', '.join(SUITES)}",
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, help="how often to measure each system (default: 5)"
+    )
+    parser.add_argument("--quick", action="store_true", help="measure a few cases only")
+    parser.add_argument(
+        "--amend", action="store_true", help="keep the figures of the other suites in the folder"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="the folder for results.json, results.svg and results.md",
+    )
     options = parser.parse_args()
-    if options.out is None:  # only a whole run replaces what the README shows
-        whole = (options.only == list(SUITES) or options.amend) and options.runs >= 5 and not options.quick
+    if options.out is None:
+        # Only a complete run may replace the table in the README.
+        whole = (
+            (options.only == list(SUITES) or options.amend)
+            and options.runs >= 5
+            and not options.quick
+        )
         options.out = RESULTS if whole else PARTIAL
     return options
 
@@ -78,7 +100,9 @@ def _options() -> argparse.Namespace:
 def _suites(text: str) -> list[str]:
     chosen = text.split(",")
     if unknown := set(chosen) - set(SUITES):
-        raise argparse.ArgumentTypeError(f"there is no {', '.join(sorted(unknown))}; there are: {', '.join(SUITES)}")
+        raise argparse.ArgumentTypeError(
+            f"unknown suites: {', '.join(sorted(unknown))}; the suites are: {', '.join(SUITES)}"
+        )
     return [name for name in SUITES if name in chosen]
 
 
@@ -90,13 +114,13 @@ def _write(results: Results, folder: Path) -> None:
     plot.draw(results, folder / "results.svg")
     if folder == RESULTS:
         text = README.read_text()
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        README.write_text(f"{before}{begin}\n{targets.table(results)}\n{end}{after}")
-    _tell(f"written to {folder}")
+        before, _, rest = text.partition(START_MARK)
+        _, _, after = rest.partition(END_MARK)
+        README.write_text(f"{before}{START_MARK}\n{targets.table(results)}\n{END_MARK}{after}")
+    _report(f"written to {folder}")
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

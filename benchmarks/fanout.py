@@ -1,7 +1,8 @@
-"""One agent at many nodes: what one more worker costs in start-up, memory and idle CPU, and what all answer together.
+"""One agent at many nodes: the cost of each worker, and the throughput of all together.
 
-The load node is in this process and shares the machine's cores with the workers, so that on few
-cores the queries a second are bounded by the cores, not by the runner, which is not on their way.
+The cost is start-up time, memory and idle CPU. The load node runs in this process and shares the
+machine's cores with the workers. On a machine with few cores, the cores therefore limit the
+throughput. The runner does not limit it, because queries from nodes do not pass through the runner.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WINDOW: Final = 16
 BODY: Final = "x" * 40
 WORKLOAD: Final = Workload(BODY, lambda data: data == BODY)
 SETTLE_S: Final = 1.0
-"""What a worker still does after its registration, such as its first heartbeat, is no idling."""
+"""The delay before idle CPU is measured: work such as the first heartbeat follows registration."""
 
 UNITS: Final = {
     "start-up": "s",
@@ -36,20 +37,27 @@ UNITS: Final = {
     "PSS a worker": "MB",
     "idle CPU": "%",
 }
-"""What is measured. `start-up` is from the start of the runner's process until all agents are registered: the
-sum of `first registered`, which has the runner's own start in it, and `first to last`."""
+"""The measured quantities. `start-up` lasts from the start of the runner's process until all agents
+are registered. It is the sum of `first registered`, which includes the runner's start, and
+`first to last`."""
 
 
-def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
+def run(runs: int, quick: bool, report: Callable[[str], None]) -> list[Figure]:
     """Measure each number of nodes `runs` times."""
     idle_s, blast_s = (3.0, 1.0) if quick else (10.0, 3.0)
     sizes = {
         f"{nodes} node{'s' if nodes > 1 else ''}": partial(_once, nodes, idle_s, blast_s)
         for nodes in (QUICK_NODES if quick else NODES)
     }
-    found = interleave(sizes, runs, tell)
+    found = interleave(sizes, runs, report)
     return [
-        Figure(suite=SUITE, name=f"{size}: {quantity}", system="em-runner", unit=UNITS[quantity], runs=values)
+        Figure(
+            suite=SUITE,
+            name=f"{size}: {quantity}",
+            system="em-runner",
+            unit=UNITS[quantity],
+            runs=values,
+        )
         for size, quantities in found.items()
         for quantity, values in quantities.items()
     ]
@@ -60,7 +68,9 @@ def _once(nodes: int, idle_s: float, blast_s: float) -> dict[str, float]:
         began_s = time.perf_counter()
         with em_runner(node.addresses) as runner:
             node.wait_registered(nodes)
-            registered_s = sorted(peer.registered_s for peer in node.peers if peer.registered_s is not None)
+            registered_s = sorted(
+                peer.registered_s for peer in node.peers if peer.registered_s is not None
+            )
             node.serve(SETTLE_S)
             processes = runner.all_processes()
             before_s = _cpu_s(processes)
@@ -80,6 +90,6 @@ def _once(nodes: int, idle_s: float, blast_s: float) -> dict[str, float]:
 
 
 def _cpu_s(processes: Iterable[psutil.Process]) -> float:
-    # The scheduler's own clock, in nanoseconds: times in ticks of 10 ms say nothing of an idle process.
+    # schedstat has nanoseconds. CPU times in ticks of 10 ms are too coarse for an idle process.
     tasks = (task for each in processes for task in Path(f"/proc/{each.pid}/task").iterdir())
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9

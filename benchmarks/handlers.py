@@ -1,4 +1,4 @@
-"""The handlers that are measured: they do nothing, so that what is seen is the runner."""
+"""The handlers of the benchmarks. They do almost nothing, so the figures show the runner's cost."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import threading
 from typing import Any, Final
 
 CRASH_AFTER_S: Final = 1.1
-"""A little more than the life after which the restart policy takes a worker for stable: then its next
-restart is immediate again, and so one that dies at this age is started more often than any other."""
+"""A little longer than the time after which the restart policy considers a worker stable. The next
+restart is then immediate, so a worker that dies at this age is restarted most often."""
 
 
 async def echo(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give the query back, from the event loop."""
+    """Return the query, on the event loop."""
     return body, memory
 
 
 def echo_sync(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give the query back, from the handler's thread."""
+    """Return the query, on the handler's thread."""
     return body, memory
 
 
@@ -27,31 +27,31 @@ def count(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return number, {"count": number}
 
 
-async def who(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Say which process answers."""
+async def pid(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the pid of the process that answers."""
     return {"pid": os.getpid()}, memory
 
 
 def spin(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Keep a core busy, and never answer."""
+    """Keep a core busy and never answer."""
     while True:
         pass
 
 
 class CrashLoop:
-    """Dies again and again, as fast as the restart policy lets it."""
+    """Dies repeatedly, as often as the restart policy restarts it."""
 
     def setup(self) -> None:
-        """Arrange for the end."""
-        fuse = threading.Timer(CRASH_AFTER_S, os._exit, (1,))
-        fuse.daemon = True
-        fuse.start()
+        """Start the timer that ends the process."""
+        timer = threading.Timer(CRASH_AFTER_S, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
 
     def handle(self, body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Give the query back."""
+        """Return the query."""
         return body, memory
 
 
 async def count_async(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Count the queries, from the event loop."""
+    """Count the queries, on the event loop."""
     return count(body, memory)

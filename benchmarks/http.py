@@ -1,4 +1,4 @@
-"""Direct queries over HTTP: how many a second over how many connections, and how long they take at half of that."""
+"""Direct queries: the throughput by number of connections, and the latency at half load."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SECONDS: Final = 2
 PACED_CONNECTIONS: Final = 64
 PACED_S: Final = 3.0
 NO_NODE: Final = "127.0.0.1:9"
-"""Nobody listens there: workers answer direct queries without their node."""
+"""No program listens here. Workers answer direct queries even if their node is unreachable."""
 
 
 class Served(NamedTuple):
-    """Where a system listens, and the workers to ask by name."""
+    """The address of a system, and the names of the workers to query."""
 
     address: Address
     workers: tuple[str, ...] = ()
@@ -60,12 +60,23 @@ SYSTEMS: Final = {
 PACED: Final = ("em-runner", "uvicorn (ceiling)")
 
 
-def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
-    """Measure all systems in turn; return requests a second, and milliseconds at half of the greatest load."""
+def run(runs: int, quick: bool, report: Callable[[str], None]) -> list[Figure]:
+    """Measure all systems in turn.
+
+    Return the throughput in requests per second, and the latency in milliseconds at half of the
+    highest load.
+    """
     cases = QUICK if quick else CONNECTIONS
-    found = interleave({name: lambda name=name: _once(name, cases) for name in SYSTEMS}, runs, tell)
-    rates = {name: {key: each for key, each in values.items() if "ms" not in key} for name, values in found.items()}
-    times = {name: {key: each for key, each in values.items() if "ms" in key} for name, values in found.items()}
+    systems = {name: lambda name=name: _once(name, cases) for name in SYSTEMS}
+    found = interleave(systems, runs, report)
+    rates = {
+        name: {key: each for key, each in values.items() if "ms" not in key}
+        for name, values in found.items()
+    }
+    times = {
+        name: {key: each for key, each in values.items() if "ms" in key}
+        for name, values in found.items()
+    }
     return [*figures(SUITE, "requests/s", rates), *figures(SUITE, "ms", times)]
 
 
@@ -79,7 +90,15 @@ def _once(system: str, cases: tuple[int, ...]) -> dict[str, float]:
         if system in PACED:
             expected = b'{"results":"%b"}' % QUERY.encode()
             rate = found[f"{PACED_CONNECTIONS} connections"] / 2
-            taken_s = pace(address, PATH, QUERY, expected, rate=rate, connections=PACED_CONNECTIONS, seconds=PACED_S)
+            taken_s = pace(
+                address,
+                PATH,
+                QUERY,
+                expected,
+                rate=rate,
+                connections=PACED_CONNECTIONS,
+                seconds=PACED_S,
+            )
             for part in (0.5, 0.99):
                 found[f"half load: p{part * 100:.0f}, ms"] = quantile(taken_s, part) * 1000
     return found

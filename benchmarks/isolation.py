@@ -1,10 +1,10 @@
-"""What a bad neighbour in the same runner costs a healthy worker: its latency alone, and beside three of them.
+"""A healthy worker's latency, alone and beside a bad neighbour in the same runner.
 
-The healthy agent is asked over HTTP at a modest fixed rate. The neighbour is another agent of the same
-runner: one that dies again and again, one whose handler keeps a core busy for ever, one that is asked
-as much as it can answer. What they share is the runner's process and the machine's cores. The generator
-and, for the last one, the other load's, run on the same cores: where those are few, a neighbour costs
-more here than it would by itself.
+The healthy agent receives direct queries at a moderate fixed rate. The neighbour is another agent
+of the same runner, of one of three kinds: its worker dies repeatedly, its handler keeps a core busy
+without end, or it receives as many queries as it can answer. The two agents share the runner's
+process and the machine's cores. The load generators run on the same cores, so on a machine with few
+cores the neighbour costs more here than it would without them.
 """
 
 from __future__ import annotations
@@ -31,39 +31,51 @@ from benchmarks.systems import HANDLERS, em_runner, process, wait_for
 SUITE: Final = "isolation"
 RATE: Final = 500.0
 CONNECTIONS: Final = 32
-"""Enough for the rate while answers take up to 64 ms; with fewer, the generator's own queue would be what is seen."""
+"""Enough for the rate if each answer takes at most 64 ms. With fewer connections, the figures would
+show the generator's own queue."""
 
 FLOOD_CONNECTIONS: Final = 64
 BODY: Final = "x" * 40
 EXPECTED: Final = json.dumps({"results": BODY}, separators=(",", ":")).encode()
 HEALTHY: Final = "/agents/healthy/query"
 NEIGHBOUR: Final = "/agents/neighbour/query"
-SETTINGS: Final = "[supervision]\nmax_restarts = 1000\nhandler_timeout_ms = 600_000\nshutdown_timeout_ms = 500\n"
-"""The crash loop must not be `failed` and left alone, the busy loop not be ended, while it is measured."""
+SETTINGS: Final = (
+    "[supervision]\nmax_restarts = 1000\nhandler_timeout_ms = 600_000\nshutdown_timeout_ms = 500\n"
+)
+"""During a measurement the crash loop must not become `failed`, and the handler timeout must not
+kill the busy loop."""
 
 UNITS: Final = {"p50": "ms", "p99": "ms", "restarts": "restarts", "neighbour": "queries/s"}
-"""What is measured: the healthy worker's latency, and for the record how bad the neighbour was meanwhile."""
+"""The measured quantities: the healthy worker's latency, and the neighbour's activity during it."""
 
-Said = Callable[[], dict[str, float]]
+Activity = Callable[[], dict[str, float]]
 
 
-class NoTrouble(Exception):
-    """The neighbour was not as bad as it should have been, so that the figures would say nothing."""
+class HarmlessNeighbour(Exception):
+    """The neighbour did not disturb the healthy worker, so the figures would mean nothing."""
 
 
 class Neighbour(NamedTuple):
-    """A second agent's handler, and what makes it bad."""
+    """A second agent's handler, and the context that makes the agent a bad neighbour."""
 
     handler: str
-    trouble: Callable[[Address], AbstractContextManager[Said]]
+    disturb: Callable[[Address], AbstractContextManager[Activity]]
 
 
-def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
-    """Measure without a neighbour and beside each, `runs` times."""
+def run(runs: int, quick: bool, report: Callable[[str], None]) -> list[Figure]:
+    """Measure without a neighbour and beside each neighbour, `runs` times."""
     seconds = 2.0 if quick else 5.0
-    found = interleave({name: partial(_once, each, seconds) for name, each in NEIGHBOURS.items()}, runs, tell)
+    found = interleave(
+        {name: partial(_once, each, seconds) for name, each in NEIGHBOURS.items()}, runs, report
+    )
     return [
-        Figure(suite=SUITE, name=f"{name}: {quantity}", system="em-runner", unit=UNITS[quantity], runs=values)
+        Figure(
+            suite=SUITE,
+            name=f"{name}: {quantity}",
+            system="em-runner",
+            unit=UNITS[quantity],
+            runs=values,
+        )
         for name, quantities in found.items()
         for quantity, values in quantities.items()
     ]
@@ -73,20 +85,32 @@ def _once(neighbour: Neighbour | None, seconds: float) -> dict[str, float]:
     with LoadNode(2) as node:
         agents = [("healthy", f"{HANDLERS}:echo", "ram", node.addresses[:1])]
         if neighbour is not None:
-            agents.append(("neighbour", f"{HANDLERS}:{neighbour.handler}", "ram", node.addresses[1:]))
+            agents.append(
+                ("neighbour", f"{HANDLERS}:{neighbour.handler}", "ram", node.addresses[1:])
+            )
         with em_runner((), agents=agents, settings=SETTINGS) as runner:
             node.wait_registered(len(agents))
-            trouble = _none if neighbour is None else neighbour.trouble
-            with _served(node), trouble(runner.http) as said:
+            disturb = _no_neighbour if neighbour is None else neighbour.disturb
+            with _served(node), disturb(runner.http) as activity:
                 latencies_s = pace(
-                    runner.http, HEALTHY, BODY, EXPECTED, rate=RATE, connections=CONNECTIONS, seconds=seconds
+                    runner.http,
+                    HEALTHY,
+                    BODY,
+                    EXPECTED,
+                    rate=RATE,
+                    connections=CONNECTIONS,
+                    seconds=seconds,
                 )
-                return {"p50": quantile(latencies_s, 0.5) * 1000, "p99": quantile(latencies_s, 0.99) * 1000, **said()}
+                return {
+                    "p50": quantile(latencies_s, 0.5) * 1000,
+                    "p99": quantile(latencies_s, 0.99) * 1000,
+                    **activity(),
+                }
 
 
 @contextmanager
 def _served(node: LoadNode) -> Iterator[None]:
-    """Serve the node meanwhile, so that a worker that is started again can register."""
+    """Serve the node on a thread, so that a restarted worker can register."""
     over = threading.Event()
 
     def serve() -> None:
@@ -103,43 +127,43 @@ def _served(node: LoadNode) -> Iterator[None]:
 
 
 @contextmanager
-def _none(http: Address) -> Iterator[Said]:
+def _no_neighbour(http: Address) -> Iterator[Activity]:
     yield dict
 
 
 @contextmanager
-def _crash_loop(http: Address) -> Iterator[Said]:
-    """It dies by itself."""
+def _crash_loop(http: Address) -> Iterator[Activity]:
+    """Do nothing: the handler ends its own process."""
     before = _row(http)["restarts"]
 
-    def said() -> dict[str, float]:
+    def activity() -> dict[str, float]:
         if (restarts := _row(http)["restarts"] - before) < 1:
-            raise NoTrouble("the crash loop's worker did not die")
+            raise HarmlessNeighbour("the crash loop's worker did not die")
         return {"restarts": restarts}
 
-    yield said
+    yield activity
 
 
 @contextmanager
-def _busy_loop(http: Address) -> Iterator[Said]:
-    """One query, which does not end."""
+def _busy_loop(http: Address) -> Iterator[Activity]:
+    """Send one query, which never ends."""
 
-    def said() -> dict[str, float]:
+    def activity() -> dict[str, float]:
         sock.setblocking(False)
         try:
             answer = sock.recv(raw_http.READ_BYTES)
         except BlockingIOError:
             return {}
-        raise NoTrouble(f"the busy loop's query was answered: {answer!r}")
+        raise HarmlessNeighbour(f"the busy loop's query was answered: {answer!r}")
 
     with raw_http.connect(http) as sock:
         sock.sendall(raw_http.request(http, NEIGHBOUR, "spin"))
-        yield said
+        yield activity
 
 
 @contextmanager
-def _flood(http: Address) -> Iterator[Said]:
-    """As many queries as it answers, from a process of their own. The neighbour itself counts them."""
+def _flood(http: Address) -> Iterator[Activity]:
+    """Send queries from another process, as fast as the neighbour answers and counts them."""
 
     def count() -> int:
         return int(json.loads(raw_http.ask(http, NEIGHBOUR, "count").body)["results"])
@@ -151,17 +175,19 @@ def _flood(http: Address) -> Iterator[Said]:
             wait_for(lambda: count() > FLOOD_CONNECTIONS * 10, started, log)
             before, began_s = count(), time.perf_counter()
 
-            def said() -> dict[str, float]:
+            def activity() -> dict[str, float]:
                 after, ended_s = count(), time.perf_counter()
                 if started.poll() is not None:
-                    raise NoTrouble(f"the flood has ended: {log.read_text(errors='replace')[-2000:]}")
+                    raise HarmlessNeighbour(
+                        f"the flood has ended: {log.read_text(errors='replace')[-2000:]}"
+                    )
                 return {"neighbour": (after - before) / (ended_s - began_s)}
 
-            yield said
+            yield activity
 
 
 def _row(http: Address) -> dict[str, Any]:
-    """Return the neighbour's row of the table of workers."""
+    """Return the neighbour's row of the workers table."""
     with urllib.request.urlopen(f"http://{http[0]}:{http[1]}/workers") as answer:
         rows: list[dict[str, Any]] = json.load(answer)["workers"]
     return next(row for row in rows if row["agent"] == "neighbour")

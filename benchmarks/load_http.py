@@ -1,4 +1,7 @@
-"""How many direct queries a second an address answers: `wrk` where it is installed, else a generator of our own."""
+"""Measures the throughput of direct queries, with `wrk` if it is installed.
+
+Otherwise it uses a generator in Python.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,30 @@ _RATE: Final = re.compile(r"Requests/sec:\s+([\d.]+)")
 _WRONG: Final = re.compile(r"Non-2xx.*|Socket errors: (?!connect 0, read 0, write 0,).*")
 
 
-def closed_loop(address: Address, connections: int, seconds: int, workers: Sequence[str] = ()) -> float:
-    """Return how many requests a second are answered; `workers` are asked in turn, where they are named.
+def closed_loop(
+    address: Address, connections: int, seconds: int, workers: Sequence[str] = ()
+) -> float:
+    """Return the number of requests that are answered per second.
+
+    Args:
+        address: where the system listens.
+        connections: how many requests are in flight at once, one on each connection.
+        seconds: how long to measure.
+        workers: the workers to query in turn. If empty, the system chooses.
 
     Raises:
-        WrongAnswer: when an answer is no 200.
+        WrongAnswer: an answer's status is not 200.
     """
-    requests = [request(address, PATH, QUERY, worker=each) for each in workers] or [request(address, PATH, QUERY)]
+    requests = [request(address, PATH, QUERY, worker=each) for each in workers] or [
+        request(address, PATH, QUERY)
+    ]
     if shutil.which("wrk"):
         return _wrk(address, requests, connections, seconds)
     return _own(address, requests, connections, seconds)
 
 
 def _wrk(address: Address, requests: Sequence[bytes], connections: int, seconds: int) -> float:
-    # As whole texts, so that its own Lua costs no more than a look into a table for each request.
+    # The script holds complete requests, so that for each one its Lua only reads a table.
     texts = ", ".join(f"[==[\n{each.decode()}]==]" for each in requests)
     script = (
         f"local n, requests = 0, {{ {texts} }}\n"
@@ -47,7 +60,9 @@ def _wrk(address: Address, requests: Sequence[bytes], connections: int, seconds:
         file.write_text(script)
         url = f"http://{address[0]}:{address[1]}{PATH}"
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(file), url]
-        printed = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 30, check=True).stdout
+        printed = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds + 30, check=True
+        ).stdout
     rate = _RATE.search(printed)
     if rate is None or _WRONG.search(printed):
         raise WrongAnswer(printed)

@@ -1,8 +1,8 @@
-"""A node that only blasts and counts: raw sockets, frames made beforehand, every answer matched to its query.
+"""A node that generates load: it sends queries, counts the answers and matches each to its query.
 
-It speaks just enough of WebSocket (RFC 6455) and of em_disco's handshake to have agents registered.
-It is not what is measured, so it does as little as it can: one read, one pass over the frames in it,
-one write.
+It speaks just enough WebSocket (RFC 6455) and just enough of em_disco's handshake to register
+agents. Its own cost must not influence the figures. So it uses raw sockets and frames that are
+encoded in advance, and works in rounds of one read, one pass over the frames in it and one write.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from websockets.speedups import apply_mask
 
 GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 READ_BYTES: Final = 1 << 20
-PATIENCE_S: Final = 60.0
+TIMEOUT_S: Final = 60.0
 WAKE_PART: Final = 8
 WAKE_BYTES: Final = 32_768
-"""It reads once so much of a window has been answered, or once there are so many bytes."""
+"""The node reads once 1/WAKE_PART of a window is answered, or once WAKE_BYTES have arrived."""
 
 CHECK_EVERY: Final = 257
-"""One answer in so many is decoded and compared as a whole; of the others, the id and the length."""
+"""One answer in CHECK_EVERY is decoded and compared completely. Of the others only the id is."""
 
 REGISTERED: Final = json.dumps({"action": "registered", "status": "ok"}).encode()
 AGENT_REGISTERED: Final = json.dumps({"action": "agent_registered", "capabilities": []}).encode()
 
 
 class WrongAnswer(Exception):
-    """The system under test answered what was not asked, twice, wrongly, or not at all."""
+    """The system under test sent a wrong, repeated or unexpected answer, or none."""
 
 
 class Blast(NamedTuple):
-    """What one blast found; `latencies_s` has the time of the oldest query of each read."""
+    """The result of one blast. `latencies_s` has the latency of one query per read."""
 
     answers: int
     seconds: float
@@ -46,15 +46,15 @@ class Blast(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Answers a second."""
+        """Answers per second."""
         return self.answers / self.seconds
 
 
 class Workload(NamedTuple):
-    """What is asked, and what must come back: `right` gets the decoded `data` of an answer."""
+    """The text of the queries, and `is_right`, which checks the decoded `data` of an answer."""
 
     body: str
-    right: Callable[[Any], bool]
+    is_right: Callable[[Any], bool]
 
 
 class Peer:
@@ -82,13 +82,13 @@ class Peer:
         """How many queries are not answered yet."""
         return len(self._in_flight)
 
-    def begin(self, workload: Workload, window: int) -> None:
-        """Ask `window` queries, and another one for each answer from now on."""
+    def start(self, workload: Workload, window: int) -> None:
+        """Send `window` queries, and from now on one more query for each answer."""
         self._workload = workload
         self._asking = True
         self._window = window
         self._id_at = 0
-        # Two ids a slot, used in turn, so that an answer that comes twice is not taken for the next one's.
+        # Each slot uses two ids in turn, so that a repeated answer does not match the next query.
         self._frames = {}
         for slot in range(window):
             first, second = b"%08d" % (2 * slot), b"%08d" % (2 * slot + 1)
@@ -100,8 +100,8 @@ class Peer:
         self.unsent += b"".join(query_frame(each, workload.body) for each in firsts)
         self.flush()
 
-    def end(self) -> None:
-        """Ask no more; what is in flight is still to be answered."""
+    def stop(self) -> None:
+        """Send no more queries. Those in flight must still be answered."""
         self._asking = False
         self._wake_after(1)
 
@@ -109,13 +109,13 @@ class Peer:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def flush(self) -> None:
-        """Send what the socket takes."""
+        """Send as much as the socket accepts."""
         if self.unsent:
             with contextlib.suppress(BlockingIOError):
                 self.unsent = self.unsent[self.sock.send(self.unsent) :]
 
     def readable(self) -> None:
-        """Take what has come."""
+        """Read and process the received bytes."""
         data = self.sock.recv(READ_BYTES)
         if not data:
             raise WrongAnswer(f"{self.name or 'an agent'} closed its connection")
@@ -130,7 +130,9 @@ class Peer:
             self._head = head
             return b""
         self._head = None
-        key = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key:"))
+        key = next(
+            line for line in head.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key:")
+        )
         accept = base64.b64encode(hashlib.sha1(key.split(b":", 1)[1].strip() + GUID).digest())
         self.unsent += (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -184,31 +186,34 @@ class Peer:
         if kind == 9:
             self.unsent += bytes((0x8A, len(payload))) + payload
         elif kind == 8:
-            raise WrongAnswer(f"{self.name} said goodbye: {payload[2:]!r}")
+            raise WrongAnswer(f"{self.name} closed the WebSocket: {payload[2:]!r}")
         elif kind == 1 and self.registered_s is None:
             self._messages += 1
             if self._messages == 1:
                 self.name = str(json.loads(payload)["name"])
-            else:  # both frames of the handshake are there
+            else:  # both messages of the handshake have arrived
                 self.unsent += frame(REGISTERED) + frame(AGENT_REGISTERED)
                 self.registered_s = time.perf_counter()
 
     def _find(self, payload: bytes) -> tuple[bytes, float]:
-        """Find the id where this client writes it; it writes all its answers alike."""
+        """Find the id's offset in an answer. All answers of a client have the same layout."""
         query_id = str(json.loads(payload)["id"]).encode()
         self._id_at = payload.index(query_id)
         if (sent_s := self._in_flight.pop(query_id, None)) is None:
-            raise WrongAnswer(f"{self.name} answered {query_id!r}, which was not asked or is answered already")
+            raise WrongAnswer(
+                f"{self.name} answered {query_id!r}, which was not sent or is already answered"
+            )
         return query_id, sent_s  # type: ignore[return-value]
 
     def _learn(self, payload: bytes) -> None:
-        # A client that writes each answer by itself would wake this node for each, and so measure this node.
+        # A client may write each answer separately. If each woke this node, the figures would show
+        # this node's cost. So the kernel wakes it only for several answers at once.
         answers = min(self._window // WAKE_PART, WAKE_BYTES // len(payload))
         self._wake_after(max(1, answers * len(payload)))
 
     def _check(self, payload: bytes) -> None:
         answer = json.loads(payload)
-        if answer.get("action") != "result" or not self._workload.right(answer.get("data")):
+        if answer.get("action") != "result" or not self._workload.is_right(answer.get("data")):
             raise WrongAnswer(f"{self.name} answered {payload[:200]!r}")
 
 
@@ -216,7 +221,9 @@ class LoadNode:
     """Listens on loopback for agents. Use as a context manager."""
 
     def __init__(self, nodes: int = 1) -> None:
-        self._listeners = [socket.create_server(("127.0.0.1", 0), backlog=256) for _ in range(nodes)]
+        self._listeners = [
+            socket.create_server(("127.0.0.1", 0), backlog=256) for _ in range(nodes)
+        ]
         self._poll = select.epoll()
         self._by_fd: dict[int, socket.socket | Peer] = {}
         self.peers: list[Peer] = []
@@ -227,7 +234,7 @@ class LoadNode:
 
     @property
     def addresses(self) -> list[str]:
-        """Where the nodes are, as `host:port`."""
+        """The nodes' addresses, as `host:port`."""
         return [f"127.0.0.1:{listener.getsockname()[1]}" for listener in self._listeners]
 
     def __enter__(self) -> Self:
@@ -238,34 +245,38 @@ class LoadNode:
         for each in (*self._listeners, *(peer.sock for peer in self.peers)):
             each.close()
 
-    def wait_registered(self, agents: int = 1, patience_s: float = PATIENCE_S) -> None:
-        """Serve until so many agents are registered."""
-        self._serve(lambda: sum(peer.registered_s is not None for peer in self.peers) >= agents, patience_s)
+    def wait_registered(self, agents: int = 1, timeout_s: float = TIMEOUT_S) -> None:
+        """Serve until at least `agents` agents are registered."""
+        self._serve(
+            lambda: sum(peer.registered_s is not None for peer in self.peers) >= agents, timeout_s
+        )
 
     def fileno(self) -> int:
-        """Return what is readable when there is something to serve."""
+        """Return a descriptor that becomes readable when there is something to serve."""
         return self._poll.fileno()
 
     def serve(self, seconds: float = 0.0) -> None:
-        """Serve what comes within that time, and forget connections that their agents have lost."""
+        """Serve for that long, and forget connections that the agents have closed."""
         ends = time.perf_counter() + seconds
         self._serve_once(seconds, keep_lost=False)
         while (left := ends - time.perf_counter()) > 0:
             self._serve_once(left, keep_lost=False)
 
     def drop_lost(self) -> None:
-        """Forget connections that their agents have lost."""
+        """Forget connections that the agents have closed."""
         self.serve()
 
-    def blast(self, workload: Workload, window: int, seconds: float, warm_up_s: float = 0.3) -> Blast:
-        """Keep `window` queries in flight at each agent, and count the answers of `seconds` after a warm-up.
+    def blast(
+        self, workload: Workload, window: int, seconds: float, warm_up_s: float = 0.3
+    ) -> Blast:
+        """Keep `window` queries in flight at each agent, and count the answers after a warm-up.
 
         Raises:
-            WrongAnswer: when one is wrong, unasked for or missing.
+            WrongAnswer: an answer is wrong, unexpected or missing.
         """
         for peer in self.peers:
             peer.answers, peer.latencies_s = 0, []
-            peer.begin(workload, window)
+            peer.start(workload, window)
         self._serve_for(warm_up_s)
         before = self._answers()
         for peer in self.peers:
@@ -275,20 +286,20 @@ class LoadNode:
         counted, took_s = self._answers() - before, time.perf_counter() - began_s
         latencies_s = [each for peer in self.peers for each in peer.latencies_s]
         for peer in self.peers:
-            peer.end()
-        self._serve(lambda: not any(peer.in_flight for peer in self.peers), PATIENCE_S)
+            peer.stop()
+        self._serve(lambda: not any(peer.in_flight for peer in self.peers), TIMEOUT_S)
         return Blast(counted, took_s, latencies_s)
 
-    def blast_count(self, workload: Workload, window: int, answers: int, patience_s: float) -> None:
-        """Have so many queries answered."""
+    def blast_count(self, workload: Workload, window: int, answers: int, timeout_s: float) -> None:
+        """Keep `window` queries in flight until `answers` queries are answered."""
         for peer in self.peers:
             peer.answers, peer.latencies_s = 0, []
-            peer.begin(workload, window)
-        self._serve(lambda: self._answers() >= answers, patience_s)
+            peer.start(workload, window)
+        self._serve(lambda: self._answers() >= answers, timeout_s)
         for peer in self.peers:
-            peer.end()
+            peer.stop()
             peer.latencies_s.clear()
-        self._serve(lambda: not any(peer.in_flight for peer in self.peers), PATIENCE_S)
+        self._serve(lambda: not any(peer.in_flight for peer in self.peers), TIMEOUT_S)
 
     def _answers(self) -> int:
         return sum(peer.answers for peer in self.peers)
@@ -298,32 +309,34 @@ class LoadNode:
         while (left := ends - time.perf_counter()) > 0:
             self._serve_once(left)
 
-    def _serve(self, until: Callable[[], bool], patience_s: float, *, keep_lost: bool = True) -> None:
-        ends = time.perf_counter() + patience_s
+    def _serve(
+        self, until: Callable[[], bool], timeout_s: float, *, keep_lost: bool = True
+    ) -> None:
+        ends = time.perf_counter() + timeout_s
         while not until():
             if time.perf_counter() > ends:
                 if not keep_lost:
                     return
-                raise WrongAnswer(f"not within {patience_s:g} s")
+                raise WrongAnswer(f"queries are unanswered after {timeout_s:g} s")
             self._serve_once(0.1, keep_lost=keep_lost)
 
     def _serve_once(self, timeout_s: float, *, keep_lost: bool = True) -> None:
         for fd, _ in self._poll.poll(timeout_s):
-            what = self._by_fd[fd]
-            if isinstance(what, socket.socket):
-                self._accept(what)
+            source = self._by_fd[fd]
+            if isinstance(source, socket.socket):
+                self._accept(source)
                 continue
             try:
-                what.readable()
+                source.readable()
             except (WrongAnswer, ConnectionError):
                 if keep_lost:
                     raise
-                self.forget(what)
+                self.forget(source)
         for peer in self.peers:
             peer.flush()
 
     def forget(self, peer: Peer) -> None:
-        """Let a connection go."""
+        """Close a connection and remove it."""
         self._poll.unregister(peer.sock.fileno())
         del self._by_fd[peer.sock.fileno()]
         self.peers.remove(peer)
@@ -348,5 +361,5 @@ def frame(payload: bytes) -> bytes:
 
 
 def query_frame(query_id: bytes, body: str) -> bytes:
-    """Return the frame that asks `body`."""
+    """Return the frame of a query with the text `body`."""
     return frame(b'{"action":"query","id":"%b","body":%b}' % (query_id, json.dumps(body).encode()))

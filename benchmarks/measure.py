@@ -1,7 +1,7 @@
-"""What a measurement is, and how several systems are measured so that they can be compared.
+"""Figures, and how to measure several systems so that the figures can be compared.
 
-The machines are shared and noisy: systems take turns, each is measured several times, and what
-counts is the median, and the ratio of two medians of one run.
+The machines are shared and noisy. So the systems take turns, each is measured several times, and
+the result is the median, or the ratio of two medians from the same run.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """One quantity of one system.
 
     Attributes:
-        suite: which part of the benchmark, such as `ws`.
+        suite: the part of the benchmarks, such as `ws`.
         name: what was measured, such as `W=64, 40 B`.
-        system: whose it is; the same name stands for the same system in all suites.
-        unit: of `runs`, such as `queries/s` or `ms`.
-        runs: what each run found, in the order of the runs.
+        system: the measured system. A system has the same name in all suites.
+        unit: the unit of `runs`, such as `queries/s` or `ms`.
+        runs: the value of each run, in the order of the runs.
     """
 
     suite: str
@@ -59,7 +59,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Results(msgspec.Struct, kw_only=True):
-    """Everything that one run of the benchmarks found, and on what."""
+    """All figures of one run of the benchmarks, with the machine and the versions."""
 
     date: str
     machine: dict[str, Any]
@@ -67,7 +67,7 @@ class Results(msgspec.Struct, kw_only=True):
     figures: list[Figure]
 
     def median(self, suite: str, name: str, system: str) -> float | None:
-        """Return the median of a figure, or None when it was not measured."""
+        """Return the median of a figure, or None if it was not measured."""
         for each in self.figures:
             if (each.suite, each.name, each.system) == (suite, name, system):
                 return each.median
@@ -75,26 +75,30 @@ class Results(msgspec.Struct, kw_only=True):
 
 
 def interleave(
-    systems: Mapping[str, Callable[[], Mapping[str, float]]], runs: int, tell: Callable[[str], None]
+    systems: Mapping[str, Callable[[], Mapping[str, float]]],
+    runs: int,
+    report: Callable[[str], None],
 ) -> dict[str, dict[str, list[float]]]:
-    """Measure the systems in turn, `runs` times; return for each system each quantity's values.
+    """Measure the systems in turn, `runs` times. Return the values by system and quantity.
 
     Args:
-        systems: what measures each system once, and returns its quantities by name.
-        runs: how often.
-        tell: is told what was found, as it is found.
+        systems: a function for each system, which measures once and returns values by quantity.
+        runs: how often to call each function.
+        report: called with a line of text for each value.
     """
     found: dict[str, dict[str, list[float]]] = {system: {} for system in systems}
     for run in range(runs):
         for system, once in systems.items():
             for name, value in once().items():
                 found[system].setdefault(name, []).append(value)
-                tell(f"  {run + 1}/{runs} {system}: {name} {value:,.4g}")
+                report(f"  {run + 1}/{runs} {system}: {name} {value:,.4g}")
     return found
 
 
-def figures(suite: str, unit: str, found: Mapping[str, Mapping[str, list[float]]]) -> Iterable[Figure]:
-    """Return what `interleave` found as figures of one unit."""
+def figures(
+    suite: str, unit: str, found: Mapping[str, Mapping[str, list[float]]]
+) -> Iterable[Figure]:
+    """Return the results of `interleave` as figures of one unit."""
     for system, quantities in found.items():
         for name, runs in quantities.items():
             yield Figure(suite=suite, name=name, system=system, unit=unit, runs=runs)
@@ -106,7 +110,7 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return a description of this machine."""
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -124,7 +128,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what was measured, where it is installed."""
+    """Return the versions of the measured packages that are installed."""
     found = {}
     for name in LIBRARIES:
         try:

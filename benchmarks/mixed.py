@@ -1,4 +1,4 @@
-"""One worker asked by its node and over HTTP at once: what each gets, and what that is of what it gets alone."""
+"""One worker under two loads: queries from its node and over HTTP, first alone, then at once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ SECONDS: Final = 2
 BODY: Final = "x" * 40
 
 
-def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
-    """Return queries a second of either kind, alone and together."""
-    return list(figures(SUITE, "queries/s", interleave({"em-runner": _once}, 1 if quick else runs, tell)))
+def run(runs: int, quick: bool, report: Callable[[str], None]) -> list[Figure]:
+    """Return the throughput of each kind of query, alone and together."""
+    found = interleave({"em-runner": _once}, 1 if quick else runs, report)
+    return list(figures(SUITE, "queries/s", found))
 
 
 def _once() -> dict[str, float]:
@@ -29,7 +30,7 @@ def _once() -> dict[str, float]:
         node.wait_registered()
         alone = node.blast(workload, WINDOW, SECONDS).rate
         http_alone = closed_loop(running.http, CONNECTIONS, SECONDS)
-        # wrk is a process of its own; the thread only waits for it.
+        # wrk is a separate process. The thread only waits for it.
         http = aside.submit(closed_loop, running.http, CONNECTIONS, SECONDS)
         together = node.blast(workload, WINDOW, SECONDS - 0.5).rate
         return {

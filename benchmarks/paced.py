@@ -1,10 +1,11 @@
-"""Asks over HTTP at a fixed rate, whatever the answers do, and takes each one's time from when it was due.
+"""Sends direct queries at a fixed rate, and measures each latency from the moment it was due.
 
-An open loop: a request that is due while all connections wait is not left out but asked late, and its
-time counts from when it should have left. A closed loop asks less while the system is slow, and so
-hides the slowness (coordinated omission).
+This is an open loop. If all connections are busy when a request is due, the request is sent late,
+and its latency still counts from the moment when it was due. A closed loop sends fewer requests
+while the system is slow, and so hides the slowness (coordinated omission).
 
-As a program it is the opposite, a closed loop that asks as fast as it is answered, to be a bad neighbour:
+As a program it is the opposite: a closed loop that sends a query as soon as the previous one is
+answered. It is the load of a bad neighbour:
 
     python -m benchmarks.paced HOST PORT PATH CONNECTIONS
 """
@@ -25,11 +26,11 @@ from typing import Final
 from benchmarks.load_node import WrongAnswer
 from benchmarks.raw_http import READ_BYTES, Address, connect, parse, request
 
-PATIENCE_S: Final = 30.0
+TIMEOUT_S: Final = 30.0
 
 
 class Connection:
-    """A connection that is kept, with at most one request on its way."""
+    """A kept-alive connection with at most one request in flight."""
 
     def __init__(self, address: Address) -> None:
         self._sock = connect(address)
@@ -40,16 +41,16 @@ class Connection:
         """Return its descriptor, for `select`."""
         return self._sock.fileno()
 
-    def ask(self, asked: bytes, due_s: float) -> None:
-        """Ask what was due at `due_s`."""
+    def send(self, query: bytes, due_s: float) -> None:
+        """Send a request that was due at `due_s`."""
         self.due_s = due_s
-        self._sock.sendall(asked)
+        self._sock.sendall(query)
 
-    def answered(self, expected: bytes) -> bool:
-        """Take what has come; return whether that was the whole answer.
+    def read_answer(self, expected: bytes) -> bool:
+        """Read the received bytes. Return whether the answer is complete.
 
         Raises:
-            WrongAnswer: when it is not the expected one, or there is none.
+            WrongAnswer: the answer is not `expected`, or the connection was closed.
         """
         data = self._sock.recv(READ_BYTES)
         if not data:
@@ -64,7 +65,7 @@ class Connection:
         return True
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection."""
         self._sock.close()
 
 
@@ -79,15 +80,15 @@ def pace(
     seconds: float,
     warm_up_s: float = 0.5,
 ) -> list[float]:
-    """Ask `rate` times a second over so many connections; return the latencies of `seconds`, in seconds.
+    """Send `rate` requests per second for `seconds` after a warm-up, and return the latencies.
 
-    Each is from the moment when its request was due until its answer was read. What this loop itself
-    wakes late is in it: some 0.1 ms, more when no core is free for it.
+    The latencies are in seconds. A latency lasts from the moment when the request was due until the
+    answer was read. It includes this loop's own delay: about 0.1 ms, or more if no core is free.
 
     Raises:
-        WrongAnswer: when an answer is not a 200 with `expected` as its body, or does not come.
+        WrongAnswer: an answer is missing, or is not a 200 with `expected` as its body.
     """
-    asked = request(address, path, query)
+    sent = request(address, path, query)
     warm_ups = round(rate * warm_up_s)
     total = warm_ups + round(rate * seconds)
     latencies_s: list[float] = []
@@ -96,19 +97,19 @@ def pace(
         begun, answers = 0, 0
         began_s = time.perf_counter()
         counts_from_s = began_s + warm_ups / rate
-        ends_s = began_s + total / rate + PATIENCE_S
+        ends_s = began_s + total / rate + TIMEOUT_S
         while answers < total:
             now_s = time.perf_counter()
             while begun < total and idle and began_s + begun / rate <= now_s:
                 connection = idle.popleft()
-                connection.ask(asked, began_s + begun / rate)
+                connection.send(sent, began_s + begun / rate)
                 waiting.add(connection)
                 begun += 1
             due_s = began_s + begun / rate if begun < total and idle else ends_s
-            # Not epoll: it waits in whole milliseconds.
+            # epoll would wait in whole milliseconds.
             readable, _, _ = select.select(waiting, (), (), max(0.0, due_s - time.perf_counter()))
             for connection in readable:
-                if not connection.answered(expected):
+                if not connection.read_answer(expected):
                     continue
                 waiting.remove(connection)
                 idle.append(connection)
@@ -116,13 +117,18 @@ def pace(
                 if connection.due_s >= counts_from_s:
                     latencies_s.append(time.perf_counter() - connection.due_s)
             if not readable and time.perf_counter() > ends_s:
-                raise WrongAnswer(f"{total - answers} of {total} requests are not answered after {PATIENCE_S:g} s")
+                raise WrongAnswer(
+                    f"{total - answers} of {total} requests are unanswered after {TIMEOUT_S:g} s"
+                )
     return latencies_s
 
 
 def flood(address: Address, path: str, connections: int) -> None:
-    """Keep a request on its way on each connection until this process is ended; whatever is answered is right."""
-    asked = request(address, path, "flood")
+    """Keep one request in flight on each connection until the process is killed.
+
+    Any answer is accepted.
+    """
+    sent = request(address, path, "flood")
     poll = select.epoll()
     by_fd: dict[int, socket.socket] = {}
     unread: dict[int, bytes] = {}
@@ -130,7 +136,7 @@ def flood(address: Address, path: str, connections: int) -> None:
         sock = connect(address)
         by_fd[sock.fileno()], unread[sock.fileno()] = sock, b""
         poll.register(sock.fileno(), select.EPOLLIN)
-        sock.sendall(asked)
+        sock.sendall(sent)
     while True:
         for fd, _ in poll.poll():
             data = by_fd[fd].recv(READ_BYTES)
@@ -139,7 +145,7 @@ def flood(address: Address, path: str, connections: int) -> None:
             unread[fd] += data
             if parse(unread[fd]) is not None:
                 unread[fd] = b""
-                by_fd[fd].sendall(asked)
+                by_fd[fd].sendall(sent)
 
 
 @contextmanager
@@ -154,7 +160,7 @@ def _opened(address: Address, connections: int) -> Iterator[deque[Connection]]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector from stopping the clock's reader."""
+    """Disable the garbage collector, whose pauses would count as latency."""
     gc.collect()
     gc.disable()
     try:

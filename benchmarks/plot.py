@@ -1,8 +1,8 @@
-"""Draws the results as one picture of small panels, for the README.
+"""Draws the results as one picture with several panels, for the README.
 
-What was not measured has no panel, or no bar. The same results give the same bytes, so that a picture
-in the repository changes only with its figures. Text stays text, on a white ground that reads on a
-light page and a dark one.
+A quantity that was not measured has no panel or no bar. The same results give the same bytes, so
+the picture in the repository changes only with its figures. The text stays text, so that it can be
+searched and selected. The background is white, so that the picture is readable on dark pages too.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COLUMNS: Final = 2
 PANEL_INCHES: Final = (5.6, 3.1)
 TITLE_INCHES: Final = 0.5
 HEADROOM: Final = 0.15
-"""How much higher than its bars a panel is for each line of its legend."""
+"""The space above the bars for each line of the legend, as a fraction of the bars' height."""
 
 LEGEND_COLUMNS: Final = 2
 BLUE: Final = "#0550ae"
@@ -62,7 +62,8 @@ COLOURS: Final = {
     "picows (ceiling)": "#8c959f",
     "uvicorn (ceiling)": "#8c959f",
 }
-"""Ours are blue, what one would otherwise have is warm or green, a ceiling is grey. Also the order of bars."""
+"""em-runner is blue, alternatives are orange or green, upper bounds are grey. The bars have the
+order of this dictionary."""
 
 OTHER_COLOUR: Final = "#6e7781"
 Bars = dict[str, dict[int, float]]
@@ -70,13 +71,17 @@ Panel = Callable[[Axes], None]
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write the picture of `results`, as what the name of `path` ends in (.svg, or .png to look at)."""
+    """Write the picture of `results`. The suffix of `path` is the format, such as .svg or .png."""
     panels = _panels(results)
     rows = max(1, -(-len(panels) // COLUMNS))
     with mpl.rc_context(STYLE):
         width, height = PANEL_INCHES
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
-        canvas = Canvas(figsize=(COLUMNS * width, rows * height + TITLE_INCHES), layout=layout, facecolor="white")
+        canvas = Canvas(
+            figsize=(COLUMNS * width, rows * height + TITLE_INCHES),
+            layout=layout,
+            facecolor="white",
+        )
         canvas.suptitle(_title(results), x=0.012, ha="left", fontsize=9.0, color=OTHER_COLOUR)
         for number, panel in enumerate(panels):
             axes = canvas.add_subplot(rows, COLUMNS, number + 1)
@@ -122,13 +127,18 @@ def _panels(results: Results) -> list[Panel]:
 
 
 def _read(figures: Sequence[Figure], pattern: str) -> Bars:
-    """Return the medians by system, and by the number that stands in the figure's name."""
+    """Return the medians by system and by the number in the figure's name."""
     bars: Bars = {}
     for each in figures:
         if (match := re.fullmatch(pattern, each.name)) is not None:
             bars.setdefault(each.system, {})[int(match[1])] = each.median
     order = list(COLOURS)
-    return dict(sorted(bars.items(), key=lambda item: order.index(item[0]) if item[0] in COLOURS else len(order)))
+    return dict(
+        sorted(
+            bars.items(),
+            key=lambda item: order.index(item[0]) if item[0] in COLOURS else len(order),
+        )
+    )
 
 
 def _bars_panel(title: str, unit: str, what: str, bars: Bars) -> Panel | None:
@@ -153,7 +163,8 @@ def _bars_panel(title: str, unit: str, what: str, bars: Bars) -> Panel | None:
 
 def _recovery_panel(figures: Sequence[Figure]) -> Panel | None:
     found = {
-        each.system if each.name == "kill -9 to answering" else f"{each.system}, registered": each for each in figures
+        each.system if each.name == "kill -9 to answering" else f"{each.system}, registered": each
+        for each in figures
     }
     if not found:
         return None
@@ -162,11 +173,24 @@ def _recovery_panel(figures: Sequence[Figure]) -> Panel | None:
         for place, (label, each) in enumerate(reversed(found.items())):
             colour = BLUE if label.startswith("em-runner") else OTHER_COLOUR
             p95 = quantile(each.runs, 0.95)
-            axes.plot((each.median, p95), (place, place), color=colour, linewidth=2.0, solid_capstyle="butt")
+            axes.plot(
+                (each.median, p95),
+                (place, place),
+                color=colour,
+                linewidth=2.0,
+                solid_capstyle="butt",
+            )
             axes.plot(p95, place, marker="|", color=colour, markersize=9.0, markeredgewidth=2.0)
             axes.plot(each.median, place, marker="o", color=colour, markersize=7.0)
             label = f"{each.median:,.0f}"
-            axes.annotate(label, (each.median, place), (0, 7), textcoords="offset points", ha="center", fontsize=8.0)
+            axes.annotate(
+                label,
+                (each.median, place),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8.0,
+            )
         axes.set_yticks(range(len(found)), reversed(found.keys()))
         axes.set_ylim(-0.6, len(found) - 0.3)
         axes.set_title("kill -9 to answering again, ms")
@@ -212,7 +236,9 @@ def _fan_out_panel(figures: Sequence[Figure]) -> Panel | None:
         return None
 
     def panel(axes: Axes) -> None:
-        bars = axes.bar(range(len(found)), [found[number] for number in sorted(found)], color=BLUE, width=0.6)
+        bars = axes.bar(
+            range(len(found)), [found[number] for number in sorted(found)], color=BLUE, width=0.6
+        )
         axes.bar_label(bars, fmt=EngFormatter(places=0, sep=""), fontsize=8.0, padding=1.0)
         axes.set_xticks(range(len(found)), [f"{number}" for number in sorted(found)])
         axes.set_xlabel("nodes, a worker and 16 queries in flight at each")
@@ -233,9 +259,15 @@ def _start_up_panel(figures: Sequence[Figure]) -> Panel | None:
     def panel(axes: Axes) -> None:
         places, firsts = range(len(numbers)), [first[number] for number in numbers]
         others = [max(0.0, whole[number] - first[number]) for number in numbers]
-        axes.bar(places, firsts, color=LIGHT_BLUE, width=0.6, label="the runner, and its first worker")
-        bars = axes.bar(places, others, bottom=firsts, color=BLUE, width=0.6, label="the other workers")
-        axes.bar_label(bars, [f"{whole[number]:.2f}" for number in numbers], fontsize=8.0, padding=1.0)
+        axes.bar(
+            places, firsts, color=LIGHT_BLUE, width=0.6, label="the runner, and its first worker"
+        )
+        bars = axes.bar(
+            places, others, bottom=firsts, color=BLUE, width=0.6, label="the other workers"
+        )
+        axes.bar_label(
+            bars, [f"{whole[number]:.2f}" for number in numbers], fontsize=8.0, padding=1.0
+        )
         axes.set_xticks(places, [f"{number}" for number in numbers])
         axes.set_xlabel("nodes")
         axes.set_title("Fan-out: from the start until all are registered, s")
@@ -246,13 +278,19 @@ def _start_up_panel(figures: Sequence[Figure]) -> Panel | None:
     return panel
 
 
-def _grouped(axes: Axes, values: Mapping[str, Mapping[int, float]], colours: Mapping[str, str]) -> list[Any]:
-    """Draw a group of bars at each place, one of each label; return them, by label."""
+def _grouped(
+    axes: Axes, values: Mapping[str, Mapping[int, float]], colours: Mapping[str, str]
+) -> list[Any]:
+    """Draw a group of bars at each place, with one bar per label. Return the bars by label."""
     width = 0.8 / len(values)
     drawn = []
     for number, (label, by_place) in enumerate(values.items()):
         middles = [place + (number - (len(values) - 1) / 2) * width for place in by_place]
-        drawn.append(axes.bar(middles, list(by_place.values()), width * 0.92, color=colours[label], label=label))
+        drawn.append(
+            axes.bar(
+                middles, list(by_place.values()), width * 0.92, color=colours[label], label=label
+            )
+        )
     return drawn
 
 

@@ -1,4 +1,7 @@
-"""Just enough HTTP/1.1 to ask over raw sockets: a client's own work must not be what is measured."""
+"""Just enough HTTP/1.1 for direct queries over raw sockets.
+
+The client's own cost must not influence the figures.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ Address = tuple[str, int]
 
 
 class Answer(NamedTuple):
-    """One answer; `size` is how many bytes it took with its head."""
+    """One answer. `size` is its length in bytes, including the head."""
 
     status: int
     body: bytes
@@ -22,43 +25,48 @@ class Answer(NamedTuple):
 
 
 def request(address: Address, path: str, query: str, **named: str) -> bytes:
-    """Return the request that asks `query`; `named` is an agent or a worker."""
+    """Return the request for a query. `named` may be an `agent` or a `worker`."""
     body = json.dumps({"query": query, **named}).encode()
     host = b"%b:%d" % (address[0].encode(), address[1])
-    head = b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = (
+        b"POST %b HTTP/1.1\r\n"
+        b"host: %b\r\n"
+        b"content-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n"
+    )
     return head % (path.encode(), host, len(body)) + body
 
 
 def parse(data: bytes) -> Answer | None:
-    """Return the first answer in `data`, or None while it is not whole; its length must be declared.
+    """Return the first answer in `data`, or None if it is incomplete.
 
     Raises:
-        ValueError: for what is no such answer.
+        ValueError: `data` is not HTTP/1, or has no content-length.
     """
     end = data.find(b"\r\n\r\n")
     if end < 0:
         return None
     declared = _LENGTH.search(data, 0, end + 2)
     if not data.startswith(b"HTTP/1.") or declared is None:
-        raise ValueError(f"no HTTP/1 answer with a content-length: {data[:200]!r}")
+        raise ValueError(f"not an HTTP/1 answer with a content-length: {data[:200]!r}")
     start = end + 4
     size = start + int(declared[1])
     return Answer(int(data[9:12]), data[start:size], size) if len(data) >= size else None
 
 
 def connect(address: Address) -> socket.socket:
-    """Return a connection that sends what is written at once."""
+    """Return a connection without Nagle's algorithm, so that data is sent immediately."""
     sock = socket.create_connection(address, timeout=60.0)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
 
 def ask(address: Address, path: str, query: str) -> Answer:
-    """Ask once, over a connection of its own.
+    """Send one query over a new connection, and return the answer.
 
     Raises:
-        OSError: when nobody answers.
-        ValueError: for what is no answer.
+        OSError: the connection failed, or was closed before the answer.
+        ValueError: the answer is not HTTP/1 with a content-length.
     """
     with connect(address) as sock:
         sock.sendall(request(address, path, query))
@@ -66,6 +74,6 @@ def ask(address: Address, path: str, query: str) -> Answer:
         while (answer := parse(data)) is None:
             more = sock.recv(READ_BYTES)
             if not more:
-                raise ConnectionResetError("the connection was closed before there was an answer")
+                raise ConnectionResetError("the connection was closed before the answer")
             data += more
     return answer

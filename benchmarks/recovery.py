@@ -1,15 +1,16 @@
-"""kill -9 of a worker: how long until another process answers in its place, beside other supervisors.
+"""The time from kill -9 of a worker until a new process answers, for several supervisors.
 
-All systems run at the same time, each with one worker, and one worker at a time is killed. The others'
-worker is the smallest HTTP server there is, without a connection to a node, which is less than
-em-runner's has to do. Each supervisor has the settings that it comes with, but for em-runner's limit
-on restarts, which a hundred kills in a row would reach (the others have none that counts here).
+All systems run at the same time with one worker each. One worker at a time is killed. The other
+supervisors' worker is a minimal HTTP server without a connection to a node, so it has less to do
+than em-runner's worker. Each supervisor has its default settings, except that em-runner's limit on
+restarts is raised, because a hundred kills in a row would reach it. The limits of the others have
+no effect here.
 
-How a supervisor learns of a death decides the most: em-runner and gunicorn are woken by it, uvicorn
-looks every 0.5 s, circus every 5 s (its `check_delay`), supervisord starts what has died a turn of its
-loop later, which is a second. A kill comes at a random moment of that interval. A worker that has
-lived for less than a second is not killed: em-runner would wait before it starts the next one,
-supervisord would take it for one that cannot start.
+The largest factor is how a supervisor notices a death. em-runner and gunicorn are woken by it.
+uvicorn checks every 0.5 s, and circus every 5 s (its `check_delay`). supervisord restarts a dead
+program in the next iteration of its loop, a second later. Each kill comes at a random moment in
+that interval. A worker younger than LIFE_S is not killed: em-runner would delay its restart, and
+supervisord would assume that the program cannot start.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ PATH: Final = "/agent/query"
 SUPERVISION: Final = "[supervision]\nmax_restarts = 1000\n"
 KILLS: Final = (100, 20)
 QUICK_KILLS: Final = (10, 3)
-"""Of em-runner's worker, and of each other one: those take a second or more."""
+"""The kills of em-runner's worker, and of each other worker, which takes a second to restart."""
 
 LIFE_S: Final = 1.2
 ASK_EVERY_S: Final = 0.001
-PATIENCE_S: Final = 30.0
+TIMEOUT_S: Final = 30.0
 SEED: Final = 1
 
 
 class NotRecovered(Exception):
-    """Nobody answered in a killed worker's place."""
+    """No new worker answered after a kill."""
 
 
 @dataclass
@@ -63,25 +64,28 @@ class Supervised:
     """A running supervisor with one worker.
 
     Attributes:
-        looks_every_s: how often it looks after its worker, where it is not woken.
-        node: where the worker registers, if it does.
-        up_s: since when it has been up, by `time.perf_counter`.
+        supervisor: the pid of the supervisor.
+        checks_every_s: how often it checks its worker, or 0 if it is woken by a death.
+        node: the node at which the worker registers, if any.
+        up_s: when the current worker first answered, by `time.perf_counter`.
+        found_ms: the recovery times of the kills, by quantity.
     """
 
     name: str
     address: Address
     supervisor: int
-    looks_every_s: float = 0.0
+    checks_every_s: float = 0.0
     node: LoadNode | None = None
     up_s: float = field(default_factory=time.perf_counter)
     found_ms: dict[str, list[float]] = field(default_factory=dict)
 
     def kill_once(self, wait: random.Random) -> None:
-        """Kill the worker, and note how long it took until there was another one."""
-        kill_at_s = max(self.up_s + LIFE_S, time.perf_counter()) + wait.uniform(0.0, self.looks_every_s)
+        """Kill the worker, and record the time until a new one answers."""
+        earliest_s = max(self.up_s + LIFE_S, time.perf_counter())
+        kill_at_s = earliest_s + wait.uniform(0.0, self.checks_every_s)
         while (left := kill_at_s - time.perf_counter()) > 0:
             self._wait([], left)
-        pid = _pid(raw_http.ask(self.address, PATH, "who").body)
+        pid = _pid(raw_http.ask(self.address, PATH, "pid").body)
         if self.supervisor not in {parent.pid for parent in psutil.Process(pid).parents()}:
             raise NotRecovered(f"{self.name}: the process {pid} answers, which is not its worker")
         killed_s = time.perf_counter()
@@ -91,7 +95,7 @@ class Supervised:
         self.up_s = time.perf_counter()
 
     def _recover(self, killed: int, killed_s: float) -> dict[str, float]:
-        """Ask until another process answers, and serve the node until it has registered; return when that was."""
+        """Wait until a new process answers and, if there is a node, registers. Return the times."""
         found: dict[str, float] = {}
         wanted = 1 if self.node is None else 2
         with Asking(self.address) as asking:
@@ -100,14 +104,19 @@ class Supervised:
                     found[ANSWERING] = time.perf_counter()
                 if (registered_s := self._registered_after(killed_s)) is not None:
                     found[REGISTERED] = registered_s
-                if time.perf_counter() > killed_s + PATIENCE_S:
-                    raise NotRecovered(f"{self.name}: not within {PATIENCE_S:g} s, but for {list(found)}")
+                if time.perf_counter() > killed_s + TIMEOUT_S:
+                    raise NotRecovered(
+                        f"{self.name} did not recover within {TIMEOUT_S:g} s; "
+                        f"reached: {list(found)}"
+                    )
                 self._wait(asking.sockets, ASK_EVERY_S)
         return found
 
     def _registered_after(self, killed_s: float) -> float | None:
         peers = () if self.node is None else self.node.peers
-        return next((peer.registered_s for peer in peers if (peer.registered_s or 0.0) > killed_s), None)
+        return next(
+            (peer.registered_s for peer in peers if (peer.registered_s or 0.0) > killed_s), None
+        )
 
     def _wait(self, sockets: Sequence[socket.socket], seconds: float) -> None:
         readable = [sock.fileno() for sock in sockets]
@@ -119,11 +128,11 @@ class Supervised:
 
 
 class Asking:
-    """Asks again and again, over a connection each, until somebody answers. Use as a context manager."""
+    """Sends the same query repeatedly, each over a new connection. Use as a context manager."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._request = raw_http.request(address, PATH, "who")
+        self._request = raw_http.request(address, PATH, "pid")
         self._data = b""
         self._next_s = 0.0
         self.sockets: list[socket.socket] = []
@@ -132,14 +141,15 @@ class Asking:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._hang_up()
+        self._disconnect()
 
     def step(self) -> int | None:
-        """Go as far as is possible without waiting; return the pid of who has answered."""
+        """Proceed without waiting. Return the pid of the process that answered, or None."""
         try:
             if not self.sockets and time.perf_counter() >= self._next_s:
                 self._next_s = time.perf_counter() + ASK_EVERY_S
-                self.sockets.append(raw_http.connect(self._address))  # nobody there: refused at once, on loopback
+                # On loopback this does not wait: without a listener it is refused immediately.
+                self.sockets.append(raw_http.connect(self._address))
                 self.sockets[0].sendall(self._request)
                 self.sockets[0].setblocking(False)
             if not self.sockets:
@@ -148,29 +158,33 @@ class Asking:
         except BlockingIOError:
             return None
         except ConnectionError:
-            self._hang_up()
+            self._disconnect()
             return None
         self._data += data
         answer = raw_http.parse(self._data)
         if answer is None and data:
             return None
-        self._hang_up()
+        self._disconnect()
         return _pid(answer.body) if answer is not None and answer.status == 200 else None
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         for sock in self.sockets:
             sock.close()
         self.sockets.clear()
         self._data = b""
 
 
-def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
-    """Kill workers in turn; a figure's `runs` are the single kills. Their number does not depend on `runs`."""
+def run(runs: int, quick: bool, report: Callable[[str], None]) -> list[Figure]:
+    """Kill the workers in turn, and return a figure whose `runs` are the single kills.
+
+    The number of kills does not depend on the argument `runs`.
+    """
     kills, others_kills = QUICK_KILLS if quick else KILLS
     wait = random.Random(SEED)
     with contextlib.ExitStack() as stack:
         first, *others = [
-            stack.enter_context(start()) for start in (_em_runner, _uvicorn, _gunicorn, _circus, _supervisord)
+            stack.enter_context(start())
+            for start in (_em_runner, _uvicorn, _gunicorn, _circus, _supervisord)
         ]
         every = kills // others_kills
         for kill in range(kills):
@@ -178,9 +192,12 @@ def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
             if kill % every == every - 1 and kill < every * others_kills:
                 for other in others:
                     other.kill_once(wait)
-                last = ", ".join(f"{each.name} {each.found_ms[ANSWERING][-1]:,.4g} ms" for each in (first, *others))
-                tell(f"  {kill + 1}/{kills} {last}")
-        _sum_up(tell, (first, *others))
+                last = ", ".join(
+                    f"{each.name} {each.found_ms[ANSWERING][-1]:,.4g} ms"
+                    for each in (first, *others)
+                )
+                report(f"  {kill + 1}/{kills} {last}")
+        _summarize(report, (first, *others))
         return [
             Figure(suite=SUITE, name=name, system=each.name, unit="ms", runs=found_ms)
             for each in (first, *others)
@@ -188,12 +205,12 @@ def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
         ]
 
 
-def _sum_up(tell: Callable[[str], None], systems: Sequence[Supervised]) -> None:
+def _summarize(report: Callable[[str], None], systems: Sequence[Supervised]) -> None:
     for each in systems:
         for name, found_ms in each.found_ms.items():
             median, p95 = statistics.median(found_ms), quantile(found_ms, 0.95)
             figures = f"median {median:,.4g}, p95 {p95:,.4g}, max {max(found_ms):,.4g} ms"
-            tell(f"  {each.name}: {name}: {figures} of {len(found_ms)} kills")
+            report(f"  {each.name}: {name}: {figures} of {len(found_ms)} kills")
 
 
 def _pid(body: bytes) -> int:
@@ -202,7 +219,10 @@ def _pid(body: bytes) -> int:
 
 @contextmanager
 def _em_runner() -> Iterator[Supervised]:
-    with LoadNode() as node, em_runner(node.addresses, handler="who", settings=SUPERVISION) as runner:
+    with (
+        LoadNode() as node,
+        em_runner(node.addresses, handler="pid", settings=SUPERVISION) as runner,
+    ):
         node.wait_registered()
         yield Supervised("em-runner", runner.http, runner.process.pid, node=node)
 
@@ -237,9 +257,15 @@ def _circus() -> Iterator[Supervised]:
     with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
         config = Path(folder) / "circus.ini"
         config.write_text(
-            f"[circus]\nendpoint = ipc://{folder}/endpoint\npubsub_endpoint = ipc://{folder}/pubsub\n"
-            f"[watcher:worker]\ncmd = {sys.executable}\nargs = -m benchmarks.baselines.http_worker {port}\n"
-            f"working_dir = {ROOT}\ncopy_env = True\nnumprocesses = 1\n"
+            "[circus]\n"
+            f"endpoint = ipc://{folder}/endpoint\n"
+            f"pubsub_endpoint = ipc://{folder}/pubsub\n"
+            "[watcher:worker]\n"
+            f"cmd = {sys.executable}\n"
+            f"args = -m benchmarks.baselines.http_worker {port}\n"
+            f"working_dir = {ROOT}\n"
+            "copy_env = True\n"
+            "numprocesses = 1\n"
         )
         with _running("circus", port, 5.0, "-m", "circus.circusd", str(config)) as supervised:
             yield supervised
@@ -251,26 +277,34 @@ def _supervisord() -> Iterator[Supervised]:
     with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
         config = Path(folder) / "supervisord.conf"
         config.write_text(
-            f"[supervisord]\nnodaemon = true\nlogfile = {folder}/log\npidfile = {folder}/pid\nchildlogdir = {folder}\n"
-            f"[program:worker]\ncommand = {sys.executable} -m benchmarks.baselines.http_worker {port}\n"
-            f"directory = {ROOT}\nautorestart = true\n"
+            "[supervisord]\n"
+            "nodaemon = true\n"
+            f"logfile = {folder}/log\n"
+            f"pidfile = {folder}/pid\n"
+            f"childlogdir = {folder}\n"
+            "[program:worker]\n"
+            f"command = {sys.executable} -m benchmarks.baselines.http_worker {port}\n"
+            f"directory = {ROOT}\n"
+            "autorestart = true\n"
         )
-        with _running("supervisord", port, 1.0, "-m", "supervisor.supervisord", "-c", str(config)) as supervised:
+        with _running(
+            "supervisord", port, 1.0, "-m", "supervisor.supervisord", "-c", str(config)
+        ) as supervised:
             yield supervised
 
 
 @contextmanager
-def _running(name: str, port: int, looks_every_s: float, *arguments: str) -> Iterator[Supervised]:
-    """Run a supervisor until its worker answers, and on."""
+def _running(name: str, port: int, checks_every_s: float, *arguments: str) -> Iterator[Supervised]:
+    """Run a supervisor during the block, which starts when its worker answers."""
     address = ("127.0.0.1", port)
     with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
         log = Path(folder) / "log"
         with process(sys.executable, *arguments, log=log) as started, Asking(address) as asking:
             wait_for(asking.step, started, log)
-            yield Supervised(name, address, started.pid, looks_every_s)
+            yield Supervised(name, address, started.pid, checks_every_s)
 
 
 def _free_port() -> int:
-    """Return a port that is free now, for programs that cannot tell which one they took."""
+    """Return a port that is free now, for programs that do not report the port they listen on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

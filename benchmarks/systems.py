@@ -1,4 +1,4 @@
-"""Starts what is measured, each in processes of its own, and ends what it has started."""
+"""Starts the measured systems as separate processes, and stops them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ import psutil
 from runner.state_dir import read_address
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-PATIENCE_S: Final = 60.0
+TIMEOUT_S: Final = 60.0
 HANDLERS: Final = f"{ROOT / 'benchmarks' / 'handlers.py'}"
 
 
 class StartFailed(Exception):
-    """A system did not start; the text has its last words."""
+    """A system did not start. The message is the end of its log."""
 
 
 @contextmanager
 def process(
     *arguments: str, log: Path, cores: set[int] | None = None, **environ: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program in a session of its own; it and what it has started are gone at the end."""
+    """Run a program in a new session. After the block, it and its descendants are stopped."""
     with log.open("ab") as sink:
         started = subprocess.Popen(
             arguments,
@@ -65,9 +65,9 @@ def wait_for(condition: Callable[[], Any], started: subprocess.Popen[bytes], log
     """Return the first true value of `condition`.
 
     Raises:
-        StartFailed: when the process ends before, or it takes too long.
+        StartFailed: the process exited first, or TIMEOUT_S passed.
     """
-    ends = time.monotonic() + PATIENCE_S
+    ends = time.monotonic() + TIMEOUT_S
     while not (value := condition()):
         if started.poll() is not None or time.monotonic() > ends:
             raise StartFailed(log.read_text(errors="replace")[-2000:])
@@ -76,7 +76,7 @@ def wait_for(condition: Callable[[], Any], started: subprocess.Popen[bytes], log
 
 
 class Runner:
-    """A running em-runner, as its operator knows it."""
+    """A running em-runner, as its operator sees it."""
 
     def __init__(self, started: subprocess.Popen[bytes], state_dir: Path, log: Path) -> None:
         self.process = started
@@ -85,13 +85,15 @@ class Runner:
 
     @property
     def http(self) -> tuple[str, int]:
-        """Where it listens."""
+        """The address that the runner listens on."""
 
         def announced() -> Any:
             address = read_address(self._state_dir)
             return address if address is not None and address.pid == self.process.pid else None
 
-        host, _, port = wait_for(announced, self.process, self.log).http.removeprefix("http://").rpartition(":")
+        host, _, port = (
+            wait_for(announced, self.process, self.log).http.removeprefix("http://").rpartition(":")
+        )
         return host, int(port)
 
     def workers(self) -> list[psutil.Process]:
@@ -117,7 +119,7 @@ def em_runner(
     settings: str = "",
     agent_settings: str = "",
 ) -> Iterator[Runner]:
-    """Run em-runner with one agent at these nodes, or with `agents`: (name, handler, memory, nodes)."""
+    """Run em-runner with one agent at `nodes`, or with `agents`: (name, handler, memory, nodes)."""
     agents = agents or [("echo", f"{HANDLERS}:{handler}", memory, nodes)]
     with tempfile.TemporaryDirectory(prefix="em-bench-") as name:
         folder = Path(name)
@@ -125,12 +127,21 @@ def em_runner(
         sections = [settings]
         for agent, where, kind, at in agents:
             sections.append(
-                f'[[agent]]\nname = "{agent}"\nhandler = "{where}"\nmemory = "{kind}"\nnodes = {json.dumps(list(at))}\n'
-                f"{agent_settings}"
+                f'[[agent]]\nname = "{agent}"\nhandler = "{where}"\nmemory = "{kind}"\n'
+                f"nodes = {json.dumps(list(at))}\n{agent_settings}"
             )
         config.write_text("\n".join(sections))
         config.chmod(0o600)
-        command = (sys.executable, "-m", "runner", "run", "-c", str(config), "--http", "127.0.0.1:0")
+        command = (
+            sys.executable,
+            "-m",
+            "runner",
+            "run",
+            "-c",
+            str(config),
+            "--http",
+            "127.0.0.1:0",
+        )
         state_dir, log = folder / "state", folder / "log"
         with process(*command, "--state-dir", str(state_dir), log=log, cores=cores) as started:
             try:
@@ -141,7 +152,9 @@ def em_runner(
 
 
 @contextmanager
-def baseline(module: str, *arguments: str, cores: set[int] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def baseline(
+    module: str, *arguments: str, cores: set[int] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run one of `benchmarks.baselines`."""
     with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
         log = Path(folder) / "log"
@@ -156,11 +169,12 @@ def baseline(module: str, *arguments: str, cores: set[int] | None = None) -> Ite
 
 @contextmanager
 def http_baseline(module: str, *arguments: str) -> Iterator[tuple[str, int]]:
-    """Run one of `benchmarks.baselines` that listens, and writes its port to the file it is given."""
+    """Run one of `benchmarks.baselines` that listens and writes its port to the file PORT_FILE."""
     with tempfile.TemporaryDirectory(prefix="em-bench-") as folder:
         port_file = Path(folder) / "port"
+        port_file.touch()
         with baseline(module, *_with_file(arguments, port_file)) as started:
-            wait_for(lambda: port_file.exists() and port_file.read_text(), started, port_file)
+            wait_for(port_file.read_text, started, port_file)
             yield "127.0.0.1", int(port_file.read_text())
 
 

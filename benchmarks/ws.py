@@ -1,6 +1,6 @@
-"""Queries over one WebSocket: how many a second, with how many in flight, of which size.
+"""Queries over one WebSocket: the throughput by number of queries in flight and by size.
 
-Generator and system have a core each, so that neither is measured through the other.
+The generator and the system have a core each, so that neither slows the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUICK: Final = ((1, "40 B"), (64, "40 B"))
 SECONDS: Final = 0.5
 WARM_UP_S: Final = 0.2
 SETTLE_S: Final = 1.0
-"""What a system still does after its agent is registered is part of its start, and not of its queries."""
+"""The delay before a measurement: a system's start is not finished when its agent is registered."""
 
 GENERATOR_CORE: Final = 1
 SYSTEM_CORES: Final = {0}
@@ -50,14 +50,16 @@ SYSTEMS: Final[dict[str, Start]] = {
 COUNTERS: Final = ("em-runner, ram counter", "em-runner, disk")
 
 
-def run(runs: int, quick: bool, tell: Callable[[str], None]) -> list[Figure]:
-    """Measure all systems in turn; return queries a second."""
+def run(runs: int, quick: bool, report: Callable[[str], None]) -> list[Figure]:
+    """Measure all systems in turn. Return the throughput in queries per second."""
     cases = QUICK if quick else tuple(product(WINDOWS, SIZES))
     before = os.sched_getaffinity(0)
     if len(before) > 1:
         os.sched_setaffinity(0, {GENERATOR_CORE})
     try:
-        found = interleave({name: lambda name=name: _once(name, cases) for name in SYSTEMS}, runs, tell)
+        found = interleave(
+            {name: lambda name=name: _once(name, cases) for name in SYSTEMS}, runs, report
+        )
     finally:
         os.sched_setaffinity(0, before)
     return list(figures(SUITE, "queries/s", found))
@@ -75,7 +77,7 @@ def _once(system: str, cases: Iterable[tuple[int, str]]) -> dict[str, float]:
 
 
 def workload_for(system: str, size: int) -> Workload:
-    """Return what is asked of a system, and what must come back."""
+    """Return the workload for a system."""
     body = "x" * size
     if system in COUNTERS:
         return Workload(body, lambda data: isinstance(data, int))

@@ -1,9 +1,10 @@
-"""An embedded em_disco node: the server's side of the wire, for development, the demo and the tests.
+"""An embedded em_disco node: the server side of the protocol, for development, demo and tests.
 
-`serve` runs one inside another program, `disco.main.run` runs one alone. Imports `shared` only.
+`serve` runs a node inside another program, `disco.main.run` runs a node alone. This package imports
+only `shared`.
 """
 
-from disco.node import Node, serve
-from disco.settings import NodeSettings
+from disco._node import Node, serve
+from disco._settings import NodeSettings
 
 __all__ = ["Node", "NodeSettings", "serve"]

@@ -1,4 +1,4 @@
-"""A node alone, as `em-runner disco` runs it."""
+"""Runs a node alone, for `em-runner disco`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 
 import anyio
 
-from disco.node import Node, serve
-from disco.settings import NodeSettings
-from shared.signals import obeyed
+from disco._node import Node, serve
+from disco._settings import NodeSettings
+from shared.signals import handle_signals
 
 
 async def run(settings: NodeSettings, *, announce: Callable[[Node], None]) -> None:
-    """Serve a node until SIGTERM or SIGINT.
+    """Serve a node until SIGTERM or SIGINT arrives.
 
     Args:
-        settings: what to serve.
-        announce: called once, when agents can connect.
+        settings: the settings of the node.
+        announce: called once, as soon as agents can connect.
 
     Raises:
-        ConfigError: when the address is open to others without a secret, or the secret is too short.
-        StartError: when the address cannot be had.
+        ConfigError: if the secret is weak, or there is none and others can reach the address.
+        StartError: if the address is unavailable.
     """
-    over = anyio.Event()
-    with obeyed(signal.SIGTERM, signal.SIGINT, by=lambda _: over.set()):
+    stopped = anyio.Event()
+    with handle_signals(lambda _: stopped.set(), signal.SIGTERM, signal.SIGINT):
         async with serve(settings) as node:
             announce(node)
-            await over.wait()
+            await stopped.wait()

@@ -1,4 +1,4 @@
-"""How Sphinx builds the pages; `scripts/docs.sh` calls it."""
+"""The configuration of Sphinx, which `scripts/docs.sh` runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ author = "the em-runner maintainers"
 copyright = "the em-runner maintainers, Apache License 2.0"
 release = version = metadata.version("em-runner")
 
-extensions = ["myst_parser", "generated", "included"]
+extensions = ["myst_parser", "included"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]

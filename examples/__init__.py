@@ -1,1 +1,1 @@
-"""Handlers to copy: what `handler = "examples.echo:handle"` names."""
+"""Handlers to copy. The configuration names them, as in `handler = "examples.echo:handle"`."""

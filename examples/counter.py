@@ -1,15 +1,16 @@
-"""An agent that remembers: counts the queries it was asked, and how often each word came up in them.
+"""An agent with a memory. It counts its queries, and how often each word occurs in them.
 
-Configure it with a memory, which is what this example is about:
+Configure it with a memory:
 
     [[agent]]
     name = "counter"
     handler = "examples.counter:handle"
     memory = "ram"
 
-`memory` is a dict: empty for a worker's first query, afterwards what the query before returned. A
-query that fails leaves it as it was. Each worker has its own, so an agent at two nodes has two. Keep
-it small: so that a failure can be undone, it is copied before each query.
+`memory` is a dict. It is empty for a worker's first query. After that it is what the previous query
+returned. A query that fails does not change it. Each worker has a separate memory, so an agent at
+two nodes has two. Keep it small: em-runner copies it before each query, so that it can undo the
+changes of a query that fails.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from __future__ import annotations
 from typing import Any
 
 MAX_WORDS = 1000
-"""How many words are remembered; new ones after that are not, for a memory must not grow for ever."""
+"""The memory holds at most this many words. More new words are ignored, so its size is bounded."""
 
 
 def handle(body: str, memory: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return how often each word of the query has been seen by now, and the counts for the next query."""
+    """Return how often each word of the query has occurred so far, and the updated memory."""
     queries = memory.get("queries", 0) + 1
     seen = memory.get("words", {})
     words = body.casefold().split()

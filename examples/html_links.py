@@ -1,18 +1,19 @@
-"""An agent that reads HTML and answers with the links in it that fit the query.
+"""An agent that reads HTML and returns the links that match the query.
 
     [[agent]]
     name = "html_links"
     handler = "examples.html_links:HtmlLinks"
     memory = "none"
 
-The environment names what is read, afresh for each query:
+The environment names the source, which the agent reads again for each query:
 
-    HTML_LINKS_SOURCE       a folder, whose *.html files are read: ~/pages
-                            or a page: https://example.com/links.html
-                            or a search page, whose every link is taken: https://example.com/find?q={query}
-    HTML_LINKS_TIMEOUT_S    how long a page may take in all (4; an em_disco node waits 5 s)
+    HTML_LINKS_SOURCE       a folder with *.html files, such as ~/pages
+                            or a page, such as https://example.com/links.html
+                            or a search page, such as https://example.com/find?q={query}
+    HTML_LINKS_TIMEOUT_S    the timeout for a page, by default 4 (an em_disco node waits 5 s)
 
-A link fits when its text, or the text around it, holds every word of the query.
+A link matches if its text and the text around it together contain every word of the query. On a
+search page every link matches.
 
 Needs httpx and selectolax.
 """
@@ -40,22 +41,27 @@ Embryo = dict[str, Any]
 
 
 class HtmlLinks:
-    """One worker's reader. A plain class: its `handle` runs on a thread of its own, and may block."""
+    """Reads the pages for one worker.
+
+    `handle` is a plain method, so it runs on a separate thread and may block.
+    """
 
     def setup(self) -> None:
         """Read the environment and open the client."""
         self._source = os.environ.get("HTML_LINKS_SOURCE", "")
         if not self._source:
-            raise RuntimeError("HTML_LINKS_SOURCE is not set; it is a folder of HTML files or a page's address")
+            raise RuntimeError(
+                "HTML_LINKS_SOURCE is not set; it is a folder of HTML files or a page's address"
+            )
         self._timeout_s = float(os.environ.get("HTML_LINKS_TIMEOUT_S", "4"))
         self._client = httpx.Client(timeout=self._timeout_s, follow_redirects=True)
 
     def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         self._client.close()
 
     def handle(self, body: str, memory: dict[str, Any]) -> tuple[list[Embryo], dict[str, Any]]:
-        """Return the links that fit, each once, or an empty list when nothing can be read."""
+        """Return the matching links without duplicates, or an empty list if nothing can be read."""
         words = () if "{query}" in self._source else tuple(body.casefold().split())
         found: dict[str, Embryo] = {}
         try:
@@ -77,7 +83,10 @@ class HtmlLinks:
             yield file.as_uri(), file.read_bytes()[:MAX_PAGE_BYTES]
 
     def _fetch(self, address: str) -> tuple[str, bytes]:
-        """Return a page and where it was in the end; what comes too late or is too much is cut off."""
+        """Return a page's address after redirects, and the page.
+
+        A page that is too slow or too large is cut off.
+        """
         ends = time.monotonic() + self._timeout_s
         page = bytearray()
         with self._client.stream("GET", address) as response:
@@ -90,7 +99,7 @@ class HtmlLinks:
 
 
 def links(page: bytes, address: str) -> Iterator[Embryo]:
-    """Return each link of a page as an embryo, its address made absolute."""
+    """Return each link of a page as an embryo with an absolute address."""
     for node in LexborHTMLParser(page).css("a[href]"):
         try:
             url = urljoin(address, node.attributes["href"] or "")
@@ -99,7 +108,10 @@ def links(page: bytes, address: str) -> Iterator[Embryo]:
             continue
         if scheme in ("http", "https", "file"):
             title = _text(node) or url
-            yield {"type": "url", "properties": {"url": url, "title": title, "resume": _around(node)}}
+            yield {
+                "type": "url",
+                "properties": {"url": url, "title": title, "resume": _around(node)},
+            }
 
 
 def _around(node: LexborNode) -> str:

@@ -1,7 +1,8 @@
-"""An agent that asks a search service over HTTP, and answers with nothing rather than late or not at all.
+"""An agent that calls a search service over HTTP.
 
-It sends `GET <address>?q=<query>` and expects a JSON list of objects, of which it uses "url",
-"title" and "summary". Change `_embryo` for a service that answers otherwise.
+It sends `GET <address>?q=<query>` and expects a JSON list of objects. It uses their "url", "title"
+and "summary". For a service with another format, change `_embryo`. If the service fails or is too
+slow, the result is empty.
 
     [[agent]]
     name = "http_api"
@@ -12,7 +13,7 @@ It sends `GET <address>?q=<query>` and expects a JSON list of objects, of which 
 The environment names the service:
 
     SEARCH_API_URL          its address, such as http://127.0.0.1:8000/search
-    SEARCH_API_TIMEOUT_S    how long one query may take in all (4; an em_disco node waits 5 s)
+    SEARCH_API_TIMEOUT_S    the timeout for a query, by default 4 (an em_disco node waits 5 s)
 
 Needs httpx.
 """
@@ -32,14 +33,17 @@ Embryo = dict[str, Any]
 
 
 class HttpApi:
-    """One worker's client of the service. `setup` and `close` frame the worker's life."""
+    """One worker's client of the service.
+
+    `setup` runs before the first query, and `close` after the last.
+    """
 
     def capabilities(self) -> list[str]:
-        """Return what the node is told of this agent, unless the configuration says otherwise."""
+        """Return the capabilities to announce to the node, unless the configuration sets them."""
         return ["search", "query"]
 
     async def setup(self) -> None:
-        """Open the client: one for all queries, so that connections are used again."""
+        """Open one client for all queries, so that connections are reused."""
         self._url = os.environ.get("SEARCH_API_URL", "")
         if not self._url:
             raise RuntimeError("SEARCH_API_URL is not set; it is the address of the search service")
@@ -47,21 +51,23 @@ class HttpApi:
         self._client = httpx.AsyncClient(timeout=None)  # _search bounds the whole request instead
 
     async def close(self) -> None:
-        """Let the connections go."""
+        """Close the connections."""
         await self._client.aclose()
 
-    async def handle(self, body: str, memory: dict[str, Any]) -> tuple[list[Embryo], dict[str, Any]]:
-        """Return what the service finds, or an empty list when it fails."""
+    async def handle(
+        self, body: str, memory: dict[str, Any]
+    ) -> tuple[list[Embryo], dict[str, Any]]:
+        """Return the results of the service, or an empty list if it fails."""
         try:
             return [_embryo(item) for item in await self._search(body)], memory
         except (httpx.HTTPError, TimeoutError, ValueError) as exc:
-            # Without the query and the address: either may hold what does not belong in a log.
+            # Log neither the query nor the address: both may contain confidential data.
             status = exc.response.status_code if isinstance(exc, httpx.HTTPStatusError) else None
             log.warning("no results from the search service: %s", status or type(exc).__name__)
             return [], memory
 
     async def _search(self, query: str) -> list[Embryo]:
-        # httpx's own time-outs are each for one read, of which a slow answer may need many.
+        # httpx's timeouts apply to each read, and a slow answer may need many reads.
         async with asyncio.timeout(self._timeout_s):
             response = await self._client.get(self._url, params={"q": query})
         response.raise_for_status()

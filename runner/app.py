@@ -1,4 +1,4 @@
-"""The runner as a whole: builds the parts from a Config, runs them in one task group, owns the signals."""
+"""The running runner: it connects the parts, runs them in one task group, and handles signals."""
 
 from __future__ import annotations
 
@@ -6,180 +6,238 @@ import gc
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import anyio
 import anyio.abc
 import zmq
 
 from runner import descriptors
-from runner.http import Api
-from runner.process import ForkServer
 from runner.reload import ReadConfig, Reloader, policy_of, workers_by_agent
-from runner.router import Router
+from runner.routing.router import Router
 from runner.service_manager import ServiceManager
-from runner.start import OnStarted, Surroundings
 from runner.state_dir import StateDir
-from runner.supervisor import Supervisor
+from runner.supervision.fork_server import ForkServer
+from runner.supervision.probes import Probes
+from runner.supervision.supervisor import Supervisor
 from runner.watch import Watcher
-from shared.config import Config, HttpAddress, worker_specs
+from runner.web.direct import ExchangeFactory
+from runner.web.routes import Api
+from shared.config.load import Config, HttpAddress, worker_specs
 from shared.errors import StartError
-from shared.http_server import HttpServer
-from shared.logs import get_logger, tell_held_back
-from shared.signals import obeyed
+from shared.http.server import HttpServer
+from shared.logs.logger import get_logger, report_suppressed
+from shared.signals import handle_signals
 
-if TYPE_CHECKING:
-    from runner.tracing import RunnerTracing
+_REPLY_GRACE_S: Final = 0.5
+"""How long clients may take to read the last answers when the runner stops."""
 
-REPLY_GRACE_S: Final = 0.5
-"""How long clients may take to read the last answers when the runner ends."""
+_ACCEPT_GRACE_S: Final = 0.02
+"""How long after a signal new requests are still accepted (see `_drain`)."""
 
-SETTLE_S: Final = 0.02
-"""How long requests that have arrived may take to be read before the door is closed."""
+_SAME_SIGNAL_S: Final = 0.3
+"""Signals that follow each other faster count as one (see `_on_signal`)."""
 
-SAME_SIGNAL_S: Final = 0.3
-"""Signals that follow each other faster than a person's are one."""
-
-HELD_BACK_LOOK_S: Final = 1.0
-"""How often the log is looked at for events that were held back."""
+_REPORT_INTERVAL_S: Final = 1.0
+"""How often the log reports the number of events that it suppressed."""
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+OnStarted = Callable[[HttpAddress], None]
+"""Called with the address of the HTTP server once it accepts connections."""
+
+Lifespan = Callable[[], AbstractAsyncContextManager[None]]
+"""Makes a context that is entered before the workers start, and exited after they have ended."""
+
 
 class Runner:
-    """One running runner."""
+    """One run of the runner.
+
+    Args:
+        config: what to run.
+        read_config: reads the configuration again; None if it has no file.
+        watched_file: the configuration file, to watch it and the handlers' folders; None to watch
+            nothing.
+        listener: the socket that HTTP clients connect to.
+        make_exchange: makes the exchange of a traced query; None without tracing.
+    """
 
     def __init__(
         self,
         config: Config,
-        read_again: ReadConfig | None,
+        read_config: ReadConfig | None,
+        watched_file: Path | None,
         fork_server: ForkServer,
         state: StateDir,
         listener: socket.socket,
         service_manager: ServiceManager,
-        tracing: RunnerTracing | None = None,
-        watched: Path | None = None,
+        make_exchange: ExchangeFactory | None,
     ) -> None:
-        self._config = config
-        self._fork_server = fork_server
-        self._state = state
-        self._listener = listener
-        self._router = (Router if tracing is None else tracing.router)(
-            state.socket_path,
-            query_timeout_s=config.query_timeout_ms / 1000,
-            max_in_flight=config.max_in_flight,
-            max_in_flight_total=config.max_in_flight_total,
-        )
         specs = worker_specs(config)
+        self._state = state
+        self._service_manager = service_manager
+        self._probes = Probes(fork_server)
+        self._router = Router(
+            state.socket_path,
+            config.runner,
+            traced=make_exchange is not None,
+        )
         self._supervisor = Supervisor(
-            specs, policy_of(config), fork_server, self._router, config.supervision.shutdown_timeout_ms / 1000
+            specs,
+            policy_of(config),
+            fork_server,
+            self._router,
+            config.supervision.shutdown_timeout_ms / 1000,
         )
         self._api = Api(
             self._router,
             workers_by_agent(specs),
-            lambda: self._supervisor.rows,
-            lambda: self._supervisor.samples,
-            lambda: self._supervisor.rates,
+            self._supervisor,
             config.http,
-            config.http_token,
+            config.runner.http_token,
+            make_exchange,
         )
-        if tracing is not None:
-            self._api.queries.exchange = tracing.exchange
         self._reloader = Reloader(
-            read_again, config, fork_server, self._supervisor, self._router, self._api, state, self._make_room
+            read_config,
+            config,
+            self._probes,
+            self._supervisor,
+            self._reserve_descriptors,
+            self._set_config,
         )
         self._watcher: Watcher | None = None
-        if watched is not None:
-            self._watcher = Watcher(config, watched, fork_server, self._supervisor, self._reloader.ask)
-            self._reloader.follow = self._watcher.follow
-        self._server = HttpServer(self._api.app, listener, direct=self._api.queries.take)
+        if watched_file is not None:
+            self._watcher = Watcher(
+                config,
+                watched_file,
+                self._probes,
+                self._supervisor,
+                self._reloader.request,
+            )
+        self._server = HttpServer(
+            self._api.app,
+            listener,
+            direct=self._api.queries.take,
+            has_error_codes=True,
+        )
         self._server.reserve(descriptors.needed(len(specs)))
-        self._service_manager = service_manager
-        self._leaving_since_s: float | None = None
-        self._log = get_logger("runner")
+        # With port 0 the kernel chose the port, so the configuration does not have it.
+        self._address = HttpAddress(config.http.host, listener.getsockname()[1])
+        self._stopping_since_s: float | None = None
+        self._log = get_logger()
 
-    async def run(self, on_started: OnStarted, around: Surroundings | None) -> None:
-        """Run until a signal says otherwise, then drain."""
+    async def run(
+        self,
+        on_started: OnStarted,
+        lifespan: Lifespan | None,
+    ) -> None:
+        """Run until a signal requests the end, then drain.
+
+        Raises:
+            StartError: if the socket for the workers or the state folder cannot be used.
+        """
         try:
             self._router.open()
         except zmq.ZMQError as exc:
             raise StartError(f"cannot listen on {self._router.endpoint}: {exc}") from None
         try:
-            async with (around or _nothing_around)(), anyio.create_task_group() as tasks:
-                await tasks.start(self._obey_signals)
-                tasks.start_soon(self._reloader.run)
-                if self._watcher is not None:
-                    tasks.start_soon(self._watcher.run)
-                tasks.start_soon(self._supervisor.observe)
-                tasks.start_soon(_keep_log)
-                tasks.start_soon(self._service_manager.report, lambda: self._supervisor.rows)
-                await self._server.start()
-                self._announce(on_started)
-                gc.freeze()  # what is there by now stays: no collection has to look at it while queries wait
-                await self._supervisor.run()
-                # What was in flight is answered by now, by its worker or in its stead; what was held is not.
-                self._router.refuse_all()
-                self._api.end_streams()
-                await self._server.stop(REPLY_GRACE_S)
-                tasks.cancel_scope.cancel()
+            # Before the task group, so that an error is not wrapped in a group. Clients can use the
+            # address already: their requests wait in the listener's backlog.
+            self._state.announce(f"http://{self._address}")
+            async with (lifespan or nullcontext)(), anyio.create_task_group() as tasks:
+                # Before any worker starts, because from then on a signal has to drain the workers.
+                # Until here it ends the process at once (see `start.run`).
+                with handle_signals(lambda number: self._on_signal(number, tasks), *_SIGNALS):
+                    await self._serve(tasks, on_started)
+                    tasks.cancel_scope.cancel()
         finally:
             self._router.close()
         self._log.info("stopped")
 
-    def _make_room(self, workers: int) -> None:
-        """Have file descriptors for so many workers.
+    async def _serve(
+        self,
+        tasks: anyio.abc.TaskGroup,
+        on_started: OnStarted,
+    ) -> None:
+        """Start all parts, and return when all workers have ended and their answers are sent."""
+        tasks.start_soon(self._reloader.run)
+        await tasks.start(self._reloader.serve, self._state.reload_path)
+        if self._watcher is not None:
+            tasks.start_soon(self._watcher.run)
+        tasks.start_soon(self._supervisor.record_counts)
+        tasks.start_soon(_report_suppressed)
+        tasks.start_soon(self._service_manager.report, lambda: self._supervisor.rows)
+        await self._server.start()
+        http = f"http://{self._address}"
+        self._log.info(
+            "started",
+            http=http,
+            workers=len(self._supervisor.rows),
+        )
+        on_started(self._address)
+        # Objects of the start live until the end. Frozen, they are not traversed by any garbage
+        # collection, which would delay the queries that arrive during it.
+        gc.freeze()
+        await self._supervisor.run()
+        # Each query in flight has its answer by now, from its worker or from the runner in the
+        # worker's place. Queries that were held for a worker have none: refuse them before the
+        # server stops, or their clients would get a closed connection.
+        self._router.refuse_all()
+        self._api.end_streams()
+        await self._server.stop(_REPLY_GRACE_S)
+
+    def _reserve_descriptors(self, workers: int) -> None:
+        """Reserve file descriptors for a number of workers.
 
         Raises:
-            StartError: when the system does not allow it.
+            StartError: if the system does not allow that many.
         """
         descriptors.require(workers)
         self._server.reserve(descriptors.needed(workers))
 
-    def _announce(self, on_started: OnStarted) -> None:
-        address = HttpAddress(self._config.http.host, self._listener.getsockname()[1])
-        self._state.announce(f"http://{address}")
-        self._log.info("started", http=f"http://{address}", workers=len(self._supervisor))
-        on_started(address)
+    def _set_config(self, config: Config) -> None:
+        """Apply a new configuration to all parts but the workers."""
+        self._router.set_limits(config.runner)
+        self._api.set_agents(workers_by_agent(worker_specs(config)))
+        if self._watcher is not None:
+            self._watcher.set_handlers(config)
 
-    async def _obey_signals(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        async with anyio.create_task_group() as tasks:
-            with obeyed(*_SIGNALS, by=lambda number: self._obey(number, tasks)):
-                task_status.started()
-                await anyio.sleep_forever()
-
-    def _obey(self, number: signal.Signals, tasks: anyio.abc.TaskGroup) -> None:
+    def _on_signal(
+        self,
+        number: signal.Signals,
+        tasks: anyio.abc.TaskGroup,
+    ) -> None:
         if number == signal.SIGHUP:
-            self._reloader.ask()
-        elif self._leaving_since_s is None:
-            self._leaving_since_s = time.monotonic()
-            self._supervisor.retire()
-            self._service_manager.leave()
-            self._log.info("draining", why=number.name)
+            self._reloader.request()
+        elif self._stopping_since_s is None:
+            self._stopping_since_s = time.monotonic()
+            self._supervisor.stop_restarting()
+            self._service_manager.report_stopping()
+            self._log.info("draining", reason=number.name)
             tasks.start_soon(self._drain)
-        elif time.monotonic() - self._leaving_since_s > SAME_SIGNAL_S:
-            # Sooner, it is the same request twice: some senders signal the process and its group.
-            self._log.warning("killing", why="a second signal")
+        elif time.monotonic() - self._stopping_since_s > _SAME_SIGNAL_S:
+            # A second signal that comes sooner is the same request: some senders signal the process
+            # and its group. That must not kill the workers.
+            self._log.warning("killing", reason="a second signal")
             self._supervisor.kill()
 
     async def _drain(self) -> None:
-        # Requests that were sent before the signal may still lie unread in their sockets.
-        await anyio.sleep(SETTLE_S)
+        # Requests that were sent before the signal may not be read from their sockets yet. They
+        # are read and answered first.
+        await anyio.sleep(_ACCEPT_GRACE_S)
+        # From here on, new queries and connections are refused. A reload's probe runs on a thread,
+        # which a cancellation does not stop. It returns at once when its process is killed.
         self._api.close()
         self._server.close()
-        self._fork_server.abandon_probes()
+        self._probes.abandon()
         await self._supervisor.drain()
 
 
-async def _keep_log() -> None:
-    """Tell of what was held back in the log, until cancelled."""
+async def _report_suppressed() -> None:
+    """Log how many events were suppressed, until cancelled."""
     while True:
-        await anyio.sleep(HELD_BACK_LOOK_S)
-        tell_held_back()
-
-
-@asynccontextmanager
-async def _nothing_around() -> AsyncIterator[None]:
-    yield
+        await anyio.sleep(_REPORT_INTERVAL_S)
+        report_suppressed()

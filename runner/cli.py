@@ -1,132 +1,138 @@
-"""The `em-runner` command. Each subcommand reads its options, calls one function, and says how it went."""
+"""The `em-runner` command. Each subcommand reads its options, calls a function, and prints."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
+from functools import partial
 from io import TextIOWrapper
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import anyio
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
 
-from runner import client
-from shared import logs, tokens
-from shared.config import Config, HttpAddress, load, parse_http_address
+from runner import version
+from runner.commands import client
+from shared.config import tokens
+from shared.config.load import Config, HttpAddress, load, parse_http_address
+from shared.config.nodes import NodeAddress
+from shared.config.schema import DEFAULT_HTTP, DEFAULT_STATE_DIR
+from shared.config.tokens import Secret, TokenError
 from shared.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_HANDLER_FAILED, ConfigError, StartError
-from shared.schema import DEFAULT_HTTP, DEFAULT_STATE_DIR, LogFormat, LogLevel
-from shared.tokens import Secret, TokenError
+from shared.logs import logger as logs
+from shared.logs.logger import LogFormat, LogLevel
+
+# Modules that only some commands need are imported in these commands' functions. Otherwise
+# `em-runner token` would wait for the imports of the whole runner.
 
 cli = typer.Typer(
     name="em-runner",
-    help="Runs Emergence agents: one supervised process for each em_disco node, direct queries over HTTP.",
+    help="Runs Emergence agents: one supervised process per em_disco node, and direct queries "
+    "over HTTP.",
     no_args_is_help=True,
+    # Typer's tracebacks show local variables, which may contain tokens and secrets.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-# Into a pipe or a file nothing is cut to a terminal's width.
+# Rich fits its output to the width of a terminal, and to 80 columns elsewhere. Programs that read
+# a pipe or a file need whole lines.
 _on_terminal: Final = sys.stdout is not None and sys.stdout.isatty()
 _out: Final = Console(
-    soft_wrap=True, highlight=False, markup=False, emoji=False, width=None if _on_terminal else 10_000
+    soft_wrap=True,
+    highlight=False,
+    markup=False,
+    emoji=False,
+    width=None if _on_terminal else 10_000,
 )
 
-_NO_OPTION: Final = re.compile(r"-[^-a-zA-Z].*|-[^-].*\s.*", re.DOTALL)
 
-
-def _version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:
     if asked:
-        from runner.metrics import version
-
         print(f"em-runner {version()}")
         raise typer.Exit
 
 
-def _url(text: str | None) -> str | None:
+def _check_url(text: str | None) -> str | None:
+    # A callback, because click replaces the message of a parser's ValueError by its own.
     try:
         return None if text is None else client.parse_url(text)
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
 
 
-def _name(text: str | None) -> str | None:
-    if text == "":  # such as of a variable that is not set: nobody else is asked instead
-        raise typer.BadParameter("found an empty name; name one, or leave the option out")
-    return text
-
-
-class _TakesText(TyperCommand):
-    """A command whose argument may be any text, and so look like an option."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for word in takewhile(lambda word: word != "--", args):
-            if _NO_OPTION.fullmatch(word):
-                raise typer.BadParameter(f"{word!r} is taken for an option; a query that begins with '-' follows '--'")
-        return super().parse_args(ctx, args)
-
-
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The configuration, a TOML file.")]
-StateDir = Annotated[Path, typer.Option(help="Where the runner keeps its socket and its address.")]
-HttpOption = Annotated[str | None, typer.Option("--http", help="Listen here instead: HOST:PORT; port 0 takes any.")]
-RunnerUrl = Annotated[
-    str | None, typer.Option("--url", callback=_url, help="The runner, such as http://127.0.0.1:9600.")
+# The options that several commands have.
+_ConfigFile = Annotated[
+    Path,
+    typer.Option("--config", "-c", help="The configuration, a TOML file."),
 ]
-TokenFile = Annotated[Path | None, typer.Option(help="A file with the runner's HTTP token.")]
-Level = Annotated[LogLevel, typer.Option("--log-level", help="The least severe level that is logged.")]
-Style = Annotated[LogFormat, typer.Option("--log-format", help="How the log is written.")]
+_StateDir = Annotated[
+    Path,
+    typer.Option(help="The runner's state folder."),
+]
+_RunnerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        callback=_check_url,
+        help="The runner's address, such as http://127.0.0.1:9600.",
+    ),
+]
+_TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="A file that contains the runner's HTTP token."),
+]
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line on standard error, never a traceback."""
+    """Run the command line.
+
+    An error that the user can fix is one line on standard error, without a traceback.
+    """
     try:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, TextIOWrapper):  # what a terminal cannot show is no reason to show nothing
+            # A character that the terminal's encoding lacks must not be an error. A stream may also
+            # be None, or a test's replacement that cannot be reconfigured.
+            if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         try:
             cli()
         finally:
+            # Python itself would flush after the `except` clauses below, and report a failure with
+            # a traceback.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except ConfigError as exc:
-        _leave(str(exc), EXIT_CONFIG)
+        _fail(str(exc), EXIT_CONFIG)
     except (StartError, TokenError) as exc:
-        _leave(str(exc), EXIT_FAILED)
+        _fail(str(exc), EXIT_FAILED)
     except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        _fail("interrupted", 130)
     except OSError as exc:
-        if _folder_is_gone():
-            _leave("the current folder is gone; change to another one", EXIT_FAILED)
         if exc.filename is not None:
-            _leave(f"{exc.filename}: {exc.strerror}", EXIT_FAILED)
-        _give_up_output()  # `em-runner check | head`, or a full disk behind a redirection
-        _leave(f"the output cannot be written: {exc.strerror or exc}", EXIT_FAILED)
+            _fail(f"{exc.filename}: {exc.strerror}", EXIT_FAILED)
+        # Only `os.getcwd` raises this error without a name.
+        if isinstance(exc, FileNotFoundError):
+            _fail("the current folder does not exist; change to another one", EXIT_FAILED)
+        # All other errors are of the command's output: its reader has closed the pipe, as in
+        # `em-runner check | head`, or it is redirected to a full disk.
+        _discard_output()
+        _fail(f"cannot write the output: {exc.strerror or exc}", EXIT_FAILED)
 
 
-def _folder_is_gone() -> bool:
-    """Return whether the current folder was removed."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return True
-    return False
-
-
-def _give_up_output() -> None:
-    """Keep the interpreter from writing at its end what could not be written."""
+def _discard_output() -> None:
+    """Discard output that could not be written. Otherwise Python tries again when it exits."""
     with contextlib.suppress(OSError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _leave(message: str, status: int) -> NoReturn:
+def _fail(message: str, status: int) -> NoReturn:
+    # Standard error may be closed, too. The exit status still reports the failure.
     with contextlib.suppress(OSError):
         print(f"em-runner: {logs.printable_line(message)}", file=sys.stderr)
     sys.exit(status)
@@ -135,110 +141,148 @@ def _leave(message: str, status: int) -> NoReturn:
 @cli.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and leave.")
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_version,
+            help="Print the version and exit.",
+        ),
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Options before a command."""
 
 
-@cli.command()
-def run(
-    config: ConfigFile = Path("em-runner.toml"),
-    http: HttpOption = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Use this state folder instead of the file's.")] = None,
+@cli.command("run")
+def _run(
+    config: _ConfigFile = Path("em-runner.toml"),
+    http: Annotated[
+        str | None,
+        typer.Option(help="Listen at this HOST:PORT instead; port 0 takes any free port."),
+    ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Use this state folder instead of the configured one.")
+    ] = None,
     watch: Annotated[
-        bool, typer.Option("--reload", help="While developing: watch the files, and replace workers as they change.")
+        bool,
+        typer.Option(
+            "--reload", help="For development: watch files, and replace workers when they change."
+        ),
     ] = False,
 ) -> None:
-    """Run the agents of a configuration until SIGTERM or Ctrl-C; SIGHUP reads the configuration again.
+    """Run the agents of a configuration until SIGTERM or Ctrl-C. SIGHUP reloads the configuration.
 
-    With --reload a handler's file, or a module beside it that it imports, replaces that handler's workers when it
-    is saved, with their memory and without a direct query lost; while it is broken the old ones answer. A change of the
-    configuration is applied as by em-runner reload.
+    With --reload, a change of a Python file in a handler's folder, or below it, replaces the
+    handler's workers. They keep their memory, and no direct query is lost. While the new code is
+    broken, the old workers answer. A change of the configuration is applied as by em-runner reload.
 
     Example: em-runner run -c em-runner.toml
     """
-
     from runner import start
 
     def read() -> Config:
-        return _overridden(load(config), http, state_dir)
+        return _with_options(load(config), http, state_dir)
 
+    # An error in the first reading is a line for the user. Errors in later ones are log events.
     loaded = read()
-    logs.configure(loaded.log_level, loaded.log_format)
-    start.run(loaded, read_again=read, watched=config if watch else None)
+    logs.configure(loaded.runner.log_level, loaded.runner.log_format)
+    start.run(loaded, read_config=read, watched_file=config if watch else None)
 
 
-@cli.command()
-def reload(state_dir: StateDir = Path(DEFAULT_STATE_DIR)) -> None:
-    """Make a running runner read its configuration again, and print what that changed.
+@cli.command("reload")
+def _reload(state_dir: _StateDir = Path(DEFAULT_STATE_DIR)) -> None:
+    """Reload the configuration of a running runner, and print what changed.
 
-    Exit status: 0 when it is done, 1 when there is no runner, it does not answer, or some workers could not be
-    replaced, 78 when it was refused.
+    Exit status: 0 on success, 1 if no runner answers or some workers could not be replaced, 78 if
+    the configuration is refused.
 
     Example: em-runner reload --state-dir ~/.local/state/em-runner
     """
     outcome = client.reload(state_dir.expanduser())
+    # If anything was changed, the configuration is valid, and another attempt may succeed. Status
+    # 78 means that the configuration has to be changed first.
     if not outcome.done:
-        _leave(outcome.message, EXIT_FAILED if outcome.changed else EXIT_CONFIG)
+        _fail(outcome.message, EXIT_FAILED if outcome.changed else EXIT_CONFIG)
     print(outcome.message)
 
 
-@cli.command()
-def check(config: ConfigFile = Path("em-runner.toml")) -> None:
-    """Load a configuration, import its handlers, look at its tokens, and print the workers that would run.
+@cli.command("check")
+def _check(config: _ConfigFile = Path("em-runner.toml")) -> None:
+    """Load a configuration, import its handlers, check its tokens, and print its workers.
 
-    Exit status: 0 when all is well, 1 when a token would be refused, 78 when the configuration is wrong.
+    Exit status: 0 on success, 1 if a token would be refused, 78 if the configuration is invalid.
 
     Example: em-runner check -c em-runner.toml
     """
-    from runner import check as checking
+    from runner.commands import check
 
-    report = checking.check(load(config))
-    checking.show(report.rows, _out)
-    for problem in report.problems:
+    rows, problems = check.check(load(config))
+    check.show(rows, _out)
+    for problem in problems:
         print(f"em-runner: {problem}", file=sys.stderr)
-    if report.problems:
+    if problems:
         raise typer.Exit(EXIT_FAILED)
-    _out.print(f"{config}: good, {len(report.rows)} worker{'s' if len(report.rows) != 1 else ''} would run")
+    plural = "s" if len(rows) != 1 else ""
+    _out.print(f"{config}: OK, {len(rows)} worker{plural}")
 
 
 @cli.command("demo")
-def run_demo(
-    nodes: Annotated[int, typer.Option(min=1, max=100, help="How many embedded nodes to run.")] = 2,
+def _demo(
+    nodes: Annotated[int, typer.Option(min=1, max=100, help="The number of embedded nodes.")] = 2,
     first_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="The first node's port, the next ones follow; 0 takes any.")
+        int,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="The first node's port; the others follow. 0 takes free ports.",
+        ),
     ] = 8080,
     http: Annotated[
-        str, typer.Option(help="Where the runner listens, on this machine: HOST:PORT; port 0 takes any.")
+        str,
+        typer.Option(
+            help="The runner's address on this machine, as HOST:PORT; port 0 takes any free port."
+        ),
     ] = DEFAULT_HTTP,
-    state_dir: StateDir = Path(DEFAULT_STATE_DIR),
+    state_dir: _StateDir = Path(DEFAULT_STATE_DIR),
 ) -> None:
-    """Run embedded em_disco nodes and the echo agent with one worker at each, all on this machine.
+    """Run embedded em_disco nodes and the echo agent with one worker per node, all on this machine.
 
     Example: em-runner demo --nodes 2
     """
-    from runner import demo
+    from runner.commands import demo
 
     logs.configure()
     address = parse_http_address(http, "--http")
     if not address.loopback:
-        raise ConfigError(f"--http: the demo has no token and listens on this machine only, not on {address}")
-    ports = demo.ports(first_port, nodes)
-    nodes_at = [f"{demo.HOST}:{port}" for port in ports]
-    demo.run(address, ports, state_dir.expanduser(), lambda http: _welcome(http, nodes_at))
+        # Without a token, anyone in the network could query the agent.
+        raise ConfigError(
+            f"--http: the demo has no HTTP token, so it cannot listen on {address}; use a loopback "
+            "address"
+        )
+    demo.run(address, first_port, nodes, state_dir.expanduser(), _welcome)
 
 
 @cli.command("disco")
-def run_disco(
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any.")] = 8080,
+def _disco(
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port; 0 takes any free port.")
+    ] = 8080,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    jwt_secret_file: Annotated[Path | None, typer.Option(help="A file with the secret that signs the tokens.")] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask for no token (loopback only).")] = False,
-    level: Level = "info",
-    style: Style = "auto",
+    jwt_secret_file: Annotated[
+        Path | None, typer.Option(help="A file with the secret that signs the tokens.")
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Require no token (loopback only).")
+    ] = False,
+    log_level: Annotated[
+        LogLevel,
+        typer.Option(help="The least severe level that is logged."),
+    ] = "info",
+    log_format: Annotated[LogFormat, typer.Option(help="The format of the log.")] = "auto",
 ) -> None:
-    """Run an embedded em_disco node alone, for development. Give exactly one of --jwt-secret-file and --no-auth.
+    """Run an embedded em_disco node alone, for development.
+
+    Give exactly one of --jwt-secret-file and --no-auth.
 
     Example: em-runner disco --port 8080 --no-auth
     """
@@ -247,60 +291,78 @@ def run_disco(
 
     if no_auth == (jwt_secret_file is not None):
         raise typer.BadParameter("give either --jwt-secret-file FILE or --no-auth")
-    logs.configure(level, style)
+    logs.configure(log_level, log_format)
     secret = None if jwt_secret_file is None else Secret(tokens.read_secret_file(jwt_secret_file))
     settings = disco.NodeSettings(host=host, port=port, secret=secret)
-    anyio.run(
-        lambda: disco.main.run(settings, announce=lambda node: print(f"em_disco node at {node.url}", flush=True)),
-        backend_options={"use_uvloop": True},
-    )
+
+    def announce(node: disco.Node) -> None:
+        # Flushed, because a program may wait for this line in a pipe.
+        print(f"em_disco node at {node.url}", flush=True)
+
+    run = partial(disco.main.run, settings, announce=announce)
+    anyio.run(run, backend_options={"use_uvloop": True})
 
 
 @cli.command("new")
-def write_new(
-    name: Annotated[str, typer.Argument(help="The agent's name, a Python name such as weather_report.")],
-    folder: Annotated[Path, typer.Option(help="Where its own folder is made.")] = Path(),
+def _new(
+    name: Annotated[
+        str, typer.Argument(help="The agent's name, a Python name such as weather_report.")
+    ],
+    folder: Annotated[
+        Path, typer.Option(help="The folder in which to create the agent's folder.")
+    ] = Path(),
 ) -> None:
-    """Write a new agent: a handler, its test and its configuration, which run as they are.
+    """Create a new agent: a handler, its test and its configuration, ready to run.
 
     Example: em-runner new weather_report
     """
-    from runner import new
+    from runner.commands import new
 
     written = new.write(name, folder)
-    inside = written[0].parent
-    _out.print("\n".join(f"wrote {path}" for path in written))
-    _out.print(f"\nTry it:\n\n  cd {shlex.quote(str(inside))}\n  em-runner try {written[0].name}:handle 'red fish'")
-    _out.print("  pytest                  # once before: pip install pytest\n  em-runner check")
-    _out.print("  em-runner run --reload  # replaces it whenever it is saved")
+    for path in written:
+        _out.print(f"wrote {path}")
+    handler = written[0]
+    _out.print(f"""
+Try it:
+
+  cd {shlex.quote(str(handler.parent))}
+  em-runner try {handler.name}:handle 'red fish'
+  pytest                  # first: pip install pytest
+  em-runner check
+  em-runner run --reload  # replaces the handler when you save it""")
 
 
 @cli.command("try")
-def try_out(
+def _try(
     handler: Annotated[str, typer.Argument(help="module:attribute or path/to/file.py:attribute.")],
     text: Annotated[str, typer.Argument(help="The query.")],
-    memory: Annotated[str, typer.Option(help="What it remembers before, a JSON object.")] = "{}",
-    timeout_s: Annotated[float, typer.Option(min=0.01, max=3600, help="How long it may take, in seconds.")] = 30.0,
+    memory: Annotated[str, typer.Option(help="The memory before the query, a JSON object.")] = "{}",
+    timeout_s: Annotated[
+        float, typer.Option(min=0.01, max=3600, help="The handler's timeout, in seconds.")
+    ] = 30.0,
 ) -> None:
-    """Call a handler once, without a node or a runner, and print its result, its memory and the time it took.
+    """Call a handler once, without a node or a runner, and print its result, memory and time.
 
-    Exit status: 0 when it answered, 3 when it failed, 78 when it cannot be loaded.
+    Exit status: 0 on success, 3 if the handler fails, 78 if it cannot be loaded.
 
     Example: em-runner try agents.py:handle "what is new?" --memory '{"asked": 3}'
     """
-    from runner import trials
+    from runner.commands import trials
 
-    report = trials.try_out(handler, text, memory, timeout_s, lambda words: print(words, file=sys.stderr))
-    print(report.text)
-    if report.failed:
-        _leave(report.failed, EXIT_HANDLER_FAILED)
+    print_note = partial(print, file=sys.stderr)
+    lines, error = trials.try_out(handler, text, memory, timeout_s, print_note)
+    print("\n".join(lines))
+    if error:
+        _fail(error, EXIT_HANDLER_FAILED)
 
 
-@cli.command()
-def token(
-    sub: Annotated[str, typer.Option(help="The agent's name, which the token is for.")],
+@cli.command("token")
+def _token(
+    sub: Annotated[str, typer.Option(help="The name of the agent for which the token is valid.")],
     secret_file: Annotated[Path, typer.Option(help="A file with the secret, at least 32 bytes.")],
-    ttl_s: Annotated[int, typer.Option(min=1, help="How long the token is valid, in seconds.")] = 86_400,
+    ttl_s: Annotated[
+        int, typer.Option(min=1, help="How long the token is valid, in seconds.")
+    ] = 86_400,
 ) -> None:
     """Print a new token for an agent.
 
@@ -310,117 +372,146 @@ def token(
     print(tokens.mint(secret, sub, ttl_s=ttl_s))
 
 
-@cli.command(cls=_TakesText)
-def query(
+@cli.command("query")
+def _query(
     text: Annotated[str, typer.Argument(help="The query.")],
     agent: Annotated[
-        str | None, typer.Option(callback=_name, help="Ask this agent; needed when there are several.")
+        str | None, typer.Option(help="The agent; required if there are several.")
     ] = None,
-    worker: Annotated[str | None, typer.Option(callback=_name, help="Ask this worker.")] = None,
-    timeout_s: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to wait, in seconds.")] = 35.0,
-    url: RunnerUrl = None,
-    token_file: TokenFile = None,
-    state_dir: StateDir = Path(DEFAULT_STATE_DIR),
+    worker: Annotated[str | None, typer.Option(help="The worker.")] = None,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.1, max=86_400, help="How long to wait, in seconds.")
+    ] = 35.0,
+    url: _RunnerUrl = None,
+    token_file: _TokenFile = None,
+    state_dir: _StateDir = Path(DEFAULT_STATE_DIR),
 ) -> None:
-    """Ask a running agent and print its results as JSON.
+    """Send a query to a running agent, and print its results as JSON.
 
-    Exit status: 0 answered, 1 no runner, no answer in time or refused (401, 403), 2 wrong query or no such agent,
-    3 the handler failed, 4 no worker is up or it is busy.
+    Exit status: 0 on success, 1 if no runner answers in time or it refuses the request (401, 403),
+    2 if the query is invalid or the agent unknown, 3 if the handler fails, 4 if no worker is up or
+    the worker is busy.
 
     Example: em-runner query "what is new?" --agent echo
     """
     base = client.find(url, state_dir.expanduser())
-    asked = {"query": text} | {name: value for name, value in (("agent", agent), ("worker", worker)) if value}
-    late = "is the runner up? A query may take longer: --timeout-s"
+    # An empty name, such as of an unset variable, is sent and refused. If it were left out, another
+    # agent might answer.
+    names = {"agent": agent, "worker": worker}
+    given = {key: name for key, name in names.items() if name is not None}
     try:
-        answer = client.call(base, "/agent/query", asked, token=_token(token_file), timeout_s=timeout_s, late=late)
-    except client.NotText as exc:
-        _leave(str(exc), 2)
+        answer = client.call(
+            base,
+            "/agent/query",
+            {"query": text} | given,
+            token=_read_token(token_file),
+            timeout_s=timeout_s,
+            timeout_hint="is the runner up? A query may take longer: --timeout-s",
+        )
+    except UnicodeEncodeError:
+        # Python decodes an argument that is not UTF-8 to characters that JSON cannot contain.
+        _fail("the query is not text in UTF-8", 2)
     if answer.status == 200 and isinstance(answer.body, dict) and "results" in answer.body:
         _print_json(answer.body["results"])
         return
-    if not client.is_refusal(answer):
-        raise client.not_a_runner(base)
-    who = f" ({answer.worker})" if answer.worker else ""
-    _leave(f"{answer.status}: {answer.body['error']}{who}{client.advice(answer)}", client.exit_status(answer.status))
+    _fail(client.describe_failure(base, answer), client.exit_status(answer.status))
 
 
 @cli.command("status")
-def show_status(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it, until Ctrl-C.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what GET /workers answers.")] = False,
+def _status(
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Update the table until Ctrl-C.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer of GET /workers.")
+    ] = False,
     interval_s: Annotated[
-        float, typer.Option("--interval", min=0.1, max=3600, help="Seconds between two looks.")
+        float,
+        typer.Option("--interval", min=0.1, max=3600, help="The seconds between two updates."),
     ] = 1.0,
-    url: RunnerUrl = None,
-    token_file: TokenFile = None,
-    state_dir: StateDir = Path(DEFAULT_STATE_DIR),
+    wide: Annotated[bool, typer.Option("--wide", help="Show all columns.")] = False,
+    url: _RunnerUrl = None,
+    token_file: _TokenFile = None,
+    state_dir: _StateDir = Path(DEFAULT_STATE_DIR),
 ) -> None:
-    """Show the workers of a running runner, each with its state, its counts and its last error.
+    """Show the workers of a running runner, with their states, counts and last errors.
 
-    Exit status: 0 when all workers are ready, 1 when not all are or there are none, 2 when no runner could be asked,
-    or it refused.
+    Exit status: 0 if all workers are ready, 1 if some are not or there are no workers, 2 if no
+    runner answers or it refuses the request.
 
     Example: em-runner status --watch
     """
-    from runner import status
+    from runner.commands import status
 
     if watch and as_json:
         raise typer.BadParameter("--watch is for people and --json for programs; give one of them")
 
-    def where() -> tuple[str, str | None]:
-        return client.find(url, state_dir.expanduser()), _token(token_file)
+    def find() -> tuple[str, str | None]:
+        return client.find(url, state_dir.expanduser()), _read_token(token_file)
 
     if watch:
+        # By default these signals end the process at once, and the terminal stays in the mode of
+        # the full-screen table. `sys.exit` restores it first.
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # not before the terminal is as it was
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         with contextlib.suppress(KeyboardInterrupt):
-            status.watch(_out, where, interval_s)
+            status.watch(_out, find, interval_s, wide)
         return
     try:
-        table = status.fetch(*where())
-    except (StartError, TokenError, status.NotAnswered) as exc:
-        _leave(str(exc), status.EXIT_NO_RUNNER)
+        table = status.fetch(*find())
+    except (StartError, TokenError) as exc:
+        _fail(str(exc), status.EXIT_NO_RUNNER)
     if as_json:
         _print_json(table)
     else:
-        width = _out.width if _on_terminal else None
-        _out.print(status.grid(table.workers, width), status.in_full(table.workers, width), sep="", end="")
+        _out.print(status.grid(table.workers, wide))
+        # Only on a terminal, the table cuts reasons that are too long for a line.
+        if _on_terminal:
+            _out.print(status.reasons(table.workers), end="")
         _out.print(status.summary(table.workers))
     raise typer.Exit(status.exit_status(table.workers))
 
 
-def _token(file: Path | None) -> str | None:
+def _read_token(file: Path | None) -> str | None:
     return None if file is None else tokens.read_secret_file(file)
 
 
-def _overridden(config: Config, http: str | None, state_dir: Path | None) -> Config:
-    """Return the configuration with what the command line says instead."""
+def _with_options(config: Config, http: str | None, state_dir: Path | None) -> Config:
+    """Return the configuration with the options of the command line applied."""
     import msgspec
 
+    runner = config.runner
     if http is not None:
         address = parse_http_address(http, "--http")
-        if not address.loopback and config.http_token is None:
-            raise ConfigError(f"--http: {http!r} can be reached from other machines; set runner.http_token_file first")
-        config = msgspec.structs.replace(config, http=address)
+        if not address.loopback and runner.http_token is None:
+            # The same rule as for the configuration, which has checked only its own address.
+            raise ConfigError(
+                f"--http: {http!r} can be reached from other machines; set runner.http_token_file "
+                "first"
+            )
+        runner = msgspec.structs.replace(runner, http=http)
     if state_dir is not None:
-        config = msgspec.structs.replace(config, state_dir=state_dir.expanduser().absolute())
-    return config
+        # Absolute, because the paths of a loaded configuration are.
+        path = state_dir.expanduser().absolute()
+        runner = msgspec.structs.replace(runner, state_dir=path)
+    return msgspec.structs.replace(config, runner=runner)
 
 
 def _print_json(value: Any) -> None:
     import msgspec
 
-    print(logs.printable_json(msgspec.json.format(msgspec.json.encode(value)).decode()))
+    text = msgspec.json.format(msgspec.json.encode(value)).decode()
+    # A handler's strings may contain sequences that control the terminal.
+    print(logs.printable_json(text))
 
 
-def _welcome(http: HttpAddress, nodes_at: list[str]) -> None:
-    nodes = ", ".join(f"http://{node}" for node in nodes_at)
+def _welcome(nodes_at: Sequence[NodeAddress], http: HttpAddress) -> None:
+    nodes = [f"http://{node.authority}" for node in nodes_at]
     text = f"""
 The demo is up. Ctrl-C ends it.
 
   status    http://{http}/
-  nodes     {nodes}
+  nodes     {", ".join(nodes)}
 
 Ask the agent directly:
 
@@ -428,9 +519,10 @@ Ask the agent directly:
 
 Ask all agents at the first node:
 
-  curl -s http://{nodes_at[0]}/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
+  curl -s {nodes[0]}/query -H 'content-type: application/json' -d '{{"query":"hello"}}'
 """
     try:
         print(text, flush=True)
-    except OSError:  # whoever started this has closed its output; the demo goes on, and starts its workers
-        _give_up_output()
+    except OSError:
+        # Standard output is closed. The demo itself needs none.
+        _discard_output()

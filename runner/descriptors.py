@@ -1,4 +1,4 @@
-"""How many files the runner may have open at once, and for what: the system's limit is shared by all of them."""
+"""How many file descriptors the runner needs: workers and HTTP clients share the system's limit."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ from typing import Final
 
 from shared.errors import StartError
 
-OWN: Final = 64
-"""What the runner needs without a worker or a client: sockets, ZeroMQ, the fork server, some to spare."""
+_BASE: Final = 64
+"""For the runner without workers and clients: sockets, ZeroMQ, the fork server, and a reserve."""
 
-OF_A_WORKER: Final = 4
-"""What it keeps open for one worker: its pidfd, the two pipes of its fork, its ZeroMQ connection."""
+_PER_WORKER: Final = 4
+"""For one worker: its pidfd, the two pipes of its fork, and its ZeroMQ connection."""
 
-OF_CLIENTS: Final = 4096
-"""What its HTTP clients may have, where the hard limit allows it."""
+CLIENTS: Final = 4096
+"""For HTTP clients, if the hard limit allows that many."""
 
 
 def needed(workers: int) -> int:
-    """Return how many the runner needs for so many workers; what is left of the limit is for HTTP clients."""
-    return OWN + OF_A_WORKER * workers
+    """Return how many the runner and these workers need. The rest of the limit is for clients."""
+    return _BASE + _PER_WORKER * workers
 
 
 def require(workers: int) -> None:
     """Raise the soft limit to what these workers and the clients may need, if it is lower.
 
     Raises:
-        StartError: when the hard limit is too low for the workers: ZeroMQ would abort, forks would fail.
+        StartError: if the hard limit is too low for the workers.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     least = needed(workers)
-    if hard != resource.RLIM_INFINITY and hard < least:
+    unlimited = hard == resource.RLIM_INFINITY
+    # Refuse now, because later ZeroMQ would abort the process, and forks would fail.
+    if hard < least and not unlimited:
         raise StartError(
             f"only {hard} files may be open at once, and {workers} workers need {least}; "
             "raise the limit with ulimit -n, or LimitNOFILE in a systemd unit"
         )
-    wanted = least + OF_CLIENTS if hard == resource.RLIM_INFINITY else min(least + OF_CLIENTS, hard)
+    wanted = least + CLIENTS
+    if not unlimited:
+        wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,45 +1,70 @@
-"""SIGHUP: read the configuration again, and change only what changed in it. A bad file changes nothing."""
+"""Reload: read the configuration again and apply what changed. An invalid file changes nothing.
+
+A reload is requested by SIGHUP, by a changed file with `run --reload`, and by each connection to
+the reload socket, which gets the outcome.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
 
 import anyio
+import anyio.abc
 import anyio.to_thread
 import msgspec
 
-from runner.http import Api
-from runner.process import ForkServer
-from runner.restarts import RestartPolicy
-from runner.router import Router
-from runner.state_dir import Reloaded, StateDir
-from runner.supervisor import Changes, Supervisor
-from shared import logs
-from shared.config import Agent, Config, WorkerSpec, worker_specs
+from runner.state_dir import ReloadOutcome
+from runner.supervision.probes import Probes
+from runner.supervision.restarts import RestartPolicy
+from runner.supervision.supervisor import Changes, Supervisor
+from shared.config.load import Agent, Config, WorkerSpec, worker_specs
 from shared.errors import ConfigError, StartError
-from shared.logs import get_logger
+from shared.logs import logger as logs
+from shared.logs.logger import get_logger
 
 ReadConfig = Callable[[], Config]
+"""Reads the configuration file. It may raise `ConfigError`."""
+
+MAX_CLIENTS: Final = 16
+"""How many clients of the reload socket are served at once. The others wait in its backlog."""
+
+ACCEPT_RETRY_S: Final = 0.1
+"""The time between two attempts to accept a client when no file descriptor is left."""
+
+_SEND_TIMEOUT_S: Final = 5.0
+"""How long a client may take to read its outcome."""
+
+# The lock, the sockets, the workers' tracers and the files of their memory exist already. A reload
+# would have to move them while they are in use. The HTTP server keeps the token that it was made
+# with.
+_FIXED: Final = ("http", "http_token", "state_dir", "tracing")
 
 
-def workers_by_agent(specs: tuple[WorkerSpec, ...]) -> dict[str, tuple[str, ...]]:
+def workers_by_agent(specs: Sequence[WorkerSpec]) -> dict[str, tuple[str, ...]]:
     """Return each agent's workers, its primary first."""
     found: dict[str, tuple[str, ...]] = {}
     for spec in specs:
-        found[spec.agent.name] = (*found.get(spec.agent.name, ()), spec.name)
+        agent = spec.agent.name
+        found[agent] = (*found.get(agent, ()), spec.name)
     return found
 
 
 def policy_of(config: Config) -> RestartPolicy:
-    """Return the restart policy that a configuration asks for."""
+    """Return the restart policy of a configuration."""
     return RestartPolicy(
-        max_restarts=config.supervision.max_restarts, window_s=float(config.supervision.restart_window_s)
+        max_restarts=config.supervision.max_restarts,
+        window_s=float(config.supervision.restart_window_s),
     )
 
 
-def check_handlers(agents: tuple[Agent, ...], fork_server: ForkServer) -> dict[str, tuple[str, ...]]:
-    """Load every agent's handler in a process of its own; return the capabilities each agent will tell.
+def check_handlers(agents: Sequence[Agent], probes: Probes) -> dict[str, tuple[str, ...]]:
+    """Load each agent's handler in a probe process.
+
+    Returns:
+        Each agent's capabilities: those of the configuration, else those of the handler.
 
     Raises:
         ConfigError: naming the first agent whose handler cannot be loaded, and why.
@@ -47,132 +72,197 @@ def check_handlers(agents: tuple[Agent, ...], fork_server: ForkServer) -> dict[s
     found: dict[str, tuple[str, ...]] = {}
     for agent in agents:
         try:
-            own = fork_server.probe(agent.handler)
+            of_handler = probes.probe(agent.handler)
         except ConfigError as exc:
             raise ConfigError(f"agent {agent.name!r}: {exc}") from None
-        found[agent.name] = own if agent.capabilities is None else agent.capabilities
+        found[agent.name] = of_handler if agent.capabilities is None else agent.capabilities
     return found
 
 
 class Reloader:
-    """Brings a running runner to a new configuration, one reload at a time.
+    """Applies new configurations to a running runner, one at a time.
 
     Args:
-        read: reads the configuration again; None where there is no file to read.
-        config: what runs now.
-        fork_server, supervisor, router, api, state: the parts that are changed, or told.
-        make_room: sees to it that there can be so many workers; raises StartError when there cannot.
-
-    Attributes:
-        follow: told of a configuration before its workers are started, where anybody wants to know.
+        read: reads the configuration again; None if it has no file.
+        config: the running configuration.
+        reserve_descriptors: reserves file descriptors for a number of workers; raises `StartError`
+            if the system does not allow that many.
+        set_config: applies a new configuration to the parts other than the workers.
     """
 
     def __init__(
         self,
         read: ReadConfig | None,
         config: Config,
-        fork_server: ForkServer,
+        probes: Probes,
         supervisor: Supervisor,
-        router: Router,
-        api: Api,
-        state: StateDir,
-        make_room: Callable[[int], None],
+        reserve_descriptors: Callable[[int], None],
+        set_config: Callable[[Config], None],
     ) -> None:
         self._read = read
         self._config = config
-        self._fork_server = fork_server
+        self._probes = probes
         self._supervisor = supervisor
-        self._router = router
-        self._api = api
-        self._state = state
-        self._make_room = make_room
-        self.follow: Callable[[Config], Awaitable[None]] | None = None
-        self._began_s = 0.0
-        self._asked = anyio.Event()
-        self._log = get_logger("runner")
+        self._reserve_descriptors = reserve_descriptors
+        self._set_config = set_config
+        self._next = _Reload()
+        self._log = get_logger()
 
-    def ask(self) -> None:
-        """Ask for a reload; several asked for while one runs are one."""
-        self._asked.set()
+    def request(self) -> None:
+        """Request a reload. All requests that arrive during a reload share the next one."""
+        self._next.requested.set()
+
+    async def serve(
+        self,
+        path: Path,
+        *,
+        task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept connections to the reload socket until cancelled."""
+        slots = anyio.Semaphore(MAX_CLIENTS)
+        # The socket has the mode 600, and its folder the mode 700. HTTP has no route for a reload,
+        # because without a token any user of the machine can send requests to its port.
+        async with (
+            await anyio.create_unix_listener(path, mode=0o600) as listener,
+            anyio.create_task_group() as tasks,
+        ):
+            task_status.started()
+            while True:
+                # Wait for a slot before accepting a client. Until then, the client stays in the
+                # kernel's backlog, where it costs no file descriptor.
+                await slots.acquire()
+                tasks.start_soon(
+                    self._reply,
+                    await _accept(listener),
+                    slots,
+                )
+
+    async def _reply(
+        self,
+        stream: anyio.abc.SocketStream,
+        slots: anyio.Semaphore,
+    ) -> None:
+        """Reload, and send the outcome as JSON. The connection itself is the request."""
+        try:
+            async with stream:
+                # The next reload, not one that is running: that one may have read the file before
+                # the user saved it.
+                reload = self._next
+                self.request()
+                await reload.done.wait()
+                # A client that does not read its outcome must not keep its slot.
+                with anyio.move_on_after(_SEND_TIMEOUT_S), suppress(anyio.BrokenResourceError):
+                    await stream.send(msgspec.json.encode(reload.outcome))
+        finally:
+            slots.release()
 
     async def run(self) -> None:
-        """Do the reloads that are asked for, until cancelled."""
+        """Do the requested reloads until cancelled."""
         while True:
-            await self._asked.wait()
-            self._asked = anyio.Event()
-            self._began_s = time.monotonic()
-            outcome = await self._once()
-            event = "reloaded" if outcome.done else "reload_incomplete" if outcome.changed else "reload_refused"
-            more = {} if outcome.done else {"do": "mend it, then save or reload the configuration again"}
-            (self._log.info if outcome.done else self._log.error)(event, what=outcome.message, **more)
-            try:
-                self._state.tell_reload(outcome)
-            except OSError as exc:
-                self._log.error("reload_not_told", error=str(exc))
+            reload = self._next
+            await reload.requested.wait()
+            # Before the file is read: a request that arrives from now on may be about a later
+            # version of the file, so it causes another reload.
+            self._next = _Reload()
+            outcome = reload.outcome = await self._reload()
+            if outcome.done:
+                self._log.info("reloaded", changes=outcome.message)
+            else:
+                event = "reload_incomplete" if outcome.changed else "reload_refused"
+                hint = "fix the configuration, then save it or reload again"
+                self._log.error(event, error=outcome.message, hint=hint)
+            reload.done.set()
 
-    def _refused(self, why: str) -> Reloaded:
-        return Reloaded(self._began_s, False, why, changed=False)
-
-    async def _once(self) -> Reloaded:
+    async def _reload(self) -> ReloadOutcome:
         if self._read is None:
-            return self._refused("there is no configuration file to read again")
-        if self._supervisor.leaving:
-            return self._refused("nothing was changed: the runner is ending")
+            return _refused("there is no configuration file to read again")
+        if self._supervisor.stopping:
+            return _refused("nothing was changed: the runner is stopping")
         applying = False
         try:
-            config = await self._checked(self._read)
+            config = await self._read_and_check(self._read)
             applying = True
             return await self._apply(config)
         except (ConfigError, StartError) as exc:
-            return self._refused(f"nothing was changed: {exc}")
-        except Exception as exc:  # noqa: BLE001 - a fault of ours must not end the runner, whose workers are well
+            return _refused(f"nothing was changed: {exc}")
+        except Exception as exc:  # noqa: BLE001 - an internal error must not stop healthy workers
             self._log.error("reload_fault", exc_info=exc)
-            words = "it is not known what was changed" if applying else "nothing was changed"
-            why = f"{words}: a fault of em-runner's own, {type(exc).__name__} (see the log)"
-            return Reloaded(self._began_s, False, why, changed=applying)
+            effect = "it is unknown what was changed" if applying else "nothing was changed"
+            message = f"{effect}: an internal error, {type(exc).__name__} (see the log)"
+            return ReloadOutcome(False, message, changed=applying)
 
-    async def _checked(self, read: ReadConfig) -> Config:
+    async def _read_and_check(self, read: ReadConfig) -> Config:
         config = await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
+        # Handlers that run already are not loaded again: they have proved that they load, and an
+        # import may take long.
         known = {(agent.name, agent.handler) for agent in self._config.agents}
-        new = tuple(agent for agent in config.agents if (agent.name, agent.handler) not in known)
-        await anyio.to_thread.run_sync(check_handlers, new, self._fork_server, abandon_on_cancel=True)
-        # Those that are taken out are there while those that are new start.
-        self._make_room(len({spec.name for of in (self._config, config) for spec in worker_specs(of)}))
+        new = [agent for agent in config.agents if (agent.name, agent.handler) not in known]
+        await anyio.to_thread.run_sync(
+            check_handlers,
+            new,
+            self._probes,
+            abandon_on_cancel=True,
+        )
+        # Removed workers still drain while the added ones start, so there must be room for both.
+        running = {spec.name for spec in worker_specs(self._config)}
+        wanted = {spec.name for spec in worker_specs(config)}
+        self._reserve_descriptors(len(running | wanted))
         return config
 
-    async def _apply(self, config: Config) -> Reloaded:
-        # These hold for as long as the runner does: its lock, its socket and its memory files are where they are.
-        kept = {name: getattr(self._config, name) for name in ("http", "http_token", "state_dir", "tracing")}
-        fixed = [name for name, value in kept.items() if getattr(config, name) != value]
-        config = msgspec.structs.replace(config, **kept)
-        specs = worker_specs(config)
-        if (config.log_level, config.log_format) != (self._config.log_level, self._config.log_format):
-            logs.configure(config.log_level, config.log_format)
-        self._router.bound(
-            query_timeout_s=config.query_timeout_ms / 1000,
-            max_in_flight=config.max_in_flight,
-            max_in_flight_total=config.max_in_flight_total,
+    async def _apply(self, config: Config) -> ReloadOutcome:
+        before = self._config.runner
+        kept = {name: getattr(before, name) for name in _FIXED}
+        fixed = [name for name in _FIXED if getattr(config.runner, name) != kept[name]]
+        runner = msgspec.structs.replace(config.runner, **kept)
+        config = msgspec.structs.replace(config, runner=runner)
+        if (runner.log_level, runner.log_format) != (before.log_level, before.log_format):
+            logs.configure(runner.log_level, runner.log_format)
+        # Before the workers change: an added agent can be queried as soon as it starts, and a
+        # removed one gets no more queries while it drains.
+        self._set_config(config)
+        changes = await self._supervisor.change(
+            worker_specs(config),
+            policy_of(config),
+            config.supervision.shutdown_timeout_ms / 1000,
         )
-        self._api.rename(workers_by_agent(specs))
-        if self.follow is not None:
-            await self.follow(config)
-        changes = await self._supervisor.change(specs, policy_of(config), config.supervision.shutdown_timeout_ms / 1000)
+        # Also if some workers were not replaced. The supervisor still knows their old specs, so the
+        # next reload tries them again.
         self._config = config
-        return Reloaded(self._began_s, not changes.failed, _in_words(changes, fixed), changed=True)
+        return ReloadOutcome(not changes.failed, _describe(changes, fixed))
 
 
-def _in_words(changes: Changes, fixed: list[str]) -> str:
-    parts = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (
-            ("added", changes.added),
-            ("removed", changes.removed),
-            ("replaced", changes.replaced),
-            ("NOT replaced, see the log", changes.failed),
-        )
-        if names
-    ]
-    parts.append(f"unchanged: {changes.unchanged}")
-    if fixed:
-        parts.append(f"only a restart changes: {', '.join('runner.' + name for name in fixed)}")
-    return "; ".join(parts)
+async def _accept(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
+    """Return the next client."""
+    while True:
+        try:
+            return await listener.accept()
+        except anyio.BrokenResourceError:
+            # No file descriptor is left. That must not stop the runner: the client waits in the
+            # backlog until another descriptor is closed.
+            await anyio.sleep(ACCEPT_RETRY_S)
+
+
+class _Reload:
+    """One reload, which several clients may have requested."""
+
+    def __init__(self) -> None:
+        self.requested = anyio.Event()
+        self.done = anyio.Event()
+        self.outcome: ReloadOutcome | None = None
+
+
+def _refused(message: str) -> ReloadOutcome:
+    return ReloadOutcome(False, message, changed=False)
+
+
+def _describe(changes: Changes, fixed: list[str]) -> str:
+    """Return the message of a reload: the changed workers, and the keys that it cannot change."""
+    groups = {
+        "added": changes.added,
+        "removed": changes.removed,
+        "replaced": changes.replaced,
+        "NOT replaced, see the log": changes.failed,
+        "only a restart changes": [f"runner.{name}" for name in fixed],
+    }
+    parts = [f"{title}: {', '.join(names)}" for title, names in groups.items() if names]
+    return "; ".join([*parts, f"unchanged: {changes.unchanged}"])

@@ -1,6 +1,6 @@
-"""What the service manager is told: ready, how it stands, alive, leaving. The protocol of sd_notify(3).
+"""Reports to the service manager that the runner is ready, alive or stopping, and its status.
 
-Without a service manager that wants to hear (no NOTIFY_SOCKET) nothing is said.
+The protocol is that of sd_notify(3). Without NOTIFY_SOCKET, nothing is sent.
 """
 
 from __future__ import annotations
@@ -12,35 +12,41 @@ from typing import Final
 
 import anyio
 
+from runner import table
 from runner.table import WorkerRow
 
-LOOK_S: Final = 0.05
-"""How often it is looked whether all agents are up, until they are."""
+CHECK_INTERVAL_S: Final = 0.05
+"""How often the table is checked until all agents are up."""
 
-REPORT_S: Final = 5.0
-"""How often the status is told after that, at the least."""
+_REPORT_INTERVAL_S: Final = 5.0
+"""The longest time between two checks after that. A status that has not changed is not sent."""
 
-_UNDER_WAY: Final = frozenset({"starting", "standby", "connecting", "registering"})
+_STARTING: Final = frozenset({"starting", "standby", "connecting", "registering"})
 
 
 class ServiceManager:
-    """The line to systemd, or to nobody.
+    """The connection to systemd, if it started this process.
 
     Args:
-        environ: where it says how it wants to be told. What is found is taken out: it is for no worker.
+        environ: has systemd's variables. They are removed, because they are not for the workers.
     """
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
         address = environ.pop("NOTIFY_SOCKET", "")
         watchdog_us = environ.pop("WATCHDOG_USEC", "")
         pid = environ.pop("WATCHDOG_PID", "")
+        # A leading @ means an abstract socket, whose name starts with a NUL byte: sd_notify(3).
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        for_us = watchdog_us.isdigit() and pid in ("", str(os.getpid()))
-        self._watchdog_s = int(watchdog_us) / 1e6 if for_us else None
+        # The variables may be inherited from a parent that the watchdog watches instead.
+        self._watchdog_s: float | None = None
+        if watchdog_us.isdigit() and pid in ("", str(os.getpid())):
+            self._watchdog_s = int(watchdog_us) / 1e6
         self._status = ""
 
     async def report(self, rows: Callable[[], Sequence[WorkerRow]]) -> None:
-        """Say when the agents are up, then how they stand and that the loop runs, until cancelled.
+        """Report the status, and that the event loop runs. When all agents are up, report ready.
+
+        Returns only without a service manager; otherwise it runs until cancelled.
 
         Args:
             rows: returns the table of workers.
@@ -49,42 +55,52 @@ class ServiceManager:
             return
         tried: set[str] = set()
         while not _all_up(rows(), tried):
-            self._tell_status(rows())
-            await anyio.sleep(LOOK_S)
-        self._tell("READY=1")
-        # Half of the time that the watchdog leaves, as sd_watchdog_enabled(3) says.
-        interval_s = REPORT_S if self._watchdog_s is None else min(REPORT_S, self._watchdog_s / 2)
+            self._report_status(rows())
+            await anyio.sleep(CHECK_INTERVAL_S)
+        self._send("READY=1")
+        interval_s = _REPORT_INTERVAL_S
+        if self._watchdog_s is not None:
+            # Half of the watchdog's time, as sd_watchdog_enabled(3) recommends.
+            interval_s = min(interval_s, self._watchdog_s / 2)
         while True:
-            self._tell_status(rows())
+            self._report_status(rows())
             await anyio.sleep(interval_s)
 
-    def leave(self) -> None:
-        """Say that the end has begun."""
-        self._tell("STOPPING=1")
+    def report_stopping(self) -> None:
+        """Report that the runner is stopping."""
+        self._send("STOPPING=1")
 
-    def _tell_status(self, rows: Sequence[WorkerRow]) -> None:
-        ready = sum(row.state == "ready" for row in rows)
-        lines = [f"STATUS={ready} of {len(rows)} workers ready"]
+    def _report_status(self, rows: Sequence[WorkerRow]) -> None:
+        status = f"STATUS={table.summary([row.state for row in rows])}"
+        # The watchdog needs each report, also if the status is the same.
         if self._watchdog_s is not None:
-            lines.append("WATCHDOG=1")
-        elif lines == [self._status]:
-            return
-        self._status = lines[0]
-        self._tell(*lines)
+            self._send(f"{status}\nWATCHDOG=1")
+        elif status != self._status:
+            self._send(status)
+        self._status = status
 
-    def _tell(self, *lines: str) -> None:
+    def _send(self, message: str) -> None:
         if not self._address:
             return
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as line:
-                line.setblocking(False)
-                line.sendto("\n".join(lines).encode(), self._address)
-        except OSError:  # it restarts, or its queue is full: the next one comes in a moment
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                # A full queue must not block the event loop.
+                notify.setblocking(False)
+                notify.sendto(message.encode(), self._address)
+        except OSError:
+            # systemd is restarting, or its queue is full. The next report follows soon.
             return
 
 
 def _all_up(rows: Sequence[WorkerRow], tried: set[str]) -> bool:
-    """Return whether every agent has a worker that is ready, or all of its workers have tried to be."""
-    tried |= {row.name for row in rows if row.state not in _UNDER_WAY}
+    """Return whether each agent has a ready worker, or all its workers have tried to connect.
+
+    Args:
+        rows: the table of workers.
+        tried: the names of the workers that have tried. New ones are added.
+    """
+    # One attempt is enough: a node that is down must not keep systemd waiting for the start until
+    # it gives up and kills the runner, while the agents at other nodes work.
+    tried |= {row.name for row in rows if row.state not in _STARTING}
     ready = {row.agent for row in rows if row.state == "ready"}
     return all(row.agent in ready or row.name in tried for row in rows)

@@ -1,94 +1,115 @@
-"""Starts the runner: what must come first, in the order in which it must.
-
-The fork server needs as long to import what a worker needs as the runner to import its own: both do
-it at once, so the runner's parts are imported here, behind the fork server's start.
-"""
+"""Starts the runner: the steps before the event loop runs, whose order matters."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import anyio
 
 from runner import descriptors
-from runner.process import ForkServer
 from runner.service_manager import ServiceManager
-from shared.config import Config, HttpAddress, worker_specs
+from runner.supervision.fork_server import ForkServer
+from shared.config.load import Config, worker_specs
 
 if TYPE_CHECKING:
+    from runner.app import Lifespan, OnStarted
     from runner.reload import ReadConfig
-    from runner.tracing import RunnerTracing
+    from runner.web.direct import ExchangeFactory
 
-PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
-
-OnStarted = Callable[[HttpAddress], None]
-Surroundings = Callable[[], AbstractAsyncContextManager[None]]
+_PORT_HINT: Final = "choose another address with --http or runner.http (port 0 takes any free one)"
 
 
 def run(
     config: Config,
     *,
-    read_again: ReadConfig | None = None,
-    watched: Path | None = None,
+    read_config: ReadConfig | None = None,
+    watched_file: Path | None = None,
     on_started: OnStarted = lambda _: None,
-    around: Surroundings | None = None,
+    lifespan: Lifespan | None = None,
 ) -> None:
     """Run until SIGTERM or SIGINT.
 
     Args:
         config: what to run.
-        read_again: reads the configuration again at SIGHUP.
-        watched: the configuration's file, when it and the handlers' files are to be watched.
-        on_started: called with the address that HTTP listens on, once it does.
-        around: entered before the workers start and left after they have ended: the demo's nodes.
+        read_config: reads the configuration again for a reload; None if it has no file.
+        watched_file: the configuration file, to watch it and the handlers' folders; None to watch
+            nothing.
+        on_started: called with the address of the HTTP server once it accepts connections.
+        lifespan: makes a context that is entered before the workers start, and exited after they
+            have ended.
 
     Raises:
-        ConfigError: when a handler cannot be loaded, or tracing not begin.
-        StartError: when the state folder or the address is in use, or there are too few file descriptors.
+        ConfigError: if a handler cannot be loaded, or a variable for tracing is invalid.
+        StartError: if the state folder or the address is in use, or there are too few file
+            descriptors.
     """
     descriptors.require(len(worker_specs(config)))
-    signal.signal(signal.SIGTERM, _leave_early)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is just being read need not be read again
-    if watched is not None:
-        # Two saves within a second may leave a .pyc that looks like the later one's. For all that is forked.
+    signal.signal(signal.SIGTERM, _exit_early)
+    # The configuration was read a moment ago, so it need not be read again.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if watched_file is not None:
+        # Python compares a module and its .pyc by their size and their time in whole seconds. After
+        # two saves within a second, the first one's .pyc could be used. All workers inherit this.
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    service_manager = ServiceManager()  # before the fork server: no worker inherits the way to it
-    fork_server = ForkServer(tracing=config.tracing)
+    # Before the fork server, which would inherit the service manager's variables.
+    service_manager = ServiceManager()
+    fork_server = ForkServer(tracing=config.runner.tracing)
     fork_server.start()
+    # The fork server now imports what a worker needs, which takes as long as the imports below.
+    # They are not at the top of the module, so that both run at the same time.
     from runner.app import Runner
-    from runner.memories import bring_forward
     from runner.reload import check_handlers
-    from runner.state_dir import hold
-    from shared.http_server import listen, resolve
+    from runner.state_dir import locked_state_dir
+    from runner.supervision.memories import report_unused
+    from runner.supervision.probes import Probes
+    from shared.http.server import Address
 
-    place = resolve(config.http.host, config.http.port, hint=PORT_HINT)
-    with hold(config.state_dir) as state, listen(place, hint=PORT_HINT) as listener, _tracing(config) as tracing:
-        check_handlers(config.agents, fork_server)
-        bring_forward(worker_specs(config))
-        runner = Runner(config, read_again, fork_server, state, listener, service_manager, tracing, watched)
-        anyio.run(runner.run, on_started, around, backend_options={"use_uvloop": True})
+    address = Address.resolve(config.http.host, config.http.port, hint=_PORT_HINT)
+    # The folder and the address come before the handlers: importing a handler may take long, and
+    # a second runner in the same folder should fail at once.
+    with (
+        locked_state_dir(config.runner.state_dir) as state,
+        address.listen() as listener,
+        _tracing(config) as make_exchange,
+    ):
+        check_handlers(config.agents, Probes(fork_server))
+        report_unused(worker_specs(config))
+        runner = Runner(
+            config,
+            read_config,
+            watched_file,
+            fork_server,
+            state,
+            listener,
+            service_manager,
+            make_exchange,
+        )
+        anyio.run(runner.run, on_started, lifespan, backend_options={"use_uvloop": True})
 
 
 @contextmanager
-def _tracing(config: Config) -> Iterator[RunnerTracing | None]:
-    """Trace for as long as the `with` lasts, if the configuration says so."""
-    if not config.tracing:
+def _tracing(config: Config) -> Iterator[ExchangeFactory | None]:
+    """Return what makes the exchange of a traced query, or None without tracing."""
+    if not config.runner.tracing:
         yield None
         return
-    from runner.tracing import RunnerTracing
+    # OpenTelemetry takes long to import, and runners without tracing do not need it.
+    from runner.tracing import TracedExchange
+    from shared.tracing import Tracing
 
-    tracing = RunnerTracing()
+    tracing = Tracing({})
     try:
-        yield tracing
+        yield partial(TracedExchange, tracing)
     finally:
         tracing.close()
 
 
-def _leave_early(number: int, frame: object) -> None:
-    """End a start that a signal interrupts as any end: in order, with status 0."""
+def _exit_early(number: int, frame: object) -> None:
+    """Exit with status 0 on a signal during the start. The contexts clean up as they always do."""
     raise SystemExit(0)

@@ -1,4 +1,4 @@
-"""The table of workers, as operators see it: over HTTP, in a terminal and on the page, in the same words."""
+"""The table of workers as operators see it: over HTTP, in a terminal, on the status page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from shared.ipc import Mishap
+from shared.ipc import LastError
 
 ChildState = Literal[
     "starting",
@@ -26,21 +26,31 @@ ChildState = Literal[
 ]
 STATES: Final[tuple[ChildState, ...]] = get_args(ChildState)
 
-_SPANS: Final = ((86_400, "d"), (3600, "h"), (60, "m"))
+_MAGNITUDES: Final = (
+    (10**12, "T"),
+    (10**9, "G"),
+    (10**6, "M"),
+)
+_UNITS: Final = (
+    (86_400, "d"),
+    (3600, "h"),
+    (60, "m"),
+    (1, "s"),
+)
 
 
 ErrorSource = Literal["handler", "connection", "process"]
 
 
-class LastError(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong last in one part of a worker."""
+class ErrorRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The last error of one part of a worker."""
 
     source: Annotated[
         ErrorSource,
-        Meta(description="The handler, the connection to the node, or the process that ended unexpectedly."),
+        Meta(description="The handler, the connection to the node, or the process that exited."),
     ]
-    at: Annotated[datetime, Meta(description="When, in UTC.")]
-    error: Annotated[str, Meta(description="What, in words.")]
+    at: Annotated[datetime, Meta(description="The time, in UTC.")]
+    error: Annotated[str, Meta(description="The error message.")]
 
 
 class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,144 +60,173 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     agent: Annotated[str, Meta(description="Its agent's name.")]
     node: Annotated[str, Meta(description="Its node's address.")]
     state: Annotated[ChildState, Meta(description="Its state.")]
-    detail: Annotated[str, Meta(description="Why it is in this state, in words; empty when there is nothing to say.")]
-    pid: Annotated[int | None, Meta(description="Its process's id, null without one.")]
+    detail: Annotated[
+        str,
+        Meta(description="Why it is in this state; empty if there is nothing to explain."),
+    ]
+    pid: Annotated[int | None, Meta(description="Its process's id, null if it has none.")]
     incarnation: Annotated[int, Meta(description="The number of its process, from 1.")]
-    uptime_s: Annotated[float, Meta(description="How long its process has been running, 0 without one.")]
-    restarts: Annotated[int, Meta(description="How often its process ended unexpectedly.")]
+    uptime_s: Annotated[
+        float, Meta(description="How long its process has been running, 0 if it has none.")
+    ]
+    restarts: Annotated[int, Meta(description="How often its process exited unexpectedly.")]
     queries: Annotated[
         int,
-        Meta(description="How many queries it answered since the runner began; of its node and over HTTP together."),
+        Meta(description="All queries that it answered since the runner started."),
     ]
-    queries_node: Annotated[int, Meta(description="Those of its node.")]
-    queries_http: Annotated[int, Meta(description="Those over HTTP.")]
-    queries_per_s: Annotated[float, Meta(description="How many a second in the last five seconds.")]
+    queries_node: Annotated[int, Meta(description="The queries from its node.")]
+    queries_direct: Annotated[int, Meta(description="The direct queries, over HTTP.")]
+    queries_per_s: Annotated[
+        float, Meta(description="Queries per second in the last five seconds.")
+    ]
     p50_s: Annotated[
         float | None,
-        Meta(
-            description="The time within which half of the last five minutes' queries were answered; null without any."
-        ),
+        Meta(description="Median time of the last five minutes' queries; null without queries."),
     ]
-    p99_s: Annotated[float | None, Meta(description="The same for 99 of 100.")]
-    errors: Annotated[int, Meta(description="Queries whose handler failed or took too long.")]
+    p99_s: Annotated[float | None, Meta(description="Their 99th percentile.")]
+    errors: Annotated[int, Meta(description="Queries whose handler failed or timed out.")]
     unanswered: Annotated[
         int,
         Meta(
-            description="Direct queries whose client was told 503 or 504, whatever the handler did; "
-            "those at which the handler took too long are among `errors` too."
+            description="Direct queries whose client got 503 or 504: `timed_out`, "
+            "`worker_unavailable` and `worker_busy`. If the handler timed out, the query counts in "
+            "`errors`, too."
         ),
     ]
-    reconnects: Annotated[int, Meta(description="Connections to the node that were lost, or could not be made.")]
-    ignored: Annotated[dict[str, int], Meta(description="Frames of the node that meant nothing, by reason.")]
-    last_error: Annotated[str, Meta(description="The last thing that went wrong in it; empty when nothing has.")]
+    reconnects: Annotated[
+        int, Meta(description="Connections to the node that were lost or failed.")
+    ]
+    ignored: Annotated[dict[str, int], Meta(description="Ignored frames of the node, by reason.")]
+    last_error: Annotated[str, Meta(description="Its last error; empty if there was none.")]
     last_errors: Annotated[
-        list[LastError],
-        Meta(description="The last error of each part of it that had one, the newest first."),
+        list[ErrorRow],
+        Meta(description="The last error of each of its parts that had one, the newest first."),
     ]
 
 
 class Table(msgspec.Struct, frozen=True):
-    """What GET /workers answers."""
+    """The body of GET /workers."""
 
     workers: list[WorkerRow]
 
 
 class AgentReady(msgspec.Struct, frozen=True):
-    """Whether one of an agent's workers is ready; of each its state, and why it is in it."""
+    """Whether an agent has a ready worker, and the state of each worker with its reason."""
 
     ready: bool
     workers: dict[str, str]
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """What GET /ready answers."""
+    """The body of GET /ready."""
 
     ready: bool
     agents: dict[str, AgentReady]
 
 
-def last_errors(handler: Mishap | None, connection: Mishap | None, process: Mishap | None) -> list[LastError]:
-    """Return what went wrong last in each part of a worker, the newest first."""
-    named: dict[ErrorSource, Mishap | None] = {"handler": handler, "connection": connection, "process": process}
-    found = [
-        LastError(source=source, at=datetime.fromtimestamp(round(each.at_s, 3), UTC), error=each.words)
-        for source, each in named.items()
-        if each is not None
-    ]
-    return sorted(found, key=lambda each: each.at, reverse=True)
-
-
-def ago(at: datetime) -> str:
-    """Return how long ago something was, such as `3m 2s ago`."""
-    return f"{uptime(max((datetime.now(UTC) - at).total_seconds(), 0.0))} ago"
-
-
-def readiness(rows: Sequence[WorkerRow], agents: Mapping[str, Sequence[str]]) -> dict[str, AgentReady]:
-    """Return how each agent stands; `agents` names their workers."""
-    known = {row.name: row for row in rows}
-    return {
-        agent: AgentReady(
-            any(known[name].state == "ready" for name in workers if name in known),
-            {name: _state(known[name]) for name in workers if name in known},
-        )
-        for agent, workers in agents.items()
+def last_errors(
+    handler: LastError | None,
+    connection: LastError | None,
+    process: LastError | None,
+) -> list[ErrorRow]:
+    """Return the last error of each part of a worker that had one, the newest first."""
+    by_source: dict[ErrorSource, LastError | None] = {
+        "handler": handler,
+        "connection": connection,
+        "process": process,
     }
+    found = []
+    for source, error in by_source.items():
+        if error is not None:
+            # Milliseconds, because the microseconds of a float are noise.
+            at = datetime.fromtimestamp(round(error.at_s, 3), UTC)
+            found.append(ErrorRow(source=source, at=at, error=error.text))
+    return sorted(found, key=lambda row: row.at, reverse=True)
+
+
+def readiness(
+    rows: Sequence[WorkerRow],
+    agents: Mapping[str, Sequence[str]],
+) -> dict[str, AgentReady]:
+    """Return whether each agent is ready.
+
+    Args:
+        rows: the table of workers.
+        agents: the names of each agent's workers.
+    """
+    known = {row.name: row for row in rows}
+    found = {}
+    for agent, workers in agents.items():
+        # A reload names an added worker here before it is in the table.
+        its_rows = [known[name] for name in workers if name in known]
+        ready = any(row.state == "ready" for row in its_rows)
+        states = {row.name: _state(row) for row in its_rows}
+        found[agent] = AgentReady(ready, states)
+    return found
 
 
 def _state(row: WorkerRow) -> str:
     return f"{row.state}: {row.detail}" if row.detail else row.state
 
 
-def why(row: WorkerRow) -> str:
-    """Return why a worker is in its state, with what comes next where that is not plain; empty with nothing to say."""
+def reason(row: WorkerRow) -> str:
+    """Return why a worker is in its state, empty if there is nothing to explain."""
     if row.state != "failed":
         return row.detail
+    # "failed" reads as final, but it is not.
     return f"{row.detail}; it is tried again within a minute".removeprefix("; ")
 
 
-def brief(text: str, longest: int) -> str:
-    """Return a text, or as much of its beginning as there is room for, with a sign that it goes on."""
-    return text if len(text) <= longest else f"{text[: longest - 1]}\u2026"
+def summary(states: Sequence[str]) -> str:
+    """Return one line: how many workers are ready, given the states of all."""
+    ready = states.count("ready")
+    return f"{ready} of {len(states)} worker{'' if len(states) == 1 else 's'} ready"
 
 
-def summary(ready: int, workers: int) -> str:
-    """Return one line that says how it stands."""
-    return f"{ready} of {workers} worker{'' if workers == 1 else 's'} ready"
-
-
-def uptime(seconds: float) -> str:
-    """Return a time in its two largest units, such as `2d 3h`."""
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units, such as `2d 3h`."""
     left = int(seconds)
     parts: list[str] = []
-    for size, unit in _SPANS:
-        if left >= size or parts:
+    for size, unit in _UNITS:
+        if left >= size or parts or unit == "s":
             parts.append(f"{left // size}{unit}")
             left %= size
-    parts.append(f"{left}s")
     return " ".join(parts[:2])
 
 
+def ago(at: datetime) -> str:
+    """Return how long ago something was, such as `3m 2s ago`."""
+    seconds = (datetime.now(UTC) - at).total_seconds()
+    # The clock may have been set back since.
+    return f"{duration(max(seconds, 0.0))} ago"
+
+
 def latency(seconds: float | None) -> str:
-    """Return how long a handler took, with two digits or three, such as `1.3 ms`; nothing for nothing."""
+    """Return a duration with two or three digits, such as `1.3 ms`; empty for None."""
     if seconds is None:
         return ""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= size:
-            return f"{seconds / size:{'.0f' if seconds / size >= 9.95 else '.1f'}} {unit}"
+            value = seconds / size
+            # From 9.95 on, one decimal place would show three digits: "10.0".
+            return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.1f} {unit}"
     return f"{seconds * 1e6:.0f} us"
 
 
 def count(number: int) -> str:
-    """Return a number of at most seven characters: `999,999`, then `1.23 M`."""
-    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+    """Return a number in at most seven characters: `999,999`, then `1.23 M`."""
+    for size, unit in _MAGNITUDES:
         if number >= size:
             value = number / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+            # Three digits in all.
+            places = 2 if value < 10 else 1 if value < 100 else 0
+            return f"{value:.{places}f} {unit}"
     return f"{number:,}"
 
 
 def rate(per_s: float) -> str:
-    """Return queries a second, with a decimal place only where it says something."""
-    if per_s >= 99_999.5:
-        return count(round(per_s)) if per_s >= 999_999.5 else f"{per_s / 1000:.0f} k"
-    return f"{per_s:,.0f}" if per_s >= 9.95 or not per_s else f"{per_s:.1f}"
+    """Return queries per second; below ten, with a decimal place."""
+    # A rate of 0 has no queries at all. "0" shows that better than "0.0", which is rounded.
+    if per_s >= 9.95 or not per_s:
+        return count(round(per_s))
+    return f"{per_s:.1f}"

@@ -1,7 +1,7 @@
-"""A span for each direct query, from its head to its answer, and its trace handed on to the worker.
+"""A span for each direct query. The worker gets its trace context.
 
-These stand in the places of `Router` and `QueryExchange` where `runner.tracing` is true, and are
-imported only there. The text of a query is no part of a span.
+`TracedExchange` replaces `QueryExchange` if `runner.tracing` is true. This module is imported only
+then. No span contains the text of a query.
 """
 
 from __future__ import annotations
@@ -10,107 +10,99 @@ from typing import Final
 
 from opentelemetry.trace import INVALID_SPAN, Span, SpanKind
 
-from runner.direct import DirectQueries, Named, QueryExchange
-from runner.lines import Ending, Pending, Reply
-from runner.router import Router
-from shared import ipc
-from shared.http_connection import HttpConnection
-from shared.http_head import Headers
-from shared.ipc import NO_TRACE, Trace
-from shared.tracing import Tracing, read, written
+from runner.routing.peers import Reply
+from runner.web.direct import DirectQueries, PathNames, QueryExchange
+from shared.http.exchange import Channel
+from shared.http.head import Headers, RequestHead
+from shared.ipc import NO_TRACE, Outcome, Trace
+from shared.tracing import Tracing, parent_of, trace_of
 
 _MAX_PATH: Final = 256
-"""Names in a path may be as long as a head; of one that leads nowhere the begin says enough."""
-
-
-class RunnerTracing(Tracing):
-    """The runner's tracer.
-
-    Raises:
-        ConfigError: when an OTEL_* variable holds what cannot be.
-    """
-
-    def __init__(self) -> None:
-        super().__init__({})
-
-    @property
-    def router(self) -> type[Router]:
-        """What carries queries to workers."""
-        return TracedRouter
-
-    def exchange(self, queries: DirectQueries, connection: HttpConnection, named: Named) -> QueryExchange:
-        """Return what answers one query."""
-        return TracedExchange(queries, connection, named, self)
-
-
-class TracedRouter(Router):
-    """A router whose queries take their traces with them."""
-
-    def _message(self, queries: list[Pending]) -> ipc.RunnerMessage:
-        return ipc.TracedQueries([(each.sequence, each.query, *each.trace) for each in queries])
+"""Spans have only this many bytes of a path: a client may send one as long as a whole head."""
 
 
 class TracedExchange(QueryExchange):
     """One direct query, with a span from its turn on the connection to its answer."""
 
-    __slots__ = ("_details", "_parent", "_path", "_span", "_tracing", "trace")
+    __slots__ = ("_end_attributes", "_span", "_tracing", "trace")
 
     def __init__(
-        self, queries: DirectQueries, connection: HttpConnection, named: Named, tracing: RunnerTracing
+        self,
+        tracing: Tracing,
+        queries: DirectQueries,
+        head: RequestHead,
+        channel: Channel,
+        names: PathNames,
     ) -> None:
-        super().__init__(queries, connection, named)
+        super().__init__(
+            queries,
+            head,
+            channel,
+            names,
+        )
         self._tracing = tracing
         self._span: Span = INVALID_SPAN
-        self._details: dict[str, str | int] = {}
+        self._end_attributes: dict[str, str | int] = {}
         self.trace: Trace = NO_TRACE
-        # Now, while the parser has this request's headers and no trailers; see `QueryExchange`.
-        self._parent = read(_trace_in(connection.headers))
-        self._path = connection.url.partition(b"?")[0][:_MAX_PATH].decode("latin-1")
 
     def start(self) -> None:
-        """Begin the span, and the answer."""
-        route = _route(self._named)
+        """Start the span, and the answer."""
+        route = _route(self._names)
+        path = self.head.url.partition(b"?")[0]
         attributes = {
             "http.request.method": "POST",
             "http.route": route,
-            "url.path": self._path,
+            "url.path": path[:_MAX_PATH].decode("latin-1"),
             "url.scheme": "http",
-            "em_runner.transport": "http",
+            "em_runner.path": "direct",
         }
-        self._span = self._tracing.begin(f"POST {route}", SpanKind.SERVER, attributes, self._parent)
-        self.trace = written(self._span)
+        parent = parent_of(_trace_in(self.head.headers))
+        self._span = self._tracing.start(
+            f"POST {route}",
+            SpanKind.SERVER,
+            attributes,
+            parent,
+        )
+        self.trace = trace_of(self._span)
         super().start()
 
     def proceed(self) -> None:
-        """Go on; when the client has gone, the span ends without an answer."""
+        """Continue. If the client has disconnected, end the span without an answer."""
         super().proceed()
         if self.disconnected and not self.response_complete:
-            self._end({"em_runner.outcome": "withdrawn"}, failed=False)
+            self._end_attributes["em_runner.outcome"] = Outcome.CANCELLED.label
+            self._end(failed=False)
 
     def answer(self, status: int, headers: bytes, *body: bytes) -> None:
-        """Answer, and end the span."""
-        self._details["http.response.status_code"] = status
+        """Answer, and end the span. A status of 500 or more is an error of the span."""
+        self._end_attributes["http.response.status_code"] = status
+        # OpenTelemetry's conventions for HTTP servers: 4xx is the client's error, not the span's.
         failed = status >= 500
         if failed:
-            self._details.setdefault("error.type", str(status))
-        self._end(self._details, failed=failed)
+            # `_on_reply` may have set the more specific outcome already.
+            self._end_attributes.setdefault("error.type", str(status))
+        self._end(failed=failed)
         super().answer(status, headers, *body)
 
     def _on_reply(self, reply: Reply) -> None:
-        self._details["em_runner.worker"] = reply.worker
-        self._details["em_runner.outcome"] = reply.ending.value
-        if reply.ending is not Ending.OK:
-            self._details["error.type"] = reply.ending.value
+        self._end_attributes["em_runner.worker"] = reply.worker
+        self._end_attributes["em_runner.outcome"] = reply.outcome.label
+        if reply.outcome is not Outcome.OK:
+            self._end_attributes["error.type"] = reply.outcome.label
         super()._on_reply(reply)
 
-    def _end(self, attributes: dict[str, str | int], *, failed: bool) -> None:
+    def _end(self, *, failed: bool) -> None:
+        # A query may be answered before its client disconnects: only the first of both ends the
+        # span.
         span, self._span = self._span, INVALID_SPAN
         if span is not INVALID_SPAN:
-            self._tracing.end(span, attributes, failed=failed)
+            self._tracing.end(span, self._end_attributes, failed=failed)
 
 
 def _trace_in(headers: Headers) -> Trace:
-    """Return the trace that a request's headers name. Several parents are none; states add up (RFC 9110, 5.2)."""
+    """Return the trace context in a request's headers."""
+    # `traceparent` cannot be combined, so several are invalid (W3C Trace Context, 3.2). Several
+    # `tracestate` headers are one list (3.3, with RFC 9110, 5.2).
     parents = [value for name, value in headers if name == b"traceparent"]
     if len(parents) != 1:
         return NO_TRACE
@@ -118,7 +110,11 @@ def _trace_in(headers: Headers) -> Trace:
     return parents[0].decode("latin-1"), states.decode("latin-1")
 
 
-def _route(named: Named) -> str:
-    if named[1] is not None:
+def _route(names: PathNames) -> str:
+    # A template, not the path: `http.route` has few values, so that collectors can group by it.
+    agent, worker = names
+    if worker is not None:
         return "/workers/{worker}/query"
-    return "/agent/query" if named[0] is None else "/agents/{agent}/query"
+    if agent is not None:
+        return "/agents/{agent}/query"
+    return "/agent/query"

@@ -1,35 +1,29 @@
 #!/usr/bin/env bash
-# Measures em-runner beside other ways to do the same, and holds it to its targets.
+# Measures em-runner and alternatives, and compares the figures with the targets.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: scripts/bench.sh [--quick] [--only SUITES [--amend]] [--runs N] [--out FOLDER]
 
-Without arguments: every suite, five runs each, about half an hour; what it finds replaces
-benchmarks/results, which the README shows. Everything else goes to benchmarks/results/partial,
-or where --out says.
+Without arguments, runs every suite five times, which takes about half an hour. The figures replace
+those in benchmarks/results and benchmarks/README.md. Other runs write to benchmarks/results/partial
+or to the folder in --out.
 
-  scripts/bench.sh --quick              a few cases of each suite, two minutes: does it work here?
-  scripts/bench.sh --only ws,http       ws, http, mixed, fanout, recovery, isolation, endurance
-  scripts/bench.sh --only http --amend  measures one suite anew in benchmarks/results
+  scripts/bench.sh --quick              a few cases of each suite, in two minutes
+  scripts/bench.sh --only ws,http       two suites; the others are mixed, fanout, recovery,
+                                        isolation and endurance
+  scripts/bench.sh --only http --amend  measures one suite again in benchmarks/results
 
-Prints the targets beside what was found. wrk is used where it is installed. Everything listens on
-loopback, and ends with the script. Exit status 1 when something could not be measured.
+Prints the targets and the measured figures. Uses wrk if it is installed. Everything listens on
+loopback, and stops with the script. The exit status is 1 if a suite failed.
 
-EM_PYTHON names the Python to make the environment with.
+EM_PYTHON names the Python that creates the environment.
 END
 }
 
-if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
-    usage
-    exit 0
-fi
-
-here="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || printf '%s' "${BASH_SOURCE[0]}")")"
 # shellcheck source=scripts/env.sh
-source "$here/env.sh"
-make_environment bench
-cd -- "$ROOT"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
+enter_environment bench
 
 exec "$VENV/bin/python" -m benchmarks "$@"

@@ -1,28 +1,23 @@
 #!/usr/bin/env bash
-# Builds the documentation's pages. Makes its own environment first.
+# Builds the documentation. Creates the environment first.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: scripts/docs.sh [SPHINX OPTIONS]
 
-Builds docs/ into docs/_build/html; open index.html there. A warning, such as a link that leads nowhere, is an
-error. The pages load nothing from elsewhere.
+Updates the generated and included parts of the pages in docs/, then builds docs/ into
+docs/_build/html. Open index.html there. A warning, such as a broken link, is an error. The built
+pages load nothing from other sites.
 
-  scripts/docs.sh -E        build all of it anew
+  scripts/docs.sh -E        build every page from scratch
 
-EM_PYTHON names the Python to make the environment with.
+EM_PYTHON names the Python that creates the environment.
 END
 }
 
-if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
-    usage
-    exit 0
-fi
-
-here="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || printf '%s' "${BASH_SOURCE[0]}")")"
 # shellcheck source=scripts/env.sh
-source "$here/env.sh"
-make_environment docs
-cd -- "$ROOT"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
+enter_environment docs
+"$VENV/bin/python" docs/_ext/parts.py
 exec "$VENV/bin/python" -m sphinx -W --keep-going -n -b html "$@" docs docs/_build/html

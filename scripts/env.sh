@@ -1,29 +1,39 @@
-# Sourced by the scripts beside it. Finds a Python, and has it make the environment in `.venv`.
+# The other scripts in this folder source this file. They define the function `usage` first.
 #
-# Sets ROOT (the checkout) and VENV (its environment). EM_PYTHON names the Python to use.
+# If the first argument is `--help`, it prints the usage and exits. Otherwise it sets ROOT (the
+# checkout) and VENV (its environment), and defines functions that create the environment.
+# EM_PYTHON names the Python that creates it. Without EM_PYTHON, a suitable Python is searched for.
 # shellcheck shell=bash
 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 
-say() {
+# "$1" is the first argument of the script that sources this file.
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    usage
+    exit 0
+fi
+
+report() {
     printf 'em-runner: %s\n' "$*" >&2
 }
 
-# Whether a command is a Python that can make environments. A name on the PATH proves nothing:
-# pyenv's shims exist for versions that are not selected, and Debian's python3 comes without ensurepip.
+# Whether a command is a Python that can create environments. A name on the PATH is not enough:
+# pyenv has shims for versions that are not selected, and Debian's python3 comes without ensurepip.
 is_usable() {
-    "$1" -I -c 'import sys; assert sys.version_info >= (3, 11); import ensurepip, venv' >/dev/null 2>&1
+    "$1" -I -c 'import sys; assert sys.version_info >= (3, 11); import ensurepip, venv' \
+        >/dev/null 2>&1
 }
 
 is_new_enough() {
     "$1" -I -c 'import sys; assert sys.version_info >= (3, 11)' >/dev/null 2>&1
 }
 
-# Print the path of the first usable Python, or say what is missing.
+# Print the path of the first usable Python, or report what is missing.
 find_python() {
     local candidate incomplete=''
-    # Not the one of an environment that is activated: ours may be about to be made anew.
+    # Exclude the Python of an activated environment: it may be that of `.venv`, which may be about
+    # to be replaced.
     local PATH=":$PATH:"
     PATH="${PATH//:"${VIRTUAL_ENV:-$VENV}/bin":/:}"
     local candidates=(python3 python3.14 python3.13 python3.12 python3.11 /usr/bin/python3)
@@ -39,20 +49,27 @@ find_python() {
         fi
     done
     if [[ -n "$incomplete" ]]; then
-        say "$incomplete cannot make environments: its venv or ensurepip module is missing." \
-            "On Debian and Ubuntu: apt-get install python3-venv. Or name another Python with EM_PYTHON."
+        report "$incomplete cannot create environments: its venv or ensurepip module is missing." \
+            "On Debian and Ubuntu, run: apt-get install python3-venv." \
+            "Or name another Python with EM_PYTHON."
     elif [[ -n "${EM_PYTHON:-}" ]]; then
-        say "EM_PYTHON is '$EM_PYTHON', which is not a Python 3.11 or later that runs."
+        report "EM_PYTHON is '$EM_PYTHON', which does not run or is older than Python 3.11."
     else
-        say "Python 3.11 or later is needed, and none of these runs: ${candidates[*]}." \
+        report "em-runner needs Python 3.11 or later, and none of these runs: ${candidates[*]}." \
             "Install one, or name it with EM_PYTHON."
     fi
     return 1
 }
 
-# Make sure that `.venv` is whole. The argument is what it is for: runtime, docs, test or bench.
+# Create or repair `.venv`. The argument is its purpose: runtime, docs, test or bench.
 make_environment() {
     local python
     python="$(find_python)" || return 1
     "$python" -I "$ROOT/scripts/environment.py" "$1"
+}
+
+# Create or repair `.venv`, and change to the checkout.
+enter_environment() {
+    make_environment "$1"
+    cd -- "$ROOT"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs em-runner: the demo, or the agents of a configuration. Makes its own environment first.
+# Runs em-runner: the demo, or the agents of a configuration. Creates the environment first.
 set -euo pipefail
 
 usage() {
@@ -9,8 +9,9 @@ usage: scripts/run_cluster.sh [OPTIONS]
 Without -c: two embedded em_disco nodes on 127.0.0.1:8080 and :8081, the echo agent with one worker
 at each, and HTTP on 127.0.0.1:9600.
 
-  --nodes N             how many nodes (2)
-  --first-port PORT     the first node's port, the next ones follow (8080; 0 takes any free ones)
+  --nodes N             the number of nodes (default 2)
+  --first-port PORT     the first node's port (default 8080); the other nodes use the next ports;
+                        port 0 takes free ports
 
 With -c: the agents of a configuration.
 
@@ -18,14 +19,14 @@ With -c: the agents of a configuration.
 
 Both:
 
-  --http HOST:PORT      where the runner listens (127.0.0.1:9600; port 0 takes any free one)
-  --state-dir FOLDER    where it keeps its lock, socket and address (~/.local/state/em-runner)
-  -h, --help            show this and leave
+  --http HOST:PORT      the runner's address (default 127.0.0.1:9600); port 0 takes a free port
+  --state-dir FOLDER    the runner's state folder (default ~/.local/state/em-runner)
+  -h, --help            show this message and exit
 
-Ctrl-C or SIGTERM ends it: what is in flight is finished first, within shutdown_timeout_ms (5 s).
+Ctrl-C or SIGTERM stops it. Queries in flight are finished first, within shutdown_timeout_ms (5 s).
 
-The first start makes the environment in .venv, for which it needs a Python 3.11 or later and, that once,
-a package index. EM_PYTHON names the Python to use.
+The first start creates a virtual environment in .venv. It needs Python 3.11 or later and a package
+index. EM_PYTHON names the Python to use.
 END
 }
 
@@ -40,12 +41,12 @@ for argument in "$@"; do
     esac
 done
 if [[ $# -gt 0 && "$1" != -* ]]; then
-    printf "em-runner: '%s' is not an option; to run a configuration: run_cluster.sh -c FILE (see --help)\n" "$1" >&2
+    printf "em-runner: '%s' is not an option; %s\n" "$1" \
+        'to run a configuration: run_cluster.sh -c FILE (see --help)' >&2
     exit 2
 fi
 
-here="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || printf '%s' "${BASH_SOURCE[0]}")")"
 # shellcheck source=scripts/env.sh
-source "$here/env.sh"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 make_environment runtime
 exec "$VENV/bin/em-runner" "$command" "$@"

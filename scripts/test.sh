@@ -1,34 +1,27 @@
 #!/usr/bin/env bash
-# Checks everything, as CI does: the style, the types, the tests. Makes its own environment first.
+# Checks everything, as CI does: style, types and tests. Creates the environment first.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: scripts/test.sh [PYTEST ARGUMENTS]
 
-Without arguments: ruff check, ruff format --check, mypy, and the whole test suite. All of them run;
-the exit status is that of the first that failed.
+Without arguments, runs ruff check, ruff format --check, mypy, and the whole test suite. All of them
+run, even if one fails. The exit status is that of the first that failed.
 
-With arguments: pytest alone, with them, in the root of the checkout:
+With arguments, runs only pytest with these arguments, in the root of the checkout:
 
   scripts/test.sh tests/unit
   scripts/test.sh tests/examples -k counter -x
 
-EM_PYTHON names the Python to make the environment with. EM_TEST_PROCESSES, 2 where it is not set, says how many
-tests run side by side in the whole suite.
+EM_PYTHON names the Python that creates the environment. EM_TEST_PROCESSES (default 2) is the number
+of tests that run at a time in the whole suite.
 END
 }
 
-if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
-    usage
-    exit 0
-fi
-
-here="$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}" 2>/dev/null || printf '%s' "${BASH_SOURCE[0]}")")"
 # shellcheck source=scripts/env.sh
-source "$here/env.sh"
-make_environment test
-cd -- "$ROOT"
+source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
+enter_environment test
 
 if [[ $# -gt 0 ]]; then
     exec "$VENV/bin/python" -m pytest "$@"
@@ -52,10 +45,10 @@ check() {
 check 'ruff check' ruff check .
 check 'ruff format' ruff format --check .
 check 'mypy' mypy
-check 'mypy, what is not a package' mypy examples scripts/environment.py docs/_ext
+check 'mypy outside packages' mypy examples scripts/environment.py docs/_ext
 check 'pytest' pytest -n "$processes" --dist worksteal
 
 if [[ -n "$failed" ]]; then
-    say "failed: $failed"
+    report "failed: $failed"
 fi
 exit "$status"

@@ -1,4 +1,4 @@
-"""What both sides must agree on: configuration, frames, tokens, logs.
+"""What the processes must agree on: messages, frames, configuration, logs.
 
-Imports neither `runner` nor `worker`, so that either can change without the other.
+It imports neither `runner` nor `worker`, so that each can change without the other.
 """

@@ -1,18 +1,26 @@
-"""What nodes make of a handler's result: `em-runner try` and the fixture for tests tell it in the same words."""
+"""Whether nodes accept a handler's result. `em-runner try` and the test fixture share this text."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from shared.errors import kind_of
 
-def objection(result: Any) -> str:
-    """Return what a node will not make of a result, as it is once JSON has had it; or an empty text."""
+
+def objection(result: Any) -> str | None:
+    """Return why nodes drop a result, given as decoded JSON; None if they accept it."""
     if not isinstance(result, list | dict):
         return (
-            f"the result is a {type(result).__name__}, which nodes drop: they expect a list of embryos, "
-            "[{'type': ..., 'properties': {...}}, ...]; to a direct query it is sent as it is"
+            f"the result is {kind_of(result)}, which nodes drop: they expect a list of "
+            "embryos, [{'type': ..., 'properties': {...}}, ...]; "
+            "a direct query is answered with it unchanged"
         )
-    for number, each in enumerate([result] if isinstance(result, dict) else result):
-        if not (isinstance(each, dict) and isinstance(each.get("type"), str)):
-            return f"embryo {number} has no 'type'; nodes expect {{'type': ..., 'properties': {{...}}}}"
-    return ""
+    # Nodes treat a lone embryo like a list of one.
+    embryos = result if isinstance(result, list) else [result]
+    for number, embryo in enumerate(embryos):
+        if not (isinstance(embryo, dict) and isinstance(embryo.get("type"), str)):
+            return (
+                f"embryo {number} has no 'type'; "
+                "nodes expect {'type': ..., 'properties': {...}}"
+            )
+    return None

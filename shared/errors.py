@@ -1,25 +1,40 @@
-"""The errors that are a user's to mend, and the exit statuses of the commands."""
+"""The errors that a user can fix, the exit statuses, and how messages name a user's objects."""
 
 from __future__ import annotations
 
-EXIT_DONE = 0
+EXIT_OK = 0
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_HANDLER_FAILED = 3
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 
 
 class ConfigError(Exception):
-    """Something that the user configured cannot work.
+    """The configuration has a value that cannot work.
 
-    Its text is one line that says where, what was found, and what to do; commands print it as it
-    is and leave with status 78.
+    The message is one line: where the error is, what was found, and what to do. Commands print it
+    unchanged and exit with status 78.
     """
 
 
 class StartError(Exception):
-    """Something outside the configuration keeps a command from starting: a port in use, a full disk.
+    """A command or process cannot start, though the configuration is valid.
 
-    Its text is one line as a `ConfigError`'s is; the command leaves with status 1, because trying
-    again later may succeed.
+    Examples are a port in use and a full disk. The message is one line, as for `ConfigError`.
+    Commands exit with status 1, because a later attempt may succeed.
     """
+
+
+def text_of(exc: BaseException) -> str:
+    """Return an exception's message. It may be of a user's class, whose `__str__` may raise."""
+    try:
+        return str(exc)
+    except (Exception, SystemExit):  # noqa: BLE001 - a user's code may raise anything
+        return "(its __str__ failed)"
+
+
+def kind_of(value: object) -> str:
+    """Return what a value is, with its article: `a list`, `an int`, `None`."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"an {name}" if name.startswith(tuple("aeioAEIO")) else f"a {name}"

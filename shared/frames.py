@@ -1,7 +1,6 @@
-"""em_disco's frames as typed data, and the exact bytes of those a client sends.
+"""em_disco's frames: JSON objects, each in one text frame. No sockets here.
 
-The wire is JSON text frames. Where documents and the running reference differ, both forms are
-read. Nothing here touches a socket.
+If the protocol's documents and the reference node differ, both forms are accepted.
 """
 
 from __future__ import annotations
@@ -17,19 +16,7 @@ RESULT = "result"
 REGISTERED = "registered"
 AGENT_REGISTERED = "agent_registered"
 
-_NOTHING = msgspec.Raw()
-
-
-class Register(msgspec.Struct, tag_field="action", tag=REGISTER):
-    """First frame of the handshake. `name` must equal the token's `sub`."""
-
-    name: str
-
-
-class AgentHello(msgspec.Struct, tag_field="action", tag=AGENT_HELLO):
-    """Second frame of the handshake; an empty list of capabilities is still sent."""
-
-    capabilities: tuple[str, ...]
+_ABSENT = msgspec.Raw()
 
 
 class Query(msgspec.Struct, tag_field="action", tag=QUERY):
@@ -40,45 +27,46 @@ class Query(msgspec.Struct, tag_field="action", tag=QUERY):
 
 
 class NodeFrame(msgspec.Struct):
-    """Any frame that a node sends, seen by a client.
+    """Any frame that a node sends, as a client decodes it."""
 
-    Every field is optional and of any type, because nodes are not ours to control; what the
-    frame means is decided from what is there. `id` stays raw, so that it is echoed untouched.
-    """
-
+    # Every field is optional and of any type, because nodes may send anything. The caller decides
+    # what a frame means from the fields that it has.
     action: Any = None
-    id: msgspec.Raw = _NOTHING
+    # The id stays undecoded, so that the answer has exactly the bytes that the node sent.
+    id: msgspec.Raw = _ABSENT
     body: Any = msgspec.UNSET
     status: Any = None
     reason: Any = None
     error: Any = None
-    capabilities: Any = None
 
 
-class RawQuery(msgspec.Struct):
-    """A query frame with its body as the JSON it came in, for bodies that are no strings or no values of Python's."""
+class _RawQuery(msgspec.Struct):
+    """A query frame whose body stays undecoded."""
 
+    # It has two uses. A body that is not a string goes to the handler as its JSON. A frame with a
+    # number that no Python type can hold, such as 1e999, cannot be decoded as a `NodeFrame`.
     action: str = ""
-    id: msgspec.Raw = _NOTHING
-    body: msgspec.Raw = _NOTHING
+    id: msgspec.Raw = _ABSENT
+    body: msgspec.Raw = _ABSENT
 
 
 class ClientFrame(msgspec.Struct):
-    """Any frame that a client sends, seen by a node."""
+    """Any frame that a client sends, as a node decodes it."""
 
     action: Any = None
     name: Any = None
     capabilities: Any = None
-    id: msgspec.Raw = _NOTHING
-    data: msgspec.Raw = _NOTHING
+    id: msgspec.Raw = _ABSENT
+    data: msgspec.Raw = _ABSENT
 
 
 decode_node_frame = msgspec.json.Decoder(NodeFrame).decode
-decode_raw_query = msgspec.json.Decoder(RawQuery).decode
+decode_raw_query = msgspec.json.Decoder(_RawQuery).decode
 decode_client_frame = msgspec.json.Decoder(ClientFrame).decode
 encode = msgspec.json.encode
 
 
 def result(query_id: bytes | msgspec.Raw, data: bytes) -> bytes:
-    """Return the `result` frame that answers `query_id`; both are JSON already encoded."""
+    """Return the `result` frame for a query. Both arguments are JSON already."""
+    # Each answer passes here. Joining takes about 0.6 us, a Struct with two `Raw` fields 1.0 us.
     return b"".join((b'{"action":"result","id":', query_id, b',"data":', data, b"}"))

@@ -1,119 +1,132 @@
-"""What runner and worker say to each other over ZeroMQ, as msgpack.
+"""The messages between runner and worker: msgpack over ZeroMQ.
 
-One message is one ZeroMQ frame and holds whatever one loop turn gathered, so that a burst of
-queries costs one send. The runner's ROUTER knows a worker by its routing id, which carries the
-incarnation: a reply of a dead process is never taken for one of its successor.
+One message is one ZeroMQ frame. It has everything that one turn of the event loop gathered, so
+that a burst of queries costs one send.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections import Counter
 from enum import IntEnum
+from operator import add
 from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import field
 
-from shared.config import WorkerSpec
+from shared.config.load import WorkerSpec
 
-WorkerState = Literal["starting", "standby", "connecting", "registering", "ready", "backoff", "draining", "stopped"]
-"""The states that a worker reports of itself; the supervisor adds `crashed`, `restarting`, `failed`."""
+WorkerState = Literal[
+    "starting",
+    "standby",
+    "connecting",
+    "registering",
+    "ready",
+    "backoff",
+    "draining",
+    "stopped",
+]
+"""The states that a worker reports. The supervisor adds `crashed`, `restarting` and `failed`."""
 
-HEARTBEAT_INTERVAL_S: Final = 1.0
-IDLE_HEARTBEAT_INTERVAL_S: Final = 5.0
+_HEARTBEAT_INTERVAL_S: Final = 1.0
+_IDLE_HEARTBEAT_INTERVAL_S: Final = 5.0
 
 KEY_BYTES: Final = 32
 
 
 class Outcome(IntEnum):
-    """How a query ended in its worker. `payload` is JSON for OK, and words in UTF-8 otherwise.
+    """How a query ended. Metrics, spans and pages use `label`. A worker reports the first four.
 
-    `RETURNED`: the handler never saw it, and another worker may have it.
+    Attributes:
+        HANDLER_FAILED: the handler raised, or returned an invalid value.
+        TIMED_OUT: the handler or the whole query took too long.
+        RETURNED: the handler never saw the query, so another worker may answer it.
+        CANCELLED: no one waits for the query any more, so no reply is sent.
+        WORKER_UNAVAILABLE: no worker is up, or it died before it answered.
+        WORKER_BUSY: too many queries wait already.
     """
 
     OK = 0
     HANDLER_FAILED = 1
-    CANCELLED = 2
-    TIMED_OUT = 3
-    RETURNED = 4
+    TIMED_OUT = 2
+    RETURNED = 3
+    CANCELLED = 4
+    WORKER_UNAVAILABLE = 5
+    WORKER_BUSY = 6
+
+    @property
+    def label(self) -> str:
+        """The outcome's name in metrics, spans and documentation."""
+        return self.name.lower()
 
 
 def heartbeat_interval_s(liveness_timeout_s: float, *, idle: bool = False) -> float:
-    """Return how often a worker beats: four times at least before it would be taken for dead.
-
-    An idle one has nothing new to tell, and a hundred of them that tell it each second keep a core warm.
-    """
-    return min(IDLE_HEARTBEAT_INTERVAL_S if idle else HEARTBEAT_INTERVAL_S, liveness_timeout_s / 4)
+    """Return the time between two heartbeats of a worker, in seconds."""
+    # An idle worker has nothing new to report. A hundred of them with a heartbeat each second keep
+    # a core warm.
+    interval_s = _IDLE_HEARTBEAT_INTERVAL_S if idle else _HEARTBEAT_INTERVAL_S
+    # A quarter of the timeout: three heartbeats may be late before the worker is killed.
+    return min(interval_s, liveness_timeout_s / 4)
 
 
 # --- runner -> worker ------------------------------------------------------------------------
+
+Trace = tuple[str, str]
+"""The trace of a query: `traceparent` and `tracestate`, as in W3C Trace Context's HTTP headers."""
+
+NO_TRACE: Final[Trace] = ("", "")
 
 
 class Queries(msgspec.Struct, array_like=True, tag=1):
     """Queries to answer: (sequence number, query text)."""
 
     items: list[tuple[int, str]]
+    # One for each item; none at all if the runner does not trace.
+    traces: list[Trace] = []
 
 
 class Cancel(msgspec.Struct, array_like=True, tag=2):
-    """Queries that nobody waits for any more; those not begun are dropped."""
+    """Queries that no one waits for any more. The worker drops those that have not started."""
 
     sequences: list[int]
 
 
 class Drain(msgspec.Struct, array_like=True, tag=3):
-    """Finish what came before this message, then leave. No query comes after it.
+    """Finish what came before this message, then exit. No query follows it.
 
-    With `hand_over`, send the memory in a `Legacy` before leaving: a successor waits for it.
+    With `hand_over`, send the memory in a `HandoverState` before exiting: a successor waits for it.
     """
 
     hand_over: bool = False
 
 
-class Go(msgspec.Struct, array_like=True, tag=4):
-    """The predecessor has left: take its place, with what it remembered (None: nothing came)."""
+class Promote(msgspec.Struct, array_like=True, tag=4):
+    """The predecessor has exited: take its place, with its memory if it sent one."""
 
-    legacy: bytes | None = None
-
-
-class TracedQueries(msgspec.Struct, array_like=True, tag=5):
-    """`Queries` in place of which a runner that traces sends these: each with its `Trace` behind it."""
-
-    items: list[tuple[int, str, str, str]]
+    memory: bytes | None = None
 
 
-RunnerMessage = Queries | Cancel | Drain | Go | TracedQueries
-
-Trace = tuple[str, str]
-"""Which trace a query belongs to: `traceparent` and `tracestate`, as W3C Trace Context writes them in headers."""
-
-NO_TRACE: Final[Trace] = ("", "")
+RunnerMessage = Queries | Cancel | Drain | Promote
 
 # --- worker -> runner ------------------------------------------------------------------------
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1):
-    """First message of a worker. `key` is the one that its runner gave it at the fork."""
+    """The first message of a worker. `key` is the one that the runner gave it at the fork."""
 
     key: bytes
-    pid: int
 
 
 class Replies(msgspec.Struct, array_like=True, tag=2):
-    """Answers: (sequence number, outcome, payload)."""
+    """Replies: (sequence number, outcome, payload). The payload is JSON for OK, else a message."""
 
-    items: list[tuple[int, int, bytes]]
+    items: list[tuple[int, Outcome, bytes]]
 
 
-OUTCOMES: Final = len(Outcome)
 BUCKETS: Final = 64
-
-
-def _none_yet(length: int) -> Callable[[], list[int]]:
-    return lambda: [0] * length
-
+"""The length of `Counters.durations`: 2**63 nanoseconds are 292 years."""
 
 IGNORED: Final = (
     "binary",
@@ -124,83 +137,87 @@ IGNORED: Final = (
     "query_without_body",
     "error_frame",
 )
-"""Why a node's frame may mean nothing to a worker."""
+"""The reasons why a worker ignores a frame of its node."""
 
 
-class Mishap(msgspec.Struct, frozen=True, array_like=True):
-    """Something that went wrong: when, in seconds since 1970, and what, in words."""
+class LastError(msgspec.Struct, frozen=True, array_like=True):
+    """The most recent error of one part of a worker, with its time in seconds since 1970."""
 
     at_s: float
-    words: str
+    text: str
 
     @classmethod
-    def now(cls, words: str) -> Mishap:
-        """Return one that has just happened."""
-        return cls(time.time(), words)
-
-
-def _later(one: Mishap | None, other: Mishap | None) -> Mishap | None:
-    return max((each for each in (one, other) if each is not None), key=lambda each: each.at_s, default=None)
+    def now(cls, text: str) -> LastError:
+        """Return an error that happens now."""
+        return cls(time.time(), text)
 
 
 class Counters(msgspec.Struct, kw_only=True):
-    """What a worker counted since its process began, and what went wrong in it last.
+    """What a worker has counted since its process started, and its last errors.
 
     Attributes:
-        node, http: answers by `Outcome`, to the node and to direct queries.
+        node_answers, direct_answers: answers by `Outcome`, to queries from the node and to direct
+            queries.
         errors: handlers that failed or took too long.
-        late: answers that came after their connection had gone.
-        reconnects: connections that were lost, or could not be made.
-        ignored: frames that meant nothing, by reason.
-        durations: how long handlers took: how many times in [2**(n-1), 2**n) nanoseconds, at index n, which is
-            the duration's `bit_length`. `busy_s` is the sum; of what runs just now, a little may be missing.
-        in_flight_node: how many queries of the node were there and not answered; no count, but how it is just now.
-        handler_error, connection_error: what went wrong last in the handler, and with the connection to the node.
+        late: answers that came after their connection was lost.
+        reconnects: connections that were lost or failed.
+        ignored: frames without a meaning, by reason (see `IGNORED`).
+        durations: how long handlers took. Index n counts the durations in [2**(n-1), 2**n)
+            nanoseconds: n is the duration's `bit_length`.
+        busy_s: the sum of these durations. It is updated less often, so it may lack the last ones.
+        in_flight_node: the node's queries without an answer. Not a count: it also decreases.
+        handler_error, connection_error: the last error of the handler, and of the connection to
+            the node.
     """
 
-    node: list[int] = field(default_factory=_none_yet(OUTCOMES))
-    http: list[int] = field(default_factory=_none_yet(OUTCOMES))
+    node_answers: list[int] = field(default_factory=lambda: [0] * len(Outcome))
+    direct_answers: list[int] = field(default_factory=lambda: [0] * len(Outcome))
     errors: int = 0
     late: int = 0
     reconnects: int = 0
     ignored: dict[str, int] = {}
-    durations: list[int] = field(default_factory=_none_yet(BUCKETS))
+    durations: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     busy_s: float = 0.0
     in_flight_node: int = 0
-    handler_error: Mishap | None = None
-    connection_error: Mishap | None = None
+    handler_error: LastError | None = None
+    connection_error: LastError | None = None
 
     @property
     def queries_node(self) -> int:
-        """How many queries of the node were answered."""
-        return sum(self.node)
+        """The number of answers to queries of the node."""
+        return sum(self.node_answers)
 
     @property
-    def queries_http(self) -> int:
-        """How many direct queries were answered."""
-        return sum(self.http)
+    def queries_direct(self) -> int:
+        """The number of answers to direct queries."""
+        return sum(self.direct_answers)
 
     def add(self, other: Counters) -> None:
-        """Count on from what another process of this worker had counted."""
-        self.node = [one + more for one, more in zip(self.node, other.node, strict=True)]
-        self.http = [one + more for one, more in zip(self.http, other.http, strict=True)]
-        self.durations = [one + more for one, more in zip(self.durations, other.durations, strict=True)]
+        """Add the counters of another process of the same worker."""
+        self.node_answers = list(map(add, self.node_answers, other.node_answers))
+        self.direct_answers = list(map(add, self.direct_answers, other.direct_answers))
+        self.durations = list(map(add, self.durations, other.durations))
         self.errors += other.errors
         self.late += other.late
         self.reconnects += other.reconnects
         self.busy_s += other.busy_s
-        self.ignored = {
-            reason: self.ignored.get(reason, 0) + other.ignored.get(reason, 0)
-            for reason in self.ignored | other.ignored
-        }
-        self.handler_error = _later(self.handler_error, other.handler_error)
-        self.connection_error = _later(self.connection_error, other.connection_error)
+        self.ignored = dict(Counter(self.ignored) + Counter(other.ignored))
+        self.handler_error = _latest(self.handler_error, other.handler_error)
+        self.connection_error = _latest(self.connection_error, other.connection_error)
+
+
+def _latest(*errors: LastError | None) -> LastError | None:
+    return max(
+        filter(None, errors),
+        key=lambda error: error.at_s,
+        default=None,
+    )
 
 
 class Status(msgspec.Struct, array_like=True, tag=3):
-    """A worker's state, sent at each change and as its heartbeat, see `heartbeat_interval_s`.
+    """A worker's state, sent at each change and as its heartbeat (see `heartbeat_interval_s`).
 
-    `detail` says why it is in this state, in words for an operator, or is empty.
+    `detail` says why it is in this state, for operators. It may be empty.
     """
 
     state: WorkerState
@@ -209,28 +226,36 @@ class Status(msgspec.Struct, array_like=True, tag=3):
 
 
 class DrainRequest(msgspec.Struct, array_like=True, tag=4):
-    """The worker was told to leave by a signal: send it nothing more, and `Drain` as the mark."""
-
-
-class RecycleRequest(msgspec.Struct, array_like=True, tag=6):
-    """The worker has reached one of its own limits and wants a successor; `reason` says which."""
-
-    reason: str
-
-
-class Legacy(msgspec.Struct, array_like=True, tag=7):
-    """What a draining worker remembers, for its successor alone to read."""
-
-    memory: bytes
+    """A signal asks the worker to exit. It waits for a `Drain`, after which no query can come."""
 
 
 class Failed(msgspec.Struct, array_like=True, tag=5):
-    """The worker cannot start, and leaves; `reason` says what to do."""
+    """The worker cannot start, and exits. `reason` says why, and what to do."""
 
     reason: str
 
 
-WorkerMessage = Hello | Replies | Status | DrainRequest | Failed | RecycleRequest | Legacy
+class RecycleRequest(msgspec.Struct, array_like=True, tag=6):
+    """The worker has reached a limit of its agent, named in `reason`, and asks for a successor."""
+
+    reason: str
+
+
+class HandoverState(msgspec.Struct, array_like=True, tag=7):
+    """The memory of a draining worker for its successor.
+
+    `memory` is None if it has nothing to hand over, or after an error, which it logged.
+    """
+
+    # The runner passes the bytes on. Only a worker process decodes them, because to decode what a
+    # handler has made (a pickle) is to run its code.
+    memory: bytes | None
+
+
+Report = Status | Failed | RecycleRequest | HandoverState
+"""What a worker reports about itself. The router passes it on to the supervisor."""
+
+WorkerMessage = Hello | Replies | DrainRequest | Report
 
 encode = msgspec.msgpack.Encoder().encode
 decode_runner_message = msgspec.msgpack.Decoder(RunnerMessage).decode
@@ -238,7 +263,7 @@ decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
-    """What the runner hands a worker process at its fork. On `standby` it waits for `Go` before it serves."""
+    """What the runner gives a worker process. With `standby` it waits for a `Promote`."""
 
     spec: WorkerSpec
     incarnation: int
@@ -247,8 +272,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     standby: bool = False
 
     @property
-    def which(self) -> dict[str, Any]:
-        """What every line of the log about this incarnation carries."""
+    def log_context(self) -> dict[str, Any]:
+        """The fields of every log line about this incarnation."""
         spec = self.spec
         return {
             "worker": spec.name,
@@ -259,8 +284,14 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def routing_id(self) -> bytes:
-        """The name under which the ROUTER knows this incarnation; nobody can guess it and take it first."""
-        return f"{self.spec.name}#{self.incarnation}#{hashlib.sha256(self.key).hexdigest()[:16]}".encode()
+        """The name under which the runner's ROUTER knows this incarnation."""
+        # The incarnation is a part of it, so a late reply of a dead process is never taken for one
+        # of its successor. So is a hash of the key: a ROUTER gives a name to the first socket that
+        # claims it, and no other process can guess this one. The key itself stays secret, because
+        # routing ids are logged.
+        key_hash = hashlib.sha256(self.key).hexdigest()[:16]
+        return f"{self.spec.name}#{self.incarnation}#{key_hash}".encode()
 
     def __repr__(self) -> str:
+        # Without the key, and without the token in the spec: the text may reach a log.
         return f"Launch({self.spec.name}#{self.incarnation})"

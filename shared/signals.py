@@ -1,4 +1,4 @@
-"""Signals that a server obeys, from its start to the end of its process."""
+"""Signals that a server handles from its start to the end of its process."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 
 @contextmanager
-def obeyed(*numbers: signal.Signals, by: Callable[[signal.Signals], Any]) -> Iterator[None]:
-    """Have the running event loop call `by` for each of these signals; behind the `with` they are ignored for good.
+def handle_signals(
+    handler: Callable[[signal.Signals], object], *signals: signal.Signals
+) -> Iterator[None]:
+    """Call `handler` on the event loop for each of these signals.
 
-    Not by the loop's own signal handlers: whoever gives those back has the defaults for a moment, in which an
-    impatient second Ctrl-C ends an orderly end with another exit status, or a SIGTERM with none.
+    After the block the signals stay ignored.
     """
     loop = asyncio.get_running_loop()
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(by, signal.Signals(number))
+    def on_signal(number: int, frame: object) -> None:
+        loop.call_soon_threadsafe(handler, signal.Signals(number))
 
-    for number in numbers:
-        signal.signal(number, hear)
+    # `loop.add_signal_handler` would not do. When it removes a handler, the default action is
+    # active for a moment. In that moment a second Ctrl-C would end a graceful shutdown with
+    # another exit status, and a SIGTERM would kill the process.
+    for each in signals:
+        signal.signal(each, on_signal)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)

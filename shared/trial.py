@@ -1,41 +1,65 @@
-"""What became of one call of a handler, as `em-runner try` shows it."""
+"""The result of one trial call of a handler, for `em-runner try`."""
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from typing import NamedTuple
+
+
+class EncodingFault(Enum):
+    """Why a result cannot be encoded as JSON.
+
+    Attributes:
+        NOT_AWAITED: it is a coroutine.
+        LONE_SURROGATE: a string in it has a lone surrogate.
+        TOO_DEEP: it contains itself, or is nested too deeply.
+        NOT_JSON: JSON has no such values, or no such keys.
+    """
+
+    NOT_AWAITED = auto()
+    LONE_SURROGATE = auto()
+    TOO_DEEP = auto()
+    NOT_JSON = auto()
 
 
 class Trial(NamedTuple):
     """One call.
 
     Attributes:
-        result: what a node would be sent, as JSON; None when the handler failed.
-        memory: what the next query would get, as Python writes it.
-        seconds: how long it took, from the query to the answer; None when there was none.
-        error: why it failed, else empty.
-        notes: what would surprise its author, though it did not fail.
+        result: the result as JSON, which a node would receive; None if the handler failed.
+        memory: the `repr` of the memory that the next query would get.
+        seconds: the time from the query to the answer; None without an answer.
+        error: why the call failed; empty if it succeeded.
+        fault: why the result is not JSON, if that is why the call failed.
+        notes: what may surprise the handler's author, although the call succeeded.
     """
 
     result: bytes | None
     memory: str
     seconds: float | None
     error: str
+    fault: EncodingFault | None = None
     notes: tuple[str, ...] = ()
 
 
-class Phase(NamedTuple):
-    """What is being done with a handler: told before it begins, so that who waits knows where it hangs or ends.
+class Phase(Enum):
+    """A step of a trial.
 
-    `on_loop`: an `async def` is called, which holds up its event loop when it does not wait.
+    The worker process sends each phase before it starts it. If the process then hangs or ends, the
+    last phase that arrived names the cause.
+
+    Attributes:
+        IMPORTING: the handler's module is imported.
+        SETTING_UP: its `setup` runs.
+        HANDLING: the handler runs.
+        HANDLING_ASYNC: it runs as an `async def`, which blocks its event loop until it awaits.
+        SHOWING: the `repr` of the memory is made.
+        CLOSING: its `close` runs.
     """
 
-    words: str
-    on_loop: bool = False
-
-
-IMPORTING = Phase("its import")
-SETTING_UP = Phase("setup()")
-ASKING = Phase("handle()")
-ASKING_ASYNC = Phase("handle()", on_loop=True)
-SHOWING = Phase("what shows the memory, its __repr__ or __reduce__,")
-CLOSING = Phase("close()")
+    IMPORTING = auto()
+    SETTING_UP = auto()
+    HANDLING = auto()
+    HANDLING_ASYNC = auto()
+    SHOWING = auto()
+    CLOSING = auto()

@@ -1,4 +1,4 @@
-"""Headless Chromium, as Debian and others install it: no browser is fetched."""
+"""Runs the headless Chromium that the system has installed. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ from contextlib import asynccontextmanager
 from playwright.async_api import Browser, async_playwright
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ("--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+NO_BACKGROUND_TRAFFIC = (
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
-def program() -> str | None:
-    """The browser's path, or None."""
+def find_browser() -> str | None:
+    """Return the path of the installed browser, or None."""
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """A browser of its own, gone at the end."""
-    # Its sandbox is not for the superuser.
-    arguments = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+    """Start a new browser. It is closed at the end of the block."""
+    arguments = [*NO_BACKGROUND_TRAFFIC]
+    if os.geteuid() == 0:
+        arguments.append("--no-sandbox")  # Chromium's sandbox refuses to run as root
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=program(), args=arguments)
+        launch = playwright.chromium.launch
+        browser = await launch(executable_path=find_browser(), args=arguments)
         try:
             yield browser
         finally:

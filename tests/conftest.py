@@ -1,4 +1,4 @@
-"""What all tests share: the event loop that the product runs on, and nodes for the agents."""
+"""Fixtures of all tests: the event loop that em-runner uses, nodes, a port and a home folder."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A home folder whose path is short, for the sockets below it: side by side, tests have long ones."""
+    """A folder with a short path, because `tmp_path` can be too long for a Unix socket in it."""
     with tempfile.TemporaryDirectory(prefix="em-") as folder:
         yield Path(folder)
 
 
 @pytest.fixture
-def held_port() -> Iterator[int]:
-    """A port for a node that comes late, or goes and comes back; nobody else is given it."""
-    with ports.held_port() as port:
+def reserved_port() -> Iterator[int]:
+    """A port for a node that starts late or restarts. No other process gets it in between."""
+    with ports.reserved_port() as port:
         yield port
 
 
 @pytest.fixture(autouse=True, scope="session")
 def private_files() -> Iterator[None]:
-    """What tests write is theirs alone, as files with secrets must be."""
+    """Create files that only their owner can read: em-runner refuses other secret files."""
     before = os.umask(0o077)
     yield
     os.umask(before)
@@ -43,13 +43,13 @@ def private_files() -> Iterator[None]:
 
 @pytest.fixture
 async def node(anyio_backend: object) -> AsyncIterator[Node]:
-    """A node that asks nobody for a token."""
+    """A node that accepts agents without a token."""
     async with serve(NodeSettings(port=0)) as node:
         yield node
 
 
 @pytest.fixture
 async def other_node(anyio_backend: object) -> AsyncIterator[Node]:
-    """A second one."""
+    """A second node that accepts agents without a token."""
     async with serve(NodeSettings(port=0)) as node:
         yield node

@@ -1,4 +1,4 @@
-"""What em-runner logs, for tests that are about it."""
+"""Captures em-runner's log lines, for tests of logging."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import Any
 
 import structlog
 
-from shared import logs
+from shared.logs import logger as logs
 
 
-def nothing(logger: Any, method: str, event: Any) -> Any:
-    """A processor that writes nothing."""
+def drop(logger: Any, method: str, event: Any) -> Any:
+    """Drop every log line. This is a processor for `use_processors`."""
     raise structlog.DropEvent
 
 
 @contextmanager
-def chain(*processors: Any) -> Iterator[None]:
-    """Have lines go through these processors."""
-    before = logs.CHAIN.copy()
-    logs.CHAIN[:] = processors
+def use_processors(*processors: Any) -> Iterator[None]:
+    """Send log lines of every level through these processors, until the end of the block."""
+    before = logs.use(logs.Logging("debug", processors))
     try:
         yield
     finally:
-        logs.CHAIN[:] = before
+        logs.use(before)
 
 
 @contextmanager
 def capture_logs() -> Iterator[list[Any]]:
-    """Keep lines as dicts, and write none."""
-    kept = structlog.testing.LogCapture()
-    with chain(kept):
-        yield kept.entries
+    """Collect log lines as dicts instead of writing them."""
+    captured = structlog.testing.LogCapture()
+    with use_processors(captured):
+        yield captured.entries

@@ -1,8 +1,9 @@
-"""Ports that are known before anybody listens on them, and that nobody else is given meanwhile.
+"""Reserves ports for servers that tests start later, or stop and start again.
 
-A port that was free a moment ago is not free: another test, or a connection that goes out, may have it. These are
-held: a socket is bound and does not listen, so no bind to port 0 and no connection gets the port, and whoever asks for
-it by its number, with SO_REUSEADDR as every server here does, may listen, again and again.
+A port that was free a moment ago can be taken: by another test, or by an outgoing connection. A
+reserved port has a socket that is bound but does not listen. So the kernel gives the port neither
+to a bind to port 0 nor to a connection. A server that binds it by number with SO_REUSEADDR, as all
+servers of this project do, can listen on it as often as it likes.
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ LAST: Final = 65535
 
 
 @contextmanager
-def held_port() -> Iterator[int]:
-    """Hold a port of this machine."""
-    with held_ports(1) as [port]:
+def reserved_port() -> Iterator[int]:
+    """Reserve a port of the loopback interface."""
+    with reserved_ports(1) as [port]:
         yield port
 
 
 @contextmanager
-def held_ports(count: int) -> Iterator[list[int]]:
-    """Hold ports that follow each other."""
-    with contextlib.ExitStack() as held:
-        yield _hold(count, held)
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Reserve consecutive ports of the loopback interface."""
+    with contextlib.ExitStack() as sockets:
+        yield _reserve(count, sockets)
 
 
-def _hold(count: int, held: contextlib.ExitStack) -> list[int]:
+def _reserve(count: int, sockets: contextlib.ExitStack) -> list[int]:
     while True:
-        with contextlib.ExitStack() as trying:
-            first = trying.enter_context(_bound(0)).getsockname()[1]
+        with contextlib.ExitStack() as attempt:
+            first = attempt.enter_context(_bind(0)).getsockname()[1]
             if first + count - 1 > LAST:
                 continue
             with contextlib.suppress(OSError):
                 for port in range(first + 1, first + count):
-                    trying.enter_context(_bound(port))
-                held.push(trying.pop_all())
+                    attempt.enter_context(_bind(port))
+                sockets.push(attempt.pop_all())
                 return list(range(first, first + count))
 
 
-def _bound(port: int) -> socket.socket:
+def _bind(port: int) -> socket.socket:
     sock = socket.socket()
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,5 +1,6 @@
-"""The child: one agent, one node, one connection.
+"""The child process: one agent at one node, over one connection.
 
-Never imports `runner`. A bad node, a bad frame or a bad handler costs at most a query or a
-connection here, never the process.
+It never imports `runner`. A hostile node, an invalid frame or a failing query costs at most one
+query or one connection. The process ends if a handler hangs, its `setup` fails or its memory cannot
+be opened. The runner then restarts it.
 """

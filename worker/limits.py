@@ -1,66 +1,72 @@
-"""When a worker has lived long enough: for agents that leak, a limit on queries or on resident memory."""
+"""Limits on a worker's queries and resident memory. A worker that reaches one is replaced."""
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
 from typing import Final
 
-from shared.config import Agent
+from shared.config.load import Agent
 from shared.ipc import Counters
 
 JITTER: Final = 0.1
-"""Up to this part is left off each limit, so that workers that started together do not leave together."""
+"""Each limit is lowered by a random part of itself, up to this.
+
+Otherwise workers that started together would all be replaced together.
+"""
 
 ASK_AGAIN_S: Final = 60.0
-"""When a worker whose replacement did not come up asks for one again."""
+"""A worker that was not replaced asks for a successor again after this time."""
 
 _PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
 
 
 class Limits:
-    """One worker's limits; reaching one is told once a minute."""
+    """The limits of one worker. A limit that the agent does not set is infinite."""
 
     def __init__(self, agent: Agent) -> None:
-        self._max_queries = _jittered(agent.max_queries)
-        self._max_rss_bytes = _jittered(None if agent.max_rss_mb is None else agent.max_rss_mb * 1024 * 1024)
-        self._told_s: float | None = None
+        self._max_queries = _jittered(agent.max_queries or math.inf)
+        self._max_rss_bytes = _jittered((agent.max_rss_mb or math.inf) * 1024 * 1024)
+        self._next_request_s = 0.0
 
-    def begin(self) -> str:
-        """Look before the first query; return why a limit cannot be held to, in words, or an empty text.
+    def check_at_start(self) -> str | None:
+        """Check before the first query. Return why a limit is ignored from now on, or None."""
+        rss_bytes = _rss_bytes()
+        if rss_bytes < self._max_rss_bytes:
+            return None
+        # A successor would be as large, because it gets the same agent memory. Workers would be
+        # replaced forever.
+        self._max_rss_bytes = math.inf
+        return f"it holds {rss_bytes >> 20} MB before its first query, more than max_rss_mb"
 
-        A successor is no smaller than what it inherits: replacing it would go on for ever.
-        """
-        if self._max_rss_bytes is not None and (rss := rss_bytes()) >= self._max_rss_bytes:
-            self._max_rss_bytes = None
-            return f"it holds {rss >> 20} MB before its first query, more than max_rss_mb"
-        return ""
-
-    def reached(self, counters: Counters) -> str:
-        """Return which limit is reached, in words; empty when none is, or it was told a moment ago."""
-        now = time.monotonic()
-        if self._told_s is not None and now - self._told_s < ASK_AGAIN_S:
-            return ""
-        reason = self._look(counters)
-        if reason:
-            self._told_s = now
+    def reached(self, counters: Counters) -> str | None:
+        """Return which limit is reached, or None. At most once in `ASK_AGAIN_S`."""
+        now_s = time.monotonic()
+        if now_s < self._next_request_s:
+            return None
+        queries = counters.queries_node + counters.queries_direct
+        rss_bytes = _rss_bytes()
+        if queries >= self._max_queries:
+            reason = f"it has answered {queries} queries (max_queries)"
+        elif rss_bytes >= self._max_rss_bytes:
+            reason = f"it holds {rss_bytes >> 20} MB of memory (max_rss_mb)"
+        else:
+            return None
+        self._next_request_s = now_s + ASK_AGAIN_S
         return reason
 
-    def _look(self, counters: Counters) -> str:
-        queries = counters.queries_node + counters.queries_http
-        if self._max_queries is not None and queries >= self._max_queries:
-            return f"it has answered {queries} queries (max_queries)"
-        if self._max_rss_bytes is not None and (rss := rss_bytes()) >= self._max_rss_bytes:
-            return f"it holds {rss >> 20} MB of memory (max_rss_mb)"
-        return ""
 
+def _rss_bytes() -> int:
+    """Return the resident memory of this process, as it is now.
 
-def rss_bytes() -> int:
-    """Return how much memory of this process is resident."""
+    `resource.getrusage` would return the highest that it ever was.
+    """
     with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * _PAGE_BYTES
+        fields = file.read().split()
+    return int(fields[1]) * _PAGE_BYTES
 
 
-def _jittered(limit: int | None) -> float | None:
-    return None if limit is None else limit * (1 - JITTER * random.random())
+def _jittered(limit: float) -> float:
+    return limit * (1 - JITTER * random.random())

@@ -1,213 +1,238 @@
-"""The worker's line to its runner: a ZeroMQ DEALER. Queries in, replies and heartbeats out.
+"""The worker's link to its runner: a ZeroMQ DEALER. Queries arrive, replies and status leave.
 
-ZeroMQ's file descriptor is edge-triggered: it announces a change once, so after every send or
-receive the socket is read until it has nothing left.
+ZeroMQ's file descriptor is edge-triggered: it announces a change only once. So after each receive
+and each send, the socket is read until it is empty.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import zmq
 
 from shared import ipc
-from shared.ipc import Counters, Launch, Mishap, Outcome, WorkerState
-from shared.logs import get_logger
-from worker.dispatch import Dispatcher
-from worker.jobs import Answer, Job
-from worker.results import encode_result, is_json
+from shared.ipc import Counters, LastError, Launch, Outcome, WorkerState
+from worker.dispatching.jobs import CANCELLED, Answer, Job, TracedJob
+from worker.dispatching.results import encode_result, is_json
 
-BATCH_BYTES: Final = 1 << 20
-"""Answers that have so many bytes together are a message of their own: the runner takes no part of one."""
+_BATCH_BYTES: Final = 1 << 20
+"""The size at which replies are sent as one message.
+
+ZeroMQ delivers only whole messages, so the first reply in a larger one would wait for the last.
+"""
+
+_LINGER_MS: Final = 1000
+"""How long `close` waits for the runner to read the last messages."""
 
 
 class Link:
-    """One worker's connection to the runner. Also the source of the jobs that come by it.
+    """One worker's connection to the runner, and the source of the jobs that arrive over it.
 
     Args:
-        launch: where the runner listens, and who this worker is.
-        counters: sent with every status.
-        on_drain: called when the runner says that nothing more will come, and whether a successor waits.
-        on_go: called when the runner says that the predecessor has left, with what that remembered.
+        launch: where the runner listens, and which worker this is.
+        on_drain: called when the runner will send no more queries. The argument says whether a
+            successor waits for the memory.
+        on_promote: called with the predecessor's memory when the predecessor has exited.
     """
 
     def __init__(
         self,
         launch: Launch,
-        counters: Counters,
         on_drain: Callable[[bool], None],
-        on_go: Callable[[bytes | None], None],
+        on_promote: Callable[[bytes | None], None],
     ) -> None:
         self._launch = launch
-        self._counters = counters
         self._on_drain = on_drain
-        self._on_go = on_go
-        self._dispatcher: Dispatcher | None = None
+        self._on_promote = on_promote
+        self._submit: Callable[[Sequence[Job]], None] | None = None
+        self._read_counters: Callable[[], Counters] = Counters
+        self._answer_counts = [0] * len(Outcome)
+        self._connection_error: LastError | None = None
         self._jobs: dict[int, Job] = {}
-        self._replies: list[tuple[int, int, bytes]] = []
-        self._held: list[bytes] = []
+        self._replies: list[tuple[int, Outcome, bytes]] = []
         self._state: WorkerState = "starting"
         self._detail = ""
-        self._told = b""
-        self._flush_due = False
-        self._log = get_logger("worker.link")
+        self._last_status = b""
 
     def open(self) -> None:
-        """Connect and say hello. Call it on the running event loop."""
+        """Connect and introduce this worker. Call it on the running event loop."""
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, self._launch.routing_id)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by what the runner has in flight
+        # There is no high-water mark, so a send never blocks and never fails. The runner limits the
+        # queries in flight, and with them what can wait here.
+        self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.connect(self._launch.endpoint)
         self._loop = asyncio.get_running_loop()
         self._fd = int(self._socket.get(zmq.FD))
-        self._loop.add_reader(self._fd, self._readable)
-        self._send(ipc.Hello(self._launch.key, os.getpid()))
-        self._send_status()
+        self._loop.add_reader(self._fd, self._read)
+        hello = ipc.Hello(self._launch.key)
+        self.send(hello)
+        self.send_status()
 
     def close(self) -> None:
-        """Send what is left, for a second at the most, and let the socket go."""
-        self._flush()
+        """Send what is left, and close the socket. Wait for the runner for a second at most."""
+        self.send_answers()
         self._loop.remove_reader(self._fd)
         self._socket.close()
         self._context.term()
 
-    def serve(self, dispatcher: Dispatcher) -> None:
-        """Take queries from now on, and have `dispatcher` answer them."""
-        self._dispatcher = dispatcher
-        self._readable()
+    def serve(
+        self,
+        submit: Callable[[Sequence[Job]], None],
+        read_counters: Callable[[], Counters],
+    ) -> None:
+        """Start to read the runner's messages, queries among them.
 
-    def tell(self, state: WorkerState, detail: str) -> None:
+        Args:
+            submit: gets the jobs. Each is answered by `answer`.
+            read_counters: returns what the other parts of the worker count, for each status.
+        """
+        self._submit = submit
+        self._read_counters = read_counters
+        self._read()
+
+    # --- to the runner ---
+
+    def report_state(
+        self,
+        state: WorkerState,
+        detail: str,
+    ) -> None:
         """Report a change of state."""
-        self._state, self._detail = state, detail
+        self._state = state
+        self._detail = detail
         if state == "stopped":
-            self._flush()  # these are the last words, and the runner waits for no others
-        if detail and state == "backoff":
-            self._counters.connection_error = Mishap.now(detail)
-        self._send_status()
+            # The replies go first, because the runner reads nothing from this worker after this
+            # state.
+            self.send_answers()
+        if state == "backoff":
+            self._connection_error = LastError.now(detail)
+        self.send_status()
 
-    def tell_failed(self, reason: str) -> None:
-        """Report that this worker cannot go on."""
-        self._send(ipc.Failed(reason))
+    def send_status(self) -> bool:
+        """Send the state and the counters, also as a heartbeat. Return whether they changed."""
+        status = ipc.encode(
+            ipc.Status(
+                self._state,
+                self._detail,
+                self.counters(),
+            )
+        )
+        changed = status != self._last_status
+        self._last_status = status
+        self._send_encoded(status)
+        return changed
 
-    def ask_for_drain(self) -> None:
-        """Ask the runner to send nothing more, and the mark that says so."""
-        self._send(ipc.DrainRequest())
+    def send(self, message: ipc.WorkerMessage) -> None:
+        """Send a message now. Replies that wait for the loop's next turn are sent after it."""
+        self._send_encoded(ipc.encode(message))
 
-    def ask_for_successor(self, reason: str) -> None:
-        """Ask for another process to take this one's place."""
-        self._send(ipc.RecycleRequest(reason))
+    def counters(self) -> Counters:
+        """Return what this worker has counted."""
+        counters = self._read_counters()
+        counters.direct_answers = self._answer_counts
+        # The dispatcher counts the jobs of all sources.
+        counters.in_flight_node -= len(self._jobs)
+        counters.connection_error = self._connection_error
+        return counters
 
-    def leave_behind(self, memory: bytes) -> None:
-        """Hand over what this worker remembers."""
-        self._send(ipc.Legacy(memory))
+    # --- the source of its jobs ---
 
-    def beat(self) -> bool:
-        """Send the heartbeat; return whether it tells anything new."""
-        before = self._told
-        self._send_status()
-        return self._told != before
+    def encode(self, result: Any) -> bytes:
+        """Return a result as the JSON that the runner embeds.
 
-    # --- from the runner ---
+        A `str` that is valid JSON is embedded as it is, not as a JSON string.
+        """
+        if type(result) is str:
+            encoded = result.encode()
+            if is_json(encoded):
+                return encoded
+        return encode_result(result)
 
-    def _readable(self) -> None:
-        if self._dispatcher is None:
-            return  # the handler is not loaded yet; ZeroMQ keeps what has come
+    def answer(self, job: Job, answer: Answer) -> None:
+        """Send an answer, together with the others of this turn of the loop."""
+        del self._jobs[job.ticket]
+        outcome, payload = answer
+        if outcome is Outcome.CANCELLED:
+            return
+        # Another worker will answer a query that was given back, and count it.
+        if outcome is not Outcome.RETURNED:
+            self._answer_counts[outcome] += 1
+        # All replies of one turn of the loop are one message, so that a burst costs one send.
+        if not self._replies:
+            self._loop.call_soon(self.send_answers)
+        reply = (job.ticket, outcome, payload)
+        self._replies.append(reply)
+
+    def send_answers(self) -> None:
+        """Send the answers that wait for the loop's next turn."""
+        replies, self._replies = self._replies, []
+        size = start = 0
+        for end, (_, _, payload) in enumerate(replies, 1):
+            size += len(payload)
+            if size >= _BATCH_BYTES or end == len(replies):
+                batch = replies[start:end]
+                self.send(ipc.Replies(batch))
+                size = 0
+                start = end
+
+    # --- the socket ---
+
+    def _read(self) -> None:
+        if self._submit is None:
+            return  # the handler is not set up yet; ZeroMQ keeps the messages until `serve`
         jobs: list[Job] = []
         while True:
             try:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            self._take(ipc.decode_runner_message(data), jobs)
+            message = ipc.decode_runner_message(data)
+            jobs += self._on_message(message)
         if jobs:
-            self._dispatcher.submit(jobs)
-        if self._held:
-            self._send_held()
+            self._submit(jobs)
 
-    def _take(self, message: ipc.RunnerMessage, jobs: list[Job]) -> None:
-        if isinstance(message, ipc.Queries):
-            for sequence, query in message.items:
-                job = Job(self, sequence, query)
-                self._jobs[sequence] = job
-                jobs.append(job)
-        elif isinstance(message, ipc.Cancel):
-            for sequence in message.sequences:
-                if (cancelled := self._jobs.get(sequence)) is not None:
-                    cancelled.cancelled = True
-                    cancelled.body = ""  # it may wait for long yet, but not with its text
-        elif isinstance(message, ipc.Drain):
-            self._on_drain(message.hand_over)
-        elif isinstance(message, ipc.Go):
-            self._on_go(message.legacy)
+    def _on_message(self, message: ipc.RunnerMessage) -> Sequence[Job]:
+        """Act on one message, and return the jobs in it."""
+        jobs: Sequence[Job] = ()
+        match message:
+            case ipc.Queries(items, traces) if traces:
+                jobs = [
+                    TracedJob(self, sequence, query, trace)
+                    for (sequence, query), trace in zip(items, traces, strict=True)
+                ]
+            case ipc.Queries(items):
+                jobs = [Job(self, sequence, query) for sequence, query in items]
+            case ipc.Cancel(sequences):
+                self._cancel(sequences)
+            case ipc.Drain(hand_over):
+                self._on_drain(hand_over)
+            case ipc.Promote(memory):
+                self._on_promote(memory)
+        # Before the next message is read, because that may cancel one of these jobs.
+        for job in jobs:
+            self._jobs[job.ticket] = job
+        return jobs
 
-    # --- to the runner ---
-
-    def encode(self, result: Any) -> bytes:
-        """Return a result as the JSON that the runner embeds; text that is JSON is embedded as such."""
-        if type(result) is str and is_json(encoded := result.encode()):
-            return encoded
-        return encode_result(result)
-
-    def answer(self, job: Job, answer: Answer) -> None:
-        """Send an answer, together with whatever else this loop turn brings."""
-        del self._jobs[job.ticket]
-        outcome, payload = answer
-        if outcome is Outcome.CANCELLED:
-            return
-        if outcome is not Outcome.RETURNED:
-            self._counters.http[outcome] += 1
-        self._replies.append((job.ticket, int(outcome), payload))
-        if not self._flush_due:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
-
-    def flush(self) -> None:
-        """Send the answers that wait for the loop's next turn."""
-        if self._flush_due:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._flush_due = False
-        if not self._replies:
-            return
-        replies, self._replies = self._replies, []
-        size = begin = 0
-        for end, (_, _, payload) in enumerate(replies, 1):
-            size += len(payload)
-            if size >= BATCH_BYTES or end == len(replies):
-                self._send(ipc.Replies(replies[begin:end]))
-                size, begin = 0, end
-
-    def _send_status(self) -> None:
-        if self._dispatcher is not None:
-            self._dispatcher.count()
-            self._counters.in_flight_node = max(self._dispatcher.pending - len(self._jobs), 0)
-        self._told = ipc.encode(ipc.Status(self._state, self._detail, self._counters))
-        self._send_encoded(self._told)
-
-    def _send(self, message: ipc.WorkerMessage) -> None:
-        self._send_encoded(ipc.encode(message))
+    def _cancel(self, sequences: Sequence[int]) -> None:
+        for sequence in sequences:
+            job = self._jobs.get(sequence)
+            if job is not None:
+                job.skipped_as = CANCELLED
+                # A job may wait long in the queue. Clients that disconnect must not fill the
+                # memory with their texts. `skipped_as` is set first: a handler's thread reads the
+                # text first and then `skipped_as`. So if it sees an empty text, it also sees that
+                # the query is cancelled, and does not run it.
+                job.body = ""
 
     def _send_encoded(self, data: bytes) -> None:
-        self._held.append(data)
-        self._send_held()
-
-    def _send_held(self) -> None:
-        # Without a high-water mark `send` does not refuse; should it, what is held goes in order later.
-        sent = 0
-        try:
-            for data in self._held:
-                self._socket.send(data, zmq.NOBLOCK)
-                sent += 1
-        except zmq.Again:
-            pass
-        del self._held[:sent]
-        # A send may have used up the edge that announced something to read.
-        if self._dispatcher is not None and int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self._readable)
+        self._socket.send(data, zmq.NOBLOCK)
+        # A send may consume the edge that announced a message.
+        events = int(self._socket.get(zmq.EVENTS))
+        if self._submit is not None and events & zmq.POLLIN:
+            self._loop.call_soon(self._read)

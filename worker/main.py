@@ -1,105 +1,47 @@
-"""The worker process: from the fork to the last line.
-
-Order matters here: first what keeps it from becoming an orphan, then the line to the runner, so
-that a failure to start can be told, then the handler, then the node.
-"""
+"""One worker: an agent at a node, from the import of its handler to its exit."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
 import signal
-import sys
 import time
-from multiprocessing.connection import Connection as Pipe
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import setproctitle
 
-from shared import logs
-from shared.errors import EXIT_CONFIG, EXIT_DONE, EXIT_FAILED, ConfigError
-from shared.handlers import HandlerRef
-from shared.ipc import Counters, Launch, WorkerState, heartbeat_interval_s
-from shared.logs import get_logger
+from shared.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, ConfigError
+from shared.ipc import (
+    Counters,
+    DrainRequest,
+    Failed,
+    HandoverState,
+    Launch,
+    RecycleRequest,
+    WorkerState,
+    heartbeat_interval_s,
+)
+from shared.logs import logger as logs
 from shared.memory_files import memory_name
-from worker import output
-from worker.connection import Connection
-from worker.dispatch import Dispatcher
-from worker.dispatchers import dispatcher_for
-from worker.handler import Handler, frames_of, load, told
+from worker.dispatching.choose import create_dispatcher
+from worker.dispatching.dispatch import DispatcherOptions
+from worker.dispatching.handler import Handler, load
+from worker.dispatching.results import HandlerFault
 from worker.limits import Limits
 from worker.link import Link
-from worker.memories import memory_for
-from worker.memory import Memory, MemoryBusy, MemoryFault
-from worker.orphan import leave_with_parent
-from worker.results import HandlerFault
-from worker.states import StateLog
-from worker.trial import attempt
+from worker.memory.base import MemoryBusy, MemoryFault
+from worker.memory.choose import create_memory
+from worker.node.client import NodeClient
+from worker.node.losses import Loss
+from worker.state_log import StateLog
 
 if TYPE_CHECKING:
     from worker.tracing import WorkerTracing
 
+_MEMORY_POLL_S: Final = 0.02
+"""How often a worker tries to open a memory that another process still has open."""
 
-MEMORY_POLL_S: Final = 0.02
-"""How often a worker looks whether it can have its node's memory."""
-
-ABANDON_S: Final = 0.5
+_ABANDON_S: Final = 0.5
 """How long the node may take to read the last answers of a worker whose handler hangs."""
-
-
-def run(launch: Launch) -> None:
-    """Be one worker until told to leave. The target of a worker process; it does not return.
-
-    Exit status: 0 after a drain, 78 when the handler cannot be loaded, 1 for a fault of ours.
-    """
-    leave_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    spec = launch.spec
-    setproctitle.setproctitle(f"em-worker {spec.name} {spec.node}")
-    logs.configure(spec.log_level, spec.log_format, **launch.which)
-    output.take()
-    status = EXIT_FAILED
-    try:
-        status = anyio.run(Worker(launch).run, backend_options={"use_uvloop": True})
-    except BaseException as exc:  # noqa: BLE001 - the last line of defence: say it, leave, be started again
-        get_logger("worker").error("worker_crashed", exc_info=exc)
-    output.finish()
-    os._exit(status)  # a handler's thread that hangs, or its atexit hooks, must not keep the process
-
-
-def probe(ref: HandlerRef, pipe: Pipe) -> None:
-    """Load a handler and send `(capabilities, error)`. The target of a process that ends after it."""
-    leave_with_parent()
-    # The world in which a worker will import it. What it prints and warns of meanwhile is told then, with the worker's
-    # name, and not here too; its errors are.
-    logs.configure("error", handler=str(ref))
-    output.take()
-    try:
-        pipe.send((load(ref).capabilities, None))
-    except ConfigError as exc:
-        pipe.send(((), str(exc)))
-    pipe.close()
-    output.finish()
-    os._exit(EXIT_DONE)
-
-
-def trial(ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float, pipe: Pipe) -> None:
-    """Call a handler once; send each phase, and at last `(trial, error)`. The target of a process of its own."""
-    leave_with_parent()
-    logs.configure("warning", "console")
-    try:
-        found = attempt(ref, text, memory, timeout_s, pipe.send)
-        gc.collect()  # what was never awaited, or has failed with nobody to see it, is told by its destructor
-        pipe.send((found, None))
-    except ConfigError as exc:
-        pipe.send((None, str(exc)))
-    pipe.close()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(EXIT_DONE)
 
 
 class Worker:
@@ -108,199 +50,282 @@ class Worker:
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
         self._spec = launch.spec
-        self._counters = Counters()
+        self._shutdown_timeout_s = launch.spec.shutdown_timeout_ms / 1000
+        self._liveness_timeout_s = launch.spec.liveness_timeout_ms / 1000
+        self._link = Link(
+            launch,
+            on_drain=self._on_drain,
+            on_promote=self._on_promote,
+        )
+        self._limits = Limits(launch.spec.agent)
         self._tracing: WorkerTracing | None = None
-        self._link = _kind_of_link(self._spec.tracing)(launch, self._counters, self._drain_begins, self._go)
-        self._limits = Limits(self._spec.agent)
-        self._leaving = anyio.Event()
-        self._leaves_since_s = 0.0
-        self._hand_over = False
-        self._hung = ""
-        self._called = anyio.Event()
-        self._inherited: bytes | None = None
-        self._log = get_logger("worker")
+        self._stopping = anyio.Event()
+        self._kill_deadline_s = 0.0
+        self._has_successor = False
+        self._hang: HandlerFault | None = None
+        self._promoted = anyio.Event()
+        self._inherited_memory: bytes | None = None
+        self._log = logs.get_logger()
         self._states = StateLog(self._log)
 
     async def run(self) -> int:
-        """Serve until drained; return the exit status."""
+        """Serve until drained. Return the exit status."""
+        setproctitle.setproctitle(f"em-worker {self._spec.name} {self._spec.node}")
+        # The link comes first, so that the runner learns why a worker cannot start.
         self._link.open()
         try:
             if self._spec.tracing:
-                self._trace()
-            return await self._serve(told(load(self._spec.agent.handler), self._spec.log_level))
+                self._start_tracing()
+            handler = load(self._spec.agent.handler)
+            handler = handler.with_query_logging(self._spec.log_level)
+            return await self._serve(handler)
         except ConfigError as exc:
-            return self._give_up(str(exc), EXIT_CONFIG, exc.__cause__)
+            self._report_failure(exc)
+            return EXIT_CONFIG
         finally:
+            # The link first: if the runner kills this process before the end, only spans are lost.
             self._link.close()
             if self._tracing is not None:
-                self._tracing.close(self._flush_s())
+                self._close_tracing(self._tracing)
 
-    def _trace(self) -> None:
-        # In this process, not in the one that it is a fork of; before the handler, whose libraries look for it.
+    def _start_tracing(self) -> None:
+        # In this process, because the threads of a tracer do not survive a fork. Before the handler
+        # is loaded, because its libraries look for a tracer when they are imported.
         from worker.tracing import WorkerTracing
 
         self._tracing = WorkerTracing(self._launch)
 
-    def _flush_s(self) -> float:
-        """Return how long the last spans may take to be sent: nobody may wait for them, and nobody kill for them."""
-        if self._hand_over or self._hung or not self._leaves_since_s:
-            return 0.0
-        left_s = self._spec.shutdown_timeout_ms / 1000 - (time.monotonic() - self._leaves_since_s)
-        return max(0.0, min(left_s, self._spec.liveness_timeout_ms / 2000))
+    def _close_tracing(self, tracing: WorkerTracing) -> None:
+        """Send the last spans, within the time that is left until the runner kills this process."""
+        limit_s = self._kill_deadline_s - time.monotonic()
+        # A successor waits for this process to exit. After a hang, the runner must restart it soon.
+        if self._has_successor or self._hang is not None:
+            limit_s = 0.0
+        # The worker sends no heartbeats any more, so it waits for half of the liveness timeout at
+        # most. Otherwise the runner could kill it as a worker that hangs.
+        tracing.close(min(limit_s, self._liveness_timeout_s / 2))
 
-    def _give_up(self, reason: str, status: int, cause: BaseException | None = None) -> int:
-        """Tell why it cannot go on; in the log with the way through the handler, where that has raised `cause`."""
-        self._log.error("worker_failed", error=reason, **({} if cause is None else {"exception": frames_of(cause)}))
-        self._link.tell_failed(reason)
-        return status
+    def _report_failure(self, error: Exception) -> None:
+        """Log and report why the worker cannot continue."""
+        self._log.error(
+            "worker_failed",
+            error=str(error),
+            # The cause is what the handler raised.
+            exc_info=error.__cause__,
+        )
+        self._link.send(Failed(str(error)))
 
     async def _serve(self, handler: Handler) -> int:
-        agent = self._spec.agent
-        capabilities = handler.capabilities if agent.capabilities is None else agent.capabilities
-        memory = memory_for(agent.memory, memory_name(agent.name, self._spec.node), self._spec.state_dir)
-        timeout_s = agent.handler_timeout_ms / 1000
-        chosen = dispatcher_for if self._tracing is None else self._tracing.dispatcher_for
-        dispatcher = chosen(handler, memory, self._counters, agent.concurrency, timeout_s)
-        dispatcher.on_hung = self._hang
-        dispatcher.quotes_queries = self._spec.log_level == "debug"
-        connection = Connection(self._spec, capabilities, dispatcher, self._counters, self._tell)
+        self._create_parts(handler)
         status = EXIT_FAILED
-        async with anyio.create_task_group() as tasks, dispatcher.running():
-            tasks.start_soon(self._heartbeat, connection, dispatcher)
-            tasks.start_soon(self._obey_sigterm)
+        async with anyio.create_task_group() as tasks, self._dispatcher.running():
+            tasks.start_soon(self._beat)
+            tasks.start_soon(self._handle_sigterm)
             try:
-                await self._get_ready(dispatcher, memory)
-            except HandlerFault as exc:
-                self._give_up(str(exc), status, exc.__cause__)
-            except MemoryFault as exc:
-                self._give_up(str(exc), status)
+                await self._get_ready()
+            except (HandlerFault, MemoryFault) as exc:
+                self._report_failure(exc)
             else:
-                tasks.start_soon(connection.run)
-                await self._leaving.wait()
-                self._leaves_since_s = time.monotonic()
-                status = await self._leave(dispatcher, connection, memory)
+                tasks.start_soon(self._client.run)
+                await self._stopping.wait()
+                status = await self._stop()
             tasks.cancel_scope.cancel()
-        self._tell("stopped", "")
+        self._report_state("stopped")
         return status
 
-    async def _get_ready(self, dispatcher: Dispatcher, memory: Memory) -> None:
-        """Set the handler up, wait for the predecessor to leave if there is one, and open the memory."""
-        await dispatcher.set_up()
-        self._link.serve(dispatcher)
-        if self._launch.standby:
-            self._tell("standby", "")
-            await self._called.wait()
-        try:
-            await self._open(memory)
-        except MemoryFault as exc:
-            if self._inherited is None:
-                raise
-            self._log.error("memory_not_inherited", error=str(exc), do="the agent starts with an empty memory")
-        self._inherited = None
-        if objection := self._limits.begin():
-            self._log.error("limit_ignored", why=objection, do="raise max_rss_mb, or have the agent remember less")
+    def _create_parts(self, handler: Handler) -> None:
+        spec, agent = self._spec, self._spec.agent
+        name = memory_name(agent.name, spec.node)
+        self._memory = create_memory(
+            agent.memory,
+            name,
+            spec.state_dir,
+        )
+        if self._tracing is not None:
+            handler = self._tracing.within_span(handler)
+        options = DispatcherOptions(
+            concurrency=agent.concurrency,
+            timeout_s=agent.handler_timeout_ms / 1000,
+            on_hung=self._on_hung,
+            observer=self._tracing,
+        )
+        self._dispatcher = create_dispatcher(handler, self._memory, options)
+        capabilities = agent.capabilities
+        if capabilities is None:
+            capabilities = handler.capabilities
+        self._client = NodeClient(
+            spec,
+            capabilities,
+            self._dispatcher,
+            self._report_state,
+        )
 
-    async def _open(self, memory: Memory) -> None:
-        """Open the memory, once whoever had this node before has let go of it."""
-        while not self._leaving.is_set():
+    # --- the start ---
+
+    async def _get_ready(self) -> None:
+        """Set up the handler, wait for the predecessor to exit, and open the memory.
+
+        A successor sets up its handler while its predecessor still serves, so that the agent is
+        missing for a short time only. The memory comes last: it is complete when the predecessor
+        has exited. The link is read before that, because the promotion arrives over it. Queries
+        cannot arrive too early: the runner sends none before the state `connecting`.
+        """
+        await self._dispatcher.set_up()
+        self._link.serve(self._dispatcher.submit, self._counters)
+        if self._launch.standby:
+            self._report_state("standby")
+            await self._promoted.wait()
+        try:
+            await self._open_memory()
+        except MemoryFault as exc:
+            # Only a memory that was handed over may be lost: it cannot be read by a later process
+            # either. If a file cannot be opened, an empty memory would hide what the file contains.
+            if self._inherited_memory is None:
+                raise
+            self._log.error(
+                "memory_not_inherited",
+                error=str(exc),
+                hint="the agent starts with an empty memory",
+            )
+        self._inherited_memory = None
+        reason = self._limits.check_at_start()
+        if reason is not None:
+            self._log.error(
+                "limit_ignored",
+                reason=reason,
+                hint="raise max_rss_mb, or keep less in the agent's memory",
+            )
+
+    async def _open_memory(self) -> None:
+        # Another worker may still have this memory open, for example one that the runner has just
+        # killed. The lock is the kernel's, so it ends with that process and no event announces it.
+        while not self._stopping.is_set():
             try:
-                memory.open(self._inherited)
+                self._memory.open(self._inherited_memory)
                 return
             except MemoryBusy as exc:
-                self._log.debug("memory_awaited", why=str(exc))
-                await anyio.sleep(MEMORY_POLL_S)
+                self._log.debug("memory_awaited", error=str(exc))
+                await anyio.sleep(_MEMORY_POLL_S)
 
-    async def _leave(self, dispatcher: Dispatcher, connection: Connection, memory: Memory) -> int:
-        if self._hung:
-            return await self._abandon(dispatcher, connection)
-        await self._drain(dispatcher, connection)
-        if self._hung:  # it came to light while the rest was being finished
-            return await self._abandon(dispatcher, connection)
-        if self._hand_over:
-            try:
-                if (legacy := memory.legacy()) is not None:
-                    self._link.leave_behind(legacy)
-            except MemoryFault as exc:
-                self._log.error("memory_not_handed_over", error=str(exc))
-                self._link.leave_behind(b"")
-        memory.close()
-        return EXIT_DONE
+    # --- the end ---
 
-    async def _abandon(self, dispatcher: Dispatcher, connection: Connection) -> int:
-        """Leave although the handler still runs: a call that hangs can be ended only with its process."""
-        status = self._give_up(self._hung, EXIT_FAILED)
-        dispatcher.give_back()
-        with anyio.move_on_after(ABANDON_S):
-            await connection.drain()
-        return status
+    async def _stop(self) -> int:
+        self._kill_deadline_s = time.monotonic() + self._shutdown_timeout_s
+        if self._hang is None:
+            await self._drain()
+        # The handler may also be found to hang during the drain.
+        if self._hang is not None:
+            await self._abandon(self._hang)
+            return EXIT_FAILED
+        if self._has_successor:
+            self._send_memory()
+        self._memory.close()
+        return EXIT_OK
 
-    async def _drain(self, dispatcher: Dispatcher, connection: Connection) -> None:
-        """Finish what is in flight, within the time that the runner gives before it kills."""
-        self._tell("draining", "")
-        if self._hand_over:
-            dispatcher.give_back(self._link)  # the runner keeps them for the successor
-        with anyio.move_on_after(self._spec.shutdown_timeout_ms / 1000) as scope:
-            await self._finish(dispatcher, connection)
-        if not scope.cancelled_caught:
+    async def _abandon(self, error: HandlerFault) -> None:
+        """Give up a handler that hangs. Only the end of the process ends its call."""
+        self._report_failure(error)
+        self._dispatcher.give_back()
+        with anyio.move_on_after(_ABANDON_S):
+            await self._client.drain()
+
+    async def _drain(self) -> None:
+        """Answer what is in flight before the runner kills this process."""
+        self._report_state("draining")
+        if self._has_successor:
+            # The runner keeps these queries for the successor. Here they would delay the handover.
+            self._dispatcher.give_back(self._link)
+        with anyio.move_on_after(self._shutdown_timeout_s) as limit:
+            await self._finish()
+        if not limit.cancelled_caught:
             return
-        self._log.warning("drain_timed_out", unanswered=dispatcher.pending)
-        dispatcher.give_back()
-        if self._hand_over:
-            with anyio.move_on_after(self._spec.agent.handler_timeout_ms / 1000):
-                await self._finish(dispatcher, connection)
+        self._log.warning(
+            "drain_timed_out",
+            unanswered=self._dispatcher.pending,
+        )
+        self._dispatcher.give_back()
+        if self._has_successor:
+            # The memory is complete only after the query that still runs, and the successor needs
+            # it. The runner waits for the handler's timeout before it kills a worker that is
+            # replaced.
+            handler_timeout_s = self._spec.agent.handler_timeout_ms / 1000
+            with anyio.move_on_after(handler_timeout_s):
+                await self._finish()
 
-    async def _finish(self, dispatcher: Dispatcher, connection: Connection) -> None:
-        if self._hand_over:
-            # The node cannot keep a query for the successor, which needs this connection's place: what it asks while
-            # something long is being finished is still answered here.
-            await dispatcher.caught_up()
-        await connection.drain()
-        await dispatcher.idle()
+    async def _finish(self) -> None:
+        if self._has_successor:
+            # The successor can register at the node only after this connection is closed. So first
+            # the queries that were already submitted are answered, and the node's further queries
+            # are accepted here. If the connection were closed at once, the agent would be missing
+            # from the node until a long query is finished.
+            await self._dispatcher.wait_for_submitted()
+        await self._client.drain()
+        await self._dispatcher.wait_until_idle()
         try:
-            await dispatcher.tear_down()
+            await self._dispatcher.tear_down()
         except HandlerFault as exc:
-            self._log.error("close_failed", error=str(exc), exc_info=exc)
+            self._log.error(
+                "close_failed",
+                error=str(exc),
+                exc_info=exc,
+            )
 
-    def _drain_begins(self, hand_over: bool) -> None:
-        self._hand_over = hand_over
-        self._leaving.set()
+    def _send_memory(self) -> None:
+        memory = None
+        try:
+            memory = self._memory.handover()
+        except MemoryFault as exc:
+            # The successor starts with an empty memory. It must not wait for this one.
+            self._log.error("memory_not_handed_over", error=str(exc))
+        self._link.send(HandoverState(memory))
 
-    def _go(self, legacy: bytes | None) -> None:
-        self._inherited = legacy
-        self._called.set()
+    # --- what happens while it serves ---
 
-    def _hang(self, reason: str) -> None:
-        self._hung = reason
-        self._leaving.set()
+    def _on_drain(self, hand_over: bool) -> None:
+        self._has_successor = hand_over
+        self._stopping.set()
 
-    async def _obey_sigterm(self) -> None:
-        # The runner must stop sending first: what it has sent already would be lost otherwise.
+    def _on_promote(self, memory: bytes | None) -> None:
+        self._inherited_memory = memory
+        self._promoted.set()
+
+    def _on_hung(self, reason: str) -> None:
+        self._hang = HandlerFault(reason)
+        self._stopping.set()
+
+    async def _handle_sigterm(self) -> None:
+        # The drain starts only when the runner confirms the request. Until then, it may still send
+        # queries, which a drained worker would not answer.
         with anyio.open_signal_receiver(signal.SIGTERM) as signals:
             async for _ in signals:
-                self._link.ask_for_drain()
+                self._link.send(DrainRequest())
 
-    async def _heartbeat(self, connection: Connection, dispatcher: Dispatcher) -> None:
-        liveness_timeout_s = self._spec.liveness_timeout_ms / 1000
-        news = True
+    async def _beat(self) -> None:
+        changed = True
         while True:
-            await anyio.sleep(heartbeat_interval_s(liveness_timeout_s, idle=not news))
-            news = self._link.beat()
-            self._states.catch_up()
-            connection.tell_overdue()
-            dispatcher.tell_overdue()
-            logs.tell_held_back()
-            if reason := self._limits.reached(self._counters):
-                self._link.ask_for_successor(reason)
+            interval_s = heartbeat_interval_s(
+                self._liveness_timeout_s,
+                idle=not changed,
+            )
+            await anyio.sleep(interval_s)
+            changed = self._link.send_status()
+            self._states.log_if_settled()
+            logs.report_suppressed()
+            counters = self._link.counters()
+            reason = self._limits.reached(counters)
+            if reason is not None:
+                self._link.send(RecycleRequest(reason))
 
-    def _tell(self, state: WorkerState, detail: str) -> None:
-        """Report a state to the runner, and to the log."""
-        self._link.tell(state, detail)
-        self._states.note(state, detail)
+    def _counters(self) -> Counters:
+        counters = self._dispatcher.counters()
+        self._client.counts.write_to(counters)
+        return counters
 
-
-def _kind_of_link(tracing: bool) -> type[Link]:
-    if not tracing:
-        return Link
-    from worker.tracing import TracedLink
-
-    return TracedLink
+    def _report_state(
+        self,
+        state: WorkerState,
+        loss: Loss | None = None,
+    ) -> None:
+        detail = "" if loss is None else loss.text
+        self._link.report_state(state, detail)
+        self._states.record(state, loss)

@@ -1,7 +1,8 @@
-"""What a handler prints, and what its own threads fail with, as lines of the log.
+"""Logs what a handler prints, and the exceptions that its threads and destructors raise.
 
-So that each line says which worker it is of. What goes past `sys.stdout` and `sys.stderr` (from C, from a program that
-the handler starts, a crash's last words) is left as it is: a pipe that this process has to read would lose the last.
+In the log, each line has the worker's name. C code, programs that the handler starts, and a
+crashing interpreter do not write to `sys.stdout` and `sys.stderr`. Their output is not logged: this
+process would have to read it from a pipe, and a crash would lose the last lines.
 """
 
 from __future__ import annotations
@@ -11,121 +12,154 @@ import io
 import sys
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final, TextIO
 
-from shared.logs import LONGEST_CHARS, Folded, flush, get_logger, place_of
+from shared.logs.logger import (
+    LONGEST_CHARS,
+    LogThrottle,
+    flush,
+    get_logger,
+    place_of,
+)
 
-_log: Final = get_logger("worker.output")
-_folded: Final = Folded(what="thread_failed")
+_log: Final = get_logger()
+_throttle: Final = LogThrottle("thread_failed")
 
 
-class Printed(io.TextIOBase):
-    """Takes the place of `sys.stdout` or `sys.stderr`; tells each line as an event.
+class _LogStream(io.TextIOBase):
+    """Replaces `sys.stdout` or `sys.stderr`, and logs each line as an event.
 
     Args:
-        stream: which of the two.
-        tell: the logger's method for it.
-        original: what it takes the place of; None where the process was started without.
+        stream_name: `stdout` or `stderr`.
+        log: the logger's method for its level.
+        original: the stream that it replaces; None if the process was started without one.
     """
 
     encoding = "utf-8"
-    errors = "backslashreplace"  # as the log has it
-    newlines = None
+    errors = "backslashreplace"  # as in the log
+    # Libraries expect a text stream to have these attributes. Some read them when imported.
     mode = "w"
     line_buffering = True
     write_through = False
 
-    def __init__(self, stream: str, tell: Callable[..., Any], original: TextIO | None) -> None:
-        self.name = f"<{stream}>"
-        self._stream = stream
-        self._tell = tell
+    def __init__(
+        self,
+        stream_name: str,
+        log: Callable[..., Any],
+        original: TextIO | None,
+    ) -> None:
+        self.name = f"<{stream_name}>"
+        self._stream_name = stream_name
+        self._log = log
         self._original = original
         self._rest = ""
-        self._one_at_a_time = threading.RLock()  # a destructor may print in the midst of it
+        # Reentrant: the collector may run a destructor that prints while this thread has the lock.
+        self._lock = threading.RLock()
 
     @property
     def buffer(self) -> Any:
-        """Where bytes go: to the stream itself, past the log."""
-        return self._original.buffer if self._original is not None else io.BytesIO()
+        """The original stream's buffer. Bytes are not logged."""
+        if self._original is None:
+            return io.BytesIO()
+        return self._original.buffer
 
     def fileno(self) -> int:
-        """Return the stream's own descriptor."""
+        """Return the original stream's descriptor."""
         if self._original is None:
             raise io.UnsupportedOperation("fileno")
         return self._original.fileno()
 
     def reconfigure(self, **options: Any) -> None:
-        """Take what a handler asks of a stream of text, and go on: each line is an event, whatever it asks."""
+        """Accept the options of a text stream, and ignore them: each line remains one event."""
 
     def writable(self) -> bool:
         """Return True."""
         return True
 
     def write(self, text: str) -> int:
-        """Tell the lines that this ends; keep what is no whole line yet, within bounds."""
-        with self._one_at_a_time:
-            *lines, self._rest = (self._rest + text).split("\n")
-            if len(self._rest) > LONGEST_CHARS:
-                lines.append(self._rest)
-                self._rest = ""
+        """Log each complete line. Keep the rest until its line ends, or until it is too long."""
+        with self._lock:
+            *lines, rest = (self._rest + text).split("\n")
+            # A handler that never ends its line must not fill the memory.
+            if len(rest) > LONGEST_CHARS:
+                lines.append(rest)
+                rest = ""
+            self._rest = rest
         for line in lines:
-            self._say(line)
+            self._write_line(line)
         return len(text)
 
     def finish(self) -> None:
-        """Tell what is left when the process ends."""
-        with self._one_at_a_time:
+        """Log a last line that has no end."""
+        with self._lock:
             rest, self._rest = self._rest, ""
-        self._say(rest)
+        self._write_line(rest)
 
-    def _say(self, line: str) -> None:
+    def _write_line(self, line: str) -> None:
         if line.strip():
-            with contextlib.suppress(Exception):  # it must cost nobody a query
-                self._tell("printed", text=line.rstrip("\r"), stream=self._stream)
+            # A `print` must never fail a query.
+            with contextlib.suppress(Exception):
+                self._log(
+                    "printed",
+                    text=line.rstrip("\r"),
+                    stream=self._stream_name,
+                )
 
 
-def take() -> None:
-    """Have all that this process's handler prints, and its threads fail with, told in the log."""
-    sys.stdout = Printed("stdout", _log.info, sys.stdout)
-    sys.stderr = Printed("stderr", _log.warning, sys.stderr)
+def redirect_stdio() -> None:
+    """Log from now on what this process prints, and the exceptions that nothing catches."""
+    sys.stdout = _LogStream("stdout", _log.info, sys.stdout)
+    sys.stderr = _LogStream("stderr", _log.warning, sys.stderr)
     threading.excepthook = _thread_failed
-    sys.unraisablehook = _not_raised
+    sys.unraisablehook = _exception_ignored
 
 
 def finish() -> None:
-    """Tell what was printed without an end of line. For the process's end."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, Printed):
-            stream.finish()
-    for original in (sys.__stdout__, sys.__stderr__):  # what was written there past the log
+    """Write all that is still buffered, before the process exits."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+        sys.__stdout__,
+        sys.__stderr__,
+    ):
+        # A handler may have replaced or closed each of them.
         with contextlib.suppress(Exception):
-            if original is not None:
-                original.flush()
+            if isinstance(stream, _LogStream):
+                stream.finish()
+            elif stream is not None:
+                stream.flush()
     flush()
 
 
 def _thread_failed(args: threading.ExceptHookArgs) -> None:
+    # As Python does: a thread may end itself with `sys.exit`.
     if issubclass(args.exc_type, SystemExit):
         return
-    more = _like_it("thread", args.exc_value)
-    if more is not None:
+    suppressed = _admit("thread", args.exc_value)
+    if suppressed is not None:
         name = args.thread.name if args.thread is not None else None
-        _log.error("thread_failed", thread=name, exc_info=_info(args.exc_value, args.exc_traceback), **more)
+        _log.error(
+            "thread_failed",
+            thread=name,
+            exc_info=args.exc_value,
+            **suppressed,
+        )
 
 
-def _not_raised(args: sys.UnraisableHookArgs) -> None:
-    more = _like_it("ignored", args.exc_value)
-    if more is not None:
-        at = getattr(args.object, "__qualname__", type(args.object).__name__)
-        _log.warning("exception_ignored", at=at, exc_info=_info(args.exc_value, args.exc_traceback), **more)
+def _exception_ignored(args: sys.UnraisableHookArgs) -> None:
+    # Python prints what a destructor or a callback raises, and continues.
+    suppressed = _admit("ignored", args.exc_value)
+    if suppressed is not None:
+        kind = type(args.object).__name__
+        _log.warning(
+            "exception_ignored",
+            at=getattr(args.object, "__qualname__", kind),
+            exc_info=args.exc_value,
+            **suppressed,
+        )
 
 
-def _like_it(what: str, exc: BaseException | None) -> dict[str, int] | None:
-    """Return what a line says of those like it that were held back; None when it is itself."""
-    held = _folded.admit(f"{what} {place_of(exc)}" if exc is not None else what)
-    return None if held is None else {"like_it_before": held} if held else {}
-
-
-def _info(exc: BaseException | None, traceback: TracebackType | None) -> Any:
-    return None if exc is None else (type(exc), exc, traceback)
+def _admit(kind: str, exc: BaseException | None) -> dict[str, int] | None:
+    """Return the fields about suppressed events, or None to suppress this one."""
+    key = kind if exc is None else f"{kind} {place_of(exc)}"
+    return _throttle.admit(key)

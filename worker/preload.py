@@ -1,33 +1,42 @@
-"""What the fork server imports: all that a worker needs, so that starting one is a fork and no more.
+"""What the fork server imports: all that a worker needs, so that its start is only a fork.
 
-Never a user's handler: that is loaded in the worker, where its faults belong.
+It never imports a user's handler. Each worker loads its handler, so that a fault in it ends only
+that worker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing.spawn  # noqa: F401 - the child's own entry imports it otherwise
+
+# This and the other unused imports are for the forked processes, which need not import them again.
+import multiprocessing.spawn  # noqa: F401
 import os
 import signal
 
-import anyio._backends._asyncio  # noqa: F401 - as above
-import uvloop  # noqa: F401 - as above
+import uvloop  # noqa: F401
 
-import worker.main  # noqa: F401 - as above
-from worker.rehearsal import rehearse
+import worker.entry
+import worker.main
+import worker.trial  # noqa: F401
+from worker.warm_up import warm_up
 
-# Set for the fork server alone, so that it takes no module from the current folder; handlers may.
+# The runner sets it, so that the fork server imports no module from the current folder. A handler
+# may import such modules.
 os.environ.pop("PYTHONSAFEPATH", None)
 
-# Ctrl-C and a hang-up reach every process of a terminal, but how a cluster ends is the runner's to say. Set
-# here, because a worker would be open to it between its fork and its own first line.
+# Ctrl-C and SIGHUP reach all processes of a terminal, but only the runner decides when a worker
+# ends. The fork server ignores them, and workers inherit that. If each worker ignored them itself,
+# they could end it between its fork and its first line.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-with contextlib.suppress(Exception):  # it spares time and memory, and must never cost a start
-    rehearse()
+# This also imports what anyio imports only when a loop starts. It only saves time and memory, so a
+# failure must not prevent the start.
+with contextlib.suppress(Exception):
+    warm_up()
 
-# What is imported here never becomes garbage; keeping the collector off it keeps its pages shared.
+# What is imported here never becomes garbage. If a collector in a worker visited these objects, it
+# would write to their pages, and each worker would have its own copy of them.
 gc.collect()
 gc.freeze()

@@ -1,152 +1,164 @@
-"""Calls a handler once, as a worker would, and says what came of it."""
+"""Calls a handler once, as a worker would, and returns the outcome."""
 
 from __future__ import annotations
 
 import asyncio
-import math
+import gc
+import inspect
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import perf_counter
-from typing import Any, Final
+from typing import Any
 
 import anyio
 import msgspec
 
-from shared.handlers import HandlerRef
-from shared.ipc import Counters, Outcome
-from shared.logs import get_logger
-from shared.trial import ASKING, ASKING_ASYNC, CLOSING, IMPORTING, SETTING_UP, SHOWING, Phase, Trial
-from worker.dispatchers import dispatcher_for
-from worker.handler import Handler, load
-from worker.jobs import Answer, Job
-from worker.memory import RamMemory
-from worker.results import HandlerFault, encode_result
+from shared.config.handlers import HandlerRef
+from shared.ipc import Outcome
+from shared.logs.logger import get_logger
+from shared.trial import EncodingFault, Phase, Trial
+from worker.dispatching.choose import create_dispatcher
+from worker.dispatching.dispatch import DispatcherOptions
+from worker.dispatching.handler import Handler, load
+from worker.dispatching.jobs import Answer, Job
+from worker.dispatching.results import HandlerFault, encode_result
+from worker.memory.base import RamMemory
 
-_DEEPEST: Final = 50
-
-Tell = Callable[[Phase | Trial], None]
+_Report = Callable[[Phase | Trial], None]
 
 
-def attempt(ref: HandlerRef, text: str, memory: dict[str, Any], timeout_s: float, tell: Tell) -> Trial:
-    """Load a handler, set it up, ask it `text` with `memory`, close it.
+def run_trial(
+    ref: HandlerRef,
+    text: str,
+    memory: dict[str, Any],
+    timeout_s: float,
+    report: _Report,
+) -> Trial:
+    """Load a handler, set it up, ask it `text` with `memory`, and close it.
 
-    `tell` gets each phase before it begins, and what came of the query before the handler is closed.
+    `report` gets each phase before it starts, and the outcome of the query before the handler is
+    closed. If a phase hangs or ends the process, the caller knows which phase it was.
 
     Raises:
-        ConfigError: when it cannot be loaded.
+        ConfigError: if the handler cannot be loaded.
     """
-    tell(IMPORTING)
-    return anyio.run(_ask, load(ref), text, memory, timeout_s, tell, backend_options={"use_uvloop": True})
+    report(Phase.IMPORTING)
+    handler = load(ref)
+    trial = anyio.run(
+        _ask,
+        handler,
+        text,
+        memory,
+        timeout_s,
+        report,
+        backend_options={"use_uvloop": True},
+    )
+    # A destructor reports a coroutine that was never awaited, and a task's exception that nothing
+    # retrieved. The process exits without running destructors.
+    gc.collect()
+    return trial
 
 
-class _Asker:
-    """The source of the one query."""
+class _TrialSource:
+    """The source of the query. It waits for the answer."""
 
     def __init__(self) -> None:
-        self.answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.result: Any = None
+        loop = asyncio.get_running_loop()
+        self.answered: asyncio.Future[Answer] = loop.create_future()
+        self.fault: EncodingFault | None = None
 
     def encode(self, result: Any) -> bytes:
-        self.result = result
-        return encode_result(result)
+        try:
+            return encode_result(result)
+        except Exception as exc:
+            self.fault = _fault(result, exc)
+            raise
 
     def answer(self, job: Job, answer: Answer) -> None:
         self.answered.set_result(answer)
 
-    def flush(self) -> None:
+    def send_answers(self) -> None:
         pass
 
 
-async def _ask(handler: Handler, text: str, before: dict[str, Any], timeout_s: float, tell: Tell) -> Trial:
+async def _ask(
+    handler: Handler,
+    text: str,
+    before: dict[str, Any],
+    timeout_s: float,
+    report: _Report,
+) -> Trial:
     memory = RamMemory()
     memory.open(pickle.dumps(before))
-    dispatcher = dispatcher_for(handler, memory, Counters(), 1, timeout_s)
-    dispatcher.quotes_queries = True  # its author reads it, and nobody else
-    asker = _Asker()
+    options = DispatcherOptions(timeout_s=timeout_s)
+    dispatcher = create_dispatcher(handler, memory, options)
+    source = _TrialSource()
     trial = Trial(None, repr(before), None, "")
     async with dispatcher.running():
         try:
-            tell(SETTING_UP)
+            report(Phase.SETTING_UP)
             await dispatcher.set_up()
-            tell(ASKING_ASYNC if handler.is_async else ASKING)
-            began_s = perf_counter()
-            dispatcher.submit([Job(asker, None, text)])
-            outcome, payload = await asker.answered
-            trial = trial._replace(seconds=perf_counter() - began_s)
+            report(Phase.HANDLING_ASYNC if handler.is_async else Phase.HANDLING)
+            started_s = perf_counter()
+            dispatcher.submit([Job(source, None, text)])
+            outcome, payload = await source.answered
+            trial = trial._replace(seconds=perf_counter() - started_s)
             if outcome is Outcome.OK:
                 after = memory.checkout()
-                trial = trial._replace(result=payload, memory="(not shown)", notes=tuple(_changed(asker.result)))
-                tell(trial)
-                tell(SHOWING)
-                trial = trial._replace(memory=_shown(after), notes=(*trial.notes, *_kept(after)))
+                trial = trial._replace(
+                    result=payload,
+                    memory="(not shown)",
+                )
+                # The result is reported first: a `__repr__` in the memory may hang.
+                report(trial)
+                report(Phase.SHOWING)
+                trial = trial._replace(
+                    memory=_shown(after),
+                    notes=_notes(after),
+                )
             else:
-                trial = trial._replace(error=payload.decode("utf-8", "replace"))
-            tell(trial)
-            if outcome is not Outcome.TIMED_OUT:  # one that hangs would hang here too
-                tell(CLOSING)
+                trial = trial._replace(
+                    error=payload.decode("utf-8", "replace"),
+                    fault=source.fault,
+                )
+            report(trial)
+            # After a timeout the handler's thread may still be busy, and `close` would wait for it.
+            if outcome is not Outcome.TIMED_OUT:
+                report(Phase.CLOSING)
                 await dispatcher.tear_down()
         except HandlerFault as exc:
-            get_logger("worker.trial").error("handler_failed", exc_info=exc.__cause__)
+            get_logger().error("handler_failed", exc_info=exc.__cause__)
             return trial._replace(error=str(exc))
     return trial
 
 
-def _changed(result: Any) -> Iterator[str]:
-    """Tell what JSON makes another thing of, without a word."""
-    found = set(_surprises(result, 0))
-    if float in found:
-        yield "NaN and infinity are sent as null: JSON has no such numbers"
-    if set in found:
-        yield "a set is sent as a list, in no certain order"
-    if dict in found:
-        yield "keys that are no texts become texts, and some are the same then: JSON's reader sees the last of them"
+def _fault(result: Any, exc: Exception) -> EncodingFault | None:
+    if inspect.iscoroutine(result):
+        return EncodingFault.NOT_AWAITED
+    if isinstance(exc, UnicodeEncodeError):
+        return EncodingFault.LONE_SURROGATE
+    if isinstance(exc, RecursionError):
+        return EncodingFault.TOO_DEEP
+    # The message of a `HandlerFault` already contains a hint.
+    return None if isinstance(exc, HandlerFault) else EncodingFault.NOT_JSON
 
 
-def _surprises(value: Any, depth: int) -> Iterator[type]:
-    if depth > _DEEPEST:
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        yield float
-    elif isinstance(value, set | frozenset):
-        yield set
-    elif isinstance(value, dict):
-        others = any(type(key) is not str for key in value)
-        if others and len(msgspec.json.decode(msgspec.json.encode(dict.fromkeys(value)))) < len(value):
-            yield dict
-        for each in value.values():
-            yield from _surprises(each, depth + 1)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _surprises(each, depth + 1)
-
-
-def _kept(memory: dict[Any, Any]) -> Iterator[str]:
-    """Tell what a memory is, or is not, once a disk or a successor has had it."""
+def _notes(memory: dict[Any, Any]) -> tuple[str, ...]:
+    """Return a note if `memory = "disk"` would refuse or change this memory."""
     try:
-        read = msgspec.msgpack.decode(msgspec.msgpack.encode(memory))
-        if not _same(read, memory):
-            yield f'with memory = "disk" it is another one after a restart: {_shown(read)}'
-    except (Exception, RecursionError) as exc:  # noqa: BLE001 - whatever a user's objects raise
-        yield f'this memory is for memory = "ram" alone, "disk" would refuse it: {exc}'
-        try:
-            pickle.dumps(memory)
-        except (Exception, RecursionError) as problem:  # noqa: BLE001 - as above
-            yield f"and it is lost when the worker is replaced, at a reload too: {problem}"
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Return whether two values are equal and of the same types, all the way down."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other) or one != one  # NaN is not equal to itself
+        blob = msgspec.msgpack.encode(memory)
+        read = msgspec.msgpack.decode(blob)
+    except Exception as exc:  # noqa: BLE001 - objects of any class may raise anything
+        return (f'this memory is for memory = "ram" only, "disk" would refuse it: {exc}',)
+    # As text, because equal values may differ in type.
+    shown = _shown(read)
+    if shown != _shown(memory):
+        return (f'with memory = "disk" it changes on restart: {shown}',)
+    return ()
 
 
 def _shown(memory: Any) -> str:
     try:
         return repr(memory)
-    except (Exception, SystemExit) as exc:  # noqa: BLE001 - a user's own __repr__
+    except (Exception, SystemExit) as exc:  # noqa: BLE001 - a user's own `__repr__`
         return f"(cannot be shown: its __repr__ raised {type(exc).__name__})"

@@ -1,1 +1,1 @@
-"""Other ways to answer the same queries, each as small and as fair as it can be."""
+"""Alternatives that answer the same queries. Each is as small and as fair as possible."""

@@ -1,4 +1,4 @@
-"""A node's query and its answer, as msgspec reads and writes them fastest: for the clients that are ceilings."""
+"""A node's query and its answer, decoded and encoded in msgspec's fastest way."""
 
 from __future__ import annotations
 

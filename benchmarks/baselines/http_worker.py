@@ -1,6 +1,7 @@
-"""The smallest worker that answers a query over HTTP, with its own pid, for supervisors to start again.
+"""The smallest worker that answers a query over HTTP with its pid. The supervisors restart it.
 
-As WSGI for gunicorn, as ASGI for uvicorn, and as a program for what supervises any program:
+It is a WSGI application for gunicorn, an ASGI application for uvicorn, and a program for
+supervisors of arbitrary programs:
 
     python -m benchmarks.baselines.http_worker PORT
 """
@@ -15,18 +16,24 @@ from typing import Any
 
 
 def answer(body: bytes) -> bytes:
-    """Return the answer to a query: its text, and who answers."""
-    return json.dumps({"results": {"query": json.loads(body)["query"], "pid": os.getpid()}}).encode()
+    """Return the answer to a query: its text and the pid of this process."""
+    return json.dumps(
+        {"results": {"query": json.loads(body)["query"], "pid": os.getpid()}}
+    ).encode()
 
 
 def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """Answer one query."""
     body = answer(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
-    start_response("200 OK", [("content-type", "application/json"), ("content-length", str(len(body)))])
+    start_response(
+        "200 OK", [("content-type", "application/json"), ("content-length", str(len(body)))]
+    )
     return [body]
 
 
-async def asgi(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+async def asgi(
+    scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+) -> None:
     """Answer one query."""
     body = answer((await receive())["body"])
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -35,12 +42,12 @@ async def asgi(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable
 
 
 if __name__ == "__main__":
-    # Imported here, so that gunicorn's and uvicorn's workers need not.
+    # Imported here, so that gunicorn's and uvicorn's workers do not import them.
     import socketserver
     from http.server import BaseHTTPRequestHandler
 
     class Direct(BaseHTTPRequestHandler):
-        """POST, whatever the path."""
+        """Answers POST requests to any path."""
 
         def do_POST(self) -> None:
             """Answer one query."""
@@ -55,7 +62,7 @@ if __name__ == "__main__":
             """Log nothing."""
 
     class Server(socketserver.TCPServer):
-        """Without HTTPServer's look-up of its own name, which may take seconds."""
+        """Omits HTTPServer's reverse look-up of its host name, which may take seconds."""
 
         allow_reuse_address = True
 

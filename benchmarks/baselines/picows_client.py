@@ -1,4 +1,6 @@
-"""picows and msgspec: the ceiling. A C protocol, no memory, no time-out, no isolation, nothing checked.
+"""picows and msgspec: the upper bound. The protocol is in C.
+
+This client has no memory, no timeout and no isolation, and checks nothing.
 
 python -m benchmarks.baselines.picows_client HOST:PORT
 """
@@ -30,7 +32,7 @@ class Agent(WSListener):
 
 
 async def main(node: str) -> None:
-    """Answer one node's queries until it goes."""
+    """Answer one node's queries until it closes the connection."""
     transport, _ = await ws_connect(Agent, f"ws://{node}/ws", max_frame_size=16 << 20)
     await transport.wait_disconnected()
 

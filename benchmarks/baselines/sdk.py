@@ -1,8 +1,9 @@
-"""The technique of a thread for each node: websocket-client and json; http.server with threads for direct HTTP.
+"""The Python SDK's technique: one thread per node, with websocket-client and json.
 
-What https://github.com/EmergenceSystem/em_filter_py does for each query, without its signatures and its log
-line: that makes it faster than it is. Its HTTP is 1.0, a connection for each request, as there; with
-`--keep-alive` it is 1.1, which is kinder to it.
+Direct queries use http.server with threads. For each query this does what
+https://github.com/EmergenceSystem/em_filter_py does, but without its signatures and its log line,
+so it is faster than the SDK. Like the SDK, it speaks HTTP/1.0 with one connection per request.
+With `--keep-alive` it speaks HTTP/1.1, which is faster.
 
     python -m benchmarks.baselines.sdk ws HOST:PORT
     python -m benchmarks.baselines.sdk http PORT_FILE [--keep-alive]
@@ -21,12 +22,12 @@ import websocket
 
 
 def handle(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Give the query back."""
+    """Return the query."""
     return body, memory
 
 
 def serve_node(node: str) -> None:
-    """Answer one node's queries until it goes."""
+    """Answer one node's queries until it closes the connection."""
     memory: dict[str, Any] = {}
     ws = websocket.create_connection(f"ws://{node}/ws")
     ws.send(json.dumps({"action": "register", "name": "echo"}))
@@ -40,9 +41,9 @@ def serve_node(node: str) -> None:
 
 
 class Direct(BaseHTTPRequestHandler):
-    """POST /agent/query."""
+    """Answers POST /agent/query."""
 
-    memory: dict[str, Any] = {}  # noqa: RUF012 - shared by all threads, as there
+    memory: dict[str, Any] = {}  # noqa: RUF012 - shared by all threads, as in the SDK
 
     def do_POST(self) -> None:
         """Answer one query."""
@@ -60,16 +61,18 @@ class Direct(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """With a backlog that takes a load generator's connections."""
+    """Has a backlog that is large enough for a load generator's connections."""
 
     request_queue_size = 1024
 
 
 def serve_http(port_file: str, *, keep_alive: bool) -> None:
-    """Serve direct queries for ever."""
+    """Serve direct queries until the process is killed."""
     if keep_alive:
         Direct.protocol_version = "HTTP/1.1"
-        Direct.wbufsize = -1  # head and body in one segment, or Nagle and delayed ACKs make it 25 requests a second
+        # Send head and body in one segment. In two segments, Nagle's algorithm and delayed ACKs
+        # limit a connection to 25 requests per second.
+        Direct.wbufsize = -1
     server = Server(("127.0.0.1", 0), Direct)
     Path(port_file).write_text(str(server.server_address[1]))
     server.serve_forever()

@@ -1,4 +1,4 @@
-"""Bare uvicorn with the smallest ASGI application that answers direct queries itself: no worker behind it.
+"""Bare uvicorn with a minimal ASGI application that answers direct queries without a worker.
 
 python -m benchmarks.baselines.uvicorn_app PORT_FILE
 """
@@ -15,17 +15,19 @@ import msgspec
 import uvicorn
 
 
-class Asked(msgspec.Struct):
+class Query(msgspec.Struct):
     """The body of a direct query."""
 
     query: str
 
 
-decode = msgspec.json.Decoder(Asked).decode
+decode = msgspec.json.Decoder(Query).decode
 encode = msgspec.json.Encoder().encode
 
 
-async def app(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+async def app(
+    scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]
+) -> None:
     """Answer one query."""
     message = await receive()
     body = encode({"results": decode(message["body"]).query})
@@ -37,5 +39,7 @@ async def app(scope: Any, receive: Callable[[], Awaitable[Any]], send: Callable[
 if __name__ == "__main__":
     listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
     Path(sys.argv[1]).write_text(str(listener.getsockname()[1]))
-    config = uvicorn.Config(app, loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False)
+    config = uvicorn.Config(
+        app, loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False
+    )
     uvicorn.Server(config).run([listener])

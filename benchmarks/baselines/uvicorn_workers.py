@@ -1,7 +1,7 @@
-"""uvicorn's supervisor of worker processes, with one.
+"""uvicorn's supervisor of worker processes, with one worker.
 
-The command line starts it for two workers and more only; with a second one that goes on answering,
-it would be chance when the successor of the first is noticed.
+uvicorn's command line starts the supervisor only for two or more workers. With two, the surviving
+worker would continue to answer, so the moment at which the new worker is noticed would be random.
 
     python -m benchmarks.baselines.uvicorn_workers PORT
 """
@@ -17,6 +17,10 @@ from uvicorn.supervisors import Multiprocess
 if __name__ == "__main__":
     listener = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=1024)
     config = uvicorn.Config(
-        "benchmarks.baselines.http_worker:asgi", workers=1, ws="none", lifespan="off", access_log=False
+        "benchmarks.baselines.http_worker:asgi",
+        workers=1,
+        ws="none",
+        lifespan="off",
+        access_log=False,
     )
     Multiprocess(config, [listener]).run()

@@ -1,4 +1,4 @@
-"""websockets' own asyncio client with msgspec and uvloop: what one would write first.
+"""websockets' asyncio client with msgspec and uvloop: what a programmer would write first.
 
 python -m benchmarks.baselines.websockets_client HOST:PORT
 """
@@ -15,7 +15,7 @@ from benchmarks.handlers import echo
 
 
 async def main(node: str) -> None:
-    """Answer one node's queries until it goes."""
+    """Answer one node's queries until it closes the connection."""
     memory: dict[str, object] = {}
     async with connect(f"ws://{node}/ws", compression=None, max_size=16 << 20) as ws:
         await ws.send('{"action":"register","name":"echo"}')

@@ -1,13 +1,12 @@
-"""Makes parts of the reference of em-runner's own sources, so that they cannot drift from them.
+"""The parts of the reference that are generated from em-runner's sources, so that they stay true.
 
-A line `<!-- generated: NAME -->` in a page is replaced by what `PARTS[NAME]` returns, Markdown as well, before
-the page is parsed.
+A page has such a part between the marks `<!-- generated: NAME -->` and `<!-- /generated -->`. NAME
+is a key of `PARTS`. `parts.py` writes the text between the marks.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,11 +17,11 @@ import msgspec
 from prometheus_client.core import Metric
 from typer.testing import CliRunner
 
-from runner import metrics
 from runner.cli import cli
+from runner.supervision.sample import Sample
 from runner.table import WorkerRow
-from shared.ipc import Counters
-from shared.schema import (
+from runner.web import metrics
+from shared.config.schema import (
     AgentSection,
     ConnectionSection,
     RunnerSection,
@@ -30,11 +29,8 @@ from shared.schema import (
     expected,
     meanings,
 )
+from shared.ipc import Counters
 
-if typing.TYPE_CHECKING:
-    from sphinx.application import Sphinx
-
-MARK: Final = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 _SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "runner": RunnerSection,
     "connection": ConnectionSection,
@@ -46,13 +42,13 @@ _SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
 def section(name: str) -> str:
     """Return a table of a configuration section's keys."""
     struct = _SECTIONS[name]
-    hints, told = typing.get_type_hints(struct, include_extras=True), meanings(struct)
+    hints = typing.get_type_hints(struct, include_extras=True)
     lines = ["| key | what it may be | default | meaning |", "| --- | --- | --- | --- |"]
-    for field in msgspec.structs.fields(struct):
-        if field.name in told:
-            kind = expected(hints[field.name])
-            meaning, _, otherwise = told[field.name].partition(" Default: ")
-            lines.append(f"| `{field.name}` | {kind} | {_default(field, otherwise.rstrip('.'))} | {meaning} |")
+    fields = {field.name: field for field in msgspec.structs.fields(struct)}
+    for name, text in meanings(struct).items():
+        meaning, _, otherwise = text.partition(" Default: ")
+        default = _default(fields[name], otherwise.rstrip("."))
+        lines.append(f"| `{name}` | {expected(hints[name])} | {default} | {meaning} |")
     return "\n".join(lines)
 
 
@@ -66,19 +62,25 @@ def _default(field: msgspec.structs.FieldInfo, otherwise: str) -> str:
 
 
 def commands() -> str:
-    """Return a section for each command with what its `--help` says."""
-    return "\n\n".join(f"## em-runner {name}\n\n```text\n{help_of(name)}\n```" for name in sorted(command_names()))
+    """Return a section for each command with the output of its `--help`."""
+    return "\n\n".join(
+        f"## em-runner {name}\n\n```text\n{help_of(name)}\n```" for name in sorted(command_names())
+    )
 
 
 def command_names() -> list[str]:
     """Return the names of all commands."""
-    return [str(each.name or getattr(each.callback, "__name__", "")) for each in cli.registered_commands]
+    return [
+        str(each.name or getattr(each.callback, "__name__", "")) for each in cli.registered_commands
+    ]
 
 
 def help_of(name: str) -> str:
     """Return what `em-runner NAME --help` prints."""
-    # prog_name: the program that prints this one is another.
-    ended = CliRunner().invoke(cli, [name, "--help"], prog_name="em-runner", terminal_width=100, max_content_width=100)
+    # Without prog_name, the usage line would name the program that runs this code.
+    ended = CliRunner().invoke(
+        cli, [name, "--help"], prog_name="em-runner", terminal_width=100, max_content_width=100
+    )
     assert ended.exit_code == 0, ended.output
     return "\n".join(line.rstrip() for line in ended.output.strip().splitlines())
 
@@ -98,10 +100,20 @@ def metrics_table() -> str:
 
 def _collected() -> Iterator[Metric]:
     row: dict[str, object] = {field.name: 0 for field in msgspec.structs.fields(WorkerRow)}
-    row |= {"name": "echo_server", "agent": "echo", "node": "ws://localhost:8080", "state": "ready", "detail": ""}
-    worker = msgspec.convert(row | {"pid": os.getpid(), "ignored": {}, "last_error": "", "last_errors": []}, WorkerRow)
+    row |= {
+        "name": "echo_server",
+        "agent": "echo",
+        "node": "ws://localhost:8080",
+        "state": "ready",
+        "detail": "",
+    }
+    worker = msgspec.convert(
+        row | {"pid": os.getpid(), "ignored": {}, "last_error": "", "last_errors": []}, WorkerRow
+    )
     counted = Counters(ignored={"binary": 1})
-    yield from metrics.collected([metrics.Sample(worker, counted, {"killed": 1}, 0, 0.0, {}, {})], metrics.Own({}, 0))
+    yield from metrics.metric_families(
+        [Sample(worker, counted, {"killed": 1}, 0, 0.0, {}, {})], metrics.RunnerSample({}, 0)
+    )
 
 
 PARTS: Final[dict[str, Callable[[], str]]] = {
@@ -111,16 +123,12 @@ PARTS: Final[dict[str, Callable[[], str]]] = {
 }
 
 
-def filled(text: str) -> str:
-    """Return a page with its generated parts in place."""
-    return MARK.sub(lambda found: PARTS[found[1]](), text)
+def part(name: str) -> str:
+    """Return the part with that name.
 
-
-def _on_source_read(app: Sphinx, docname: str, content: list[str]) -> None:
-    content[0] = filled(content[0])
-
-
-def setup(app: Sphinx) -> dict[str, bool]:
-    """Register with Sphinx."""
-    app.connect("source-read", _on_source_read)
-    return {"parallel_read_safe": True}
+    Raises:
+        ValueError: no part has that name.
+    """
+    if name not in PARTS:
+        raise ValueError(f"unknown generated part {name!r}; the parts are: {', '.join(PARTS)}")
+    return PARTS[name]()

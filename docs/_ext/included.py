@@ -1,8 +1,12 @@
-"""Texts of the repository that are pages too, or parts of some: one text in one place, wherever its links lead.
+"""Parts of other files that pages include, and the links in them.
 
-A line `<!-- included: ../deploy/README.md, from "## How large" to "## What to watch" -->` in a page is replaced by that
-part of the file, without the lines named; both ends may be left out. Links are turned to where they lead from the page;
-one to a Markdown file that is no page is a download.
+Each text is written in one file. A page may include a part of it, between the marks
+
+    <!-- included: ../deploy/README.md, from "## Sizing" to "## What to watch" -->
+    <!-- /included -->
+
+The lines that `from` and `to` name are not included. Without `from` the part starts at the start of
+the file. Without `to` it ends at the end of the file. `parts.py` writes the text between the marks.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -23,32 +26,45 @@ PAGES: Final = {
     DOCS.parent / "SECURITY.md": DOCS / "explanation" / "security.md",
     DOCS.parent / "deploy" / "README.md": DOCS / "how-to" / "systemd.md",
 }
-"""The pages in whose stead readers of the repository have another file."""
+"""Files of the repository that are also pages. A link to such a file becomes a link to its page."""
 
-_MARK: Final = re.compile(r'^<!-- included: (\S+?)(?:,(?: from "([^"]*)")?(?: to "([^"]*)")?)? -->$', re.MULTILINE)
+_SOURCE: Final = re.compile(r'(\S+?)(?:,(?: from "([^"]*)")?(?: to "([^"]*)")?)?')
 _LINK: Final = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
-def filled(text: str, page: Path) -> str:
-    """Return a page with its included parts in place, and its links as Sphinx wants them."""
-    text = _MARK.sub(lambda found: _part(found, page), text)
-    return _LINK.sub(lambda found: f"{_target(page.parent / found[1], page)}{found[2] or ''}", text)
+def part(name: str, page: Path) -> str:
+    """Return the part of a file that a mark in a page names, with its links relative to the page.
 
-
-def sources(text: str, page: Path) -> Iterator[Path]:
-    """Return the files that a page includes."""
-    for found in _MARK.finditer(text):
-        yield (page.parent / found[1]).resolve()
-
-
-def _part(found: re.Match[str], page: Path) -> str:
-    file, begin, end = (page.parent / found[1]).resolve(), found[2], found[3]
+    Raises:
+        ValueError: the name cannot be read, or the file lacks a line that it names.
+    """
+    found = _SOURCE.fullmatch(name)
+    if found is None:
+        raise ValueError(f"{page}: cannot read the mark 'included: {name}'")
+    file, start, end = (page.parent / found[1]).resolve(), found[2], found[3]
     text = file.read_text()
-    if begin:
-        text = _split(text, begin, file)[1]
+    if start:
+        text = _split(text, start, file)[1]
     if end:
         text = _split(text, end, file)[0]
-    return _LINK.sub(lambda link: f"{os.path.relpath(file.parent / link[1], page.parent)}{link[2] or ''}", text.strip())
+
+    def moved(link: re.Match[str]) -> str:
+        return f"{os.path.relpath(file.parent / link[1], page.parent)}{link[2] or ''}"
+
+    return _LINK.sub(moved, text.strip())
+
+
+def for_sphinx(text: str, page: Path) -> str:
+    """Return a page with each link to a repository file as Sphinx needs it.
+
+    A link to a file that is also a page becomes a link to the page. A link to any other Markdown
+    file becomes a download.
+    """
+
+    def for_page(link: re.Match[str]) -> str:
+        return f"{_target(page.parent / link[1], page)}{link[2] or ''}"
+
+    return _LINK.sub(for_page, text)
 
 
 def _split(text: str, line: str, file: Path) -> tuple[str, str]:
@@ -61,15 +77,12 @@ def _split(text: str, line: str, file: Path) -> tuple[str, str]:
 def _target(path: Path, page: Path) -> str:
     file = path.resolve()
     file = PAGES.get(file, file)
-    told = os.path.relpath(file, page.parent)
-    return told if file.is_relative_to(DOCS) or file.suffix != ".md" else f"path:{told}"
+    relative = os.path.relpath(file, page.parent)
+    return relative if file.is_relative_to(DOCS) or file.suffix != ".md" else f"path:{relative}"
 
 
 def _on_source_read(app: Sphinx, docname: str, content: list[str]) -> None:
-    page = Path(app.env.doc2path(docname))
-    for source in sources(content[0], page):
-        app.env.note_dependency(str(source))
-    content[0] = filled(content[0], page)
+    content[0] = for_sphinx(content[0], Path(app.env.doc2path(docname)))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

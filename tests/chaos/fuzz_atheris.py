@@ -1,10 +1,10 @@
-"""Coverage-guided fuzzing of what strangers' bytes reach first. Not a test: run it by hand.
+"""Coverage-guided fuzzing of the functions that read untrusted bytes. Run it by hand.
 
     python -m venv /tmp/atheris && /tmp/atheris/bin/pip install atheris msgspec websockets PyJWT
     cd CHECKOUT && /tmp/atheris/bin/python tests/chaos/fuzz_atheris.py TARGET -max_total_time=60
 
-TARGET is session, config, ipc, node or token. Whatever a target lets out but the error that it
-promises is a finding; libFuzzer then stops and leaves the input in a file.
+TARGET is session, config, ipc, node or token. An exception that the target does not document is a
+finding: libFuzzer then stops and writes the input to a file.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 with atheris.instrument_imports(
-    include=["shared", "worker.session", "websockets.protocol", "websockets.frames", "websockets.client", "jwt"]
+    include=[
+        "shared",
+        "worker.node.session",
+        "websockets.protocol",
+        "websockets.frames",
+        "websockets.client",
+        "jwt",
+    ]
 ):
-    from shared import config, ipc, tokens
+    from shared import ipc
+    from shared.config import load as config
+    from shared.config import tokens
+    from shared.config.nodes import parse_node
     from shared.errors import ConfigError
-    from shared.nodes import parse_node
-    from worker.session import Session
+    from worker.node.session import Session
 
 import msgspec
 
@@ -33,19 +42,21 @@ NODE = parse_node("localhost:8080")
 
 
 def session(data: bytes) -> None:
-    """Bytes of a node, before or after the upgrade, in pieces."""
+    """Read bytes from a node in pieces, before or after the upgrade."""
     provider = atheris.FuzzedDataProvider(data)
     client = Session(NODE, "echo", ("a",), None, 65_536)
     request = client.take_output()
     if provider.ConsumeBool():
         client.receive(_upgrade(request))
-    while client.ended is None and provider.remaining_bytes():
-        for query_id, body in client.receive(provider.ConsumeBytes(provider.ConsumeIntInRange(1, 300))):
+    while client.loss is None and provider.remaining_bytes():
+        for query_id, body in client.receive(
+            provider.ConsumeBytes(provider.ConsumeIntInRange(1, 300))
+        ):
             assert isinstance(body, str)
             client.answer(query_id, b"null")
         client.take_output()
     client.receive(b"")
-    assert client.ended
+    assert client.loss
 
 
 def _upgrade(request: bytes) -> bytes:
@@ -59,7 +70,7 @@ def _upgrade(request: bytes) -> bytes:
 
 
 def config_text(data: bytes) -> None:
-    """TOML text."""
+    """Read TOML text as a configuration."""
     try:
         table = tomllib.loads(data.decode("utf-8", "replace"))
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -69,14 +80,14 @@ def config_text(data: bytes) -> None:
 
 
 def ipc_message(data: bytes) -> None:
-    """A message of a worker, and of a runner."""
+    """Decode a message from a worker, and one from a runner."""
     for decode in (ipc.decode_worker_message, ipc.decode_runner_message):
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             decode(data)
 
 
 def node(data: bytes) -> None:
-    """A node's address."""
+    """Parse the address of a node."""
     try:
         address = parse_node(data.decode("utf-8", "replace"))
     except ValueError:
@@ -86,12 +97,18 @@ def node(data: bytes) -> None:
 
 
 def token(data: bytes) -> None:
-    """A token."""
+    """Inspect a token."""
     with contextlib.suppress(tokens.TokenError):
         tokens.inspect(data.decode("utf-8", "surrogateescape")).problems("echo")
 
 
-TARGETS = {"session": session, "config": config_text, "ipc": ipc_message, "node": node, "token": token}
+TARGETS = {
+    "session": session,
+    "config": config_text,
+    "ipc": ipc_message,
+    "node": node,
+    "token": token,
+}
 
 if __name__ == "__main__":
     target = TARGETS[sys.argv.pop(1)]

@@ -1,4 +1,7 @@
-"""Handlers that hang, crash, fork, close what is not theirs and eat memory: one worker pays, nobody else."""
+"""Handlers that hang, crash, fork, close the worker's files or use too much memory.
+
+Each affects only its own worker.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import psutil
 import pytest
 
 from disco import Node
-from tests.chaos.load import Answer, HttpLoad, all_ready, ask_all, ask_once, http_load, report
+from tests.chaos.load import HttpLoad, Response, all_ready, ask_all, ask_once, http_load, report
 from tests.cluster import agent, alive, cluster, until
 
 pytestmark = pytest.mark.anyio
@@ -18,65 +21,73 @@ pytestmark = pytest.mark.anyio
 HANGING = """
 import asyncio, os, pathlib, time
 
-def found(body, memory):
+def results(body, memory):
     memory["count"] = memory.get("count", 0) + 1
-    return {"type": "t", "properties": {"body": body, "pid": os.getpid(), "count": memory["count"]}}, memory
+    properties = {"body": body, "pid": os.getpid(), "count": memory["count"]}
+    return {"type": "t", "properties": properties}, memory
 
 def busy(body, memory):
     if body.startswith("hang"):
         pathlib.Path(body).touch()
         while True:
             pass
-    return found(body, memory)
+    return results(body, memory)
 
-def asleep(body, memory):
+def sleeping(body, memory):
     if body.startswith("hang"):
         pathlib.Path(body).touch()
         time.sleep(3600)
-    return found(body, memory)
+    return results(body, memory)
 
 async def waiting(body, memory):
-    answer = found(body, memory)
+    found = results(body, memory)
     if body.startswith("hang"):
         pathlib.Path(body).touch()
         await asyncio.sleep(3600)
-    return answer
+    return found
 
 async def blocking(body, memory):
     if body.startswith("hang"):
         pathlib.Path(body).touch()
         while True:
             pass
-    return found(body, memory)
+    return results(body, memory)
 
 def calm(body, memory):
-    return found(body, memory)
+    return results(body, memory)
 """
 
 
-async def p99_ms_of(load: HttpLoad, answers: int) -> float:
-    """Return the p99 of the next so many answers."""
+async def p99_ms_of(load: HttpLoad, count: int) -> float:
+    """Return the 99th percentile of the time that the next `count` responses take."""
     load.took_s.clear()
-    await until(lambda: len(load.took_s) >= answers, "the neighbour answers")
+    await until(lambda: len(load.took_s) >= count, f"there are {count} responses")
     return load.percentile_ms(99)
 
 
-@pytest.mark.parametrize("kind", ["busy", "asleep"])
-async def test_plain_handler_that_hangs_costs_its_query_and_nothing_that_waited_behind_it(
+@pytest.mark.parametrize("kind", ["busy", "sleeping"])
+async def test_hanging_sync_handler_loses_only_its_own_query(
     kind: str, tmp_path: Path, node: Node
 ) -> None:
     async with cluster(
         tmp_path,
-        agent("bad", [node.url], handler=f"handlers.py:{kind}", capabilities=["bad"], handler_timeout_ms=700),
+        agent(
+            "bad",
+            [node.url],
+            handler=f"handlers.py:{kind}",
+            capabilities=["bad"],
+            handler_timeout_ms=700,
+        ),
         agent("calm", [node.url], handler="handlers.py:calm", capabilities=["calm"]),
         handlers=HANGING,
     ) as running:
         await all_ready(running)
-        pid, calm_pid = await running.worker_pid("bad_server"), await running.worker_pid("calm_server")
-        answers: list[Answer] = []
+        pid = await running.worker_pid("bad_server")
+        calm_pid = await running.worker_pid("calm_server")
+        responses: list[Response] = []
 
         async def hang(query: str) -> None:
-            answers.append(await ask_once(running, query, "/agents/bad/query"))
+            responses.append(await ask_once(running, query, "/agents/bad/query"))
 
         async with http_load(running, "/agents/calm/query", clients=4, pause_s=0.002) as calm:
             alone_ms = await p99_ms_of(calm, 300)
@@ -84,35 +95,45 @@ async def test_plain_handler_that_hangs_costs_its_query_and_nothing_that_waited_
                 tasks.start_soon(hang, "hang-http")
                 await until((tmp_path / "hang-http").exists, "the handler hangs")
                 calm.took_s.clear()
-                behind = await ask_all(running, [f"behind-{n}" for n in range(80)], "/agents/bad/query")
+                queries = [f"queued-{number}" for number in range(80)]
+                queued = await ask_all(running, queries, "/agents/bad/query")
             beside_ms = calm.percentile_ms(99)
-        took_s = answers[0].came_s - answers[0].sent_s
-        last_s = max(answer.came_s for answer in behind) - answers[0].came_s
+        took_s = responses[0].received_s - responses[0].sent_s
+        last_s = max(response.received_s for response in queued) - responses[0].received_s
         report(
             f"handler {kind}",
-            f"504 after {took_s * 1000:.0f} ms, the last of 80 behind it {last_s * 1000:.0f} ms later",
-            f"p99 of the neighbour {alone_ms:.1f} ms alone, {beside_ms:.1f} ms beside it: x {beside_ms / alone_ms:.2f}",
+            f"504 after {took_s * 1000:.0f} ms",
+            f"the last of 80 queued queries {last_s * 1000:.0f} ms later",
+            f"the other agent's p99: {alone_ms:.1f} ms before, {beside_ms:.1f} ms during the hang",
         )
-        assert answers[0].status == 504
+        assert responses[0].status == 504
         assert 0.7 <= took_s < 1.7
-        assert all(answer.right for answer in behind), [answer.status for answer in behind]
-        assert not any(answer.properties["pid"] == pid for answer in behind), "by the successor"
-        assert sorted(answer.properties["count"] for answer in behind) == list(range(1, 81)), "each was run once"
+        statuses = [response.status for response in queued]
+        assert all(response.is_correct for response in queued), statuses
+        pids = {response.properties["pid"] for response in queued}
+        assert pid not in pids, "the new process answers the queued queries"
+        counts = sorted(response.properties["count"] for response in queued)
+        assert counts == list(range(1, 81)), "each queued query was handled once"
         calm.assert_nothing_lost()
-        assert calm.right == calm.asked
-        await until(lambda: not alive(pid), "the process has ended")
+        assert calm.answered == calm.asked
+        await until(lambda: not alive(pid), "the process has exited")
         rows = await running.rows()
         assert rows["bad_server"]["restarts"] == 1
-        assert "longer than 700 ms" in rows["bad_server"]["last_error"]
+        assert " 700 " in rows["bad_server"]["last_error"]
         assert (rows["calm_server"]["pid"], rows["calm_server"]["restarts"]) == (calm_pid, 0)
 
 
-async def test_query_of_a_node_that_hangs_is_null_to_it_at_the_time_out(
+async def test_hanging_query_of_a_node_ends_without_a_result_at_the_timeout(
     tmp_path: Path, node: Node, other_node: Node
 ) -> None:
     async with cluster(
         tmp_path,
-        agent("bad", [node.url, other_node.url], handler="handlers.py:asleep", handler_timeout_ms=500),
+        agent(
+            "bad",
+            [node.url, other_node.url],
+            handler="handlers.py:sleeping",
+            handler_timeout_ms=500,
+        ),
         handlers=HANGING,
     ) as running:
         await all_ready(running)
@@ -127,34 +148,41 @@ async def test_query_of_a_node_that_hangs_is_null_to_it_at_the_time_out(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask_node, "hang-node")
             await until((tmp_path / "hang-node").exists, "the handler hangs")
-            tasks.start_soon(ask_node, "behind")
-            # Not bound to a worker: the agent's next one may have what this one has not begun.
-            elsewhere = await ask_all(running, [f"http-{n}" for n in range(5)], "/agents/bad/query")
-        report("null to the node", f"after {[round(s * 1000) for s in took_s]} ms")
+            tasks.start_soon(ask_node, "queued")
+            # These queries are for the agent, so its other worker gets them.
+            queries = [f"http-{number}" for number in range(5)]
+            others = await ask_all(running, queries, "/agents/bad/query")
+        report("no result for the node", f"after {[round(s * 1000) for s in took_s]} ms")
         assert max(took_s) < 1.5
-        assert all(answer.right for answer in elsewhere)
-        assert {answer.properties["pid"] for answer in elsewhere} == {pids[1]}
+        assert all(response.is_correct for response in others)
+        assert {response.properties["pid"] for response in others} == {pids[1]}
         await running.wait_state("bad_server", "ready")
         assert await running.worker_pid("bad_server_2") == pids[1]
 
 
-async def test_async_handler_that_takes_too_long_is_cancelled_and_its_worker_stays(tmp_path: Path, node: Node) -> None:
+async def test_slow_async_handler_is_cancelled_and_its_worker_keeps_running(
+    tmp_path: Path, node: Node
+) -> None:
     async with cluster(
-        tmp_path, agent("a", [node.url], handler="handlers.py:waiting", handler_timeout_ms=300), handlers=HANGING
+        tmp_path,
+        agent("a", [node.url], handler="handlers.py:waiting", handler_timeout_ms=300),
+        handlers=HANGING,
     ) as running:
         await all_ready(running)
         pid = await running.worker_pid("a_server")
         assert (await running.results("one"))["properties"]["count"] == 1
-        answers = await ask_all(running, ["hang-a"], "/agent/query")
-        assert answers[0].status == 504
-        assert answers[0].came_s - answers[0].sent_s < 1.3
+        responses = await ask_all(running, ["hang-a"], "/agent/query")
+        assert responses[0].status == 504
+        assert responses[0].received_s - responses[0].sent_s < 1.3
         assert await node.query("hang-b") == []
-        assert (await running.results("two"))["properties"]["count"] == 2, "the memory is as it was"
+        assert (await running.results("two"))["properties"]["count"] == 2, "the memory is unchanged"
         row = await running.row("a_server")
         assert (row["pid"], row["restarts"]) == (pid, 0)
 
 
-async def test_async_handler_that_blocks_its_loop_is_ended_for_its_silence(tmp_path: Path, node: Node) -> None:
+async def test_worker_is_killed_when_its_async_handler_blocks_the_event_loop(
+    tmp_path: Path, node: Node
+) -> None:
     async with cluster(
         tmp_path,
         agent("bad", [node.url], handler="handlers.py:blocking", capabilities=["bad"]),
@@ -163,15 +191,17 @@ async def test_async_handler_that_blocks_its_loop_is_ended_for_its_silence(tmp_p
         supervision="liveness_timeout_ms = 1000",
     ) as running:
         await all_ready(running)
-        pid, calm_pid = await running.worker_pid("bad_server"), await running.worker_pid("calm_server")
+        pid = await running.worker_pid("bad_server")
+        calm_pid = await running.worker_pid("calm_server")
         async with http_load(running, "/agents/calm/query", clients=4) as calm:
-            answers = await ask_all(running, ["hang-1", "behind-1", "behind-2"], "/agents/bad/query")
+            queries = ["hang-1", "queued-1", "queued-2"]
+            responses = await ask_all(running, queries, "/agents/bad/query")
             await running.wait_state("bad_server", "ready")
         calm.assert_nothing_lost()
-        assert calm.right == calm.asked
-        assert all(answer.honest_refusal or answer.right for answer in answers)
-        assert any(answer.honest_refusal for answer in answers if answer.query == "hang-1")
-        assert max(answer.came_s - answer.sent_s for answer in answers) < 2.5
+        assert calm.answered == calm.asked
+        assert all(response.is_refusal or response.is_correct for response in responses)
+        assert any(response.is_refusal for response in responses if response.query == "hang-1")
+        assert max(response.received_s - response.sent_s for response in responses) < 2.5
         assert await running.worker_pid("bad_server") != pid
         assert await running.worker_pid("calm_server") == calm_pid
 
@@ -202,7 +232,7 @@ def handle(body, memory):
 
 
 @pytest.mark.parametrize("crash", ["segv", "exit", "abort", "fds"])
-async def test_handler_that_ends_its_process_costs_one_restart_and_nothing_else(
+async def test_handler_that_ends_its_process_causes_only_one_restart(
     crash: str, tmp_path: Path, node: Node, other_node: Node
 ) -> None:
     async with cluster(
@@ -214,55 +244,66 @@ async def test_handler_that_ends_its_process_costs_one_restart_and_nothing_else(
     ) as running:
         await all_ready(running)
         before = await running.rows()
-        async with http_load(running, "/agents/calm/query", "/workers/bad_server_2/query", clients=8) as load:
+        async with http_load(
+            running, "/agents/calm/query", "/workers/bad_server_2/query", clients=8
+        ) as load:
             began_s = time.monotonic()
-            answers = await ask_all(running, [crash], "/workers/bad_server/query")
-            await until(lambda: running.events("worker_restarting"), "it has died")
+            responses = await ask_all(running, [crash], "/workers/bad_server/query")
+            await until(lambda: running.events("worker_restarting"), "the worker has exited")
             await running.wait_state("bad_server", "ready")
             took_s = time.monotonic() - began_s
-        report(f"handler {crash}", f"ready again after {took_s * 1000:.0f} ms, {answers[0].status}", load)
-        assert answers[0].honest_refusal or (crash == "fds" and answers[0].right)
+        report(
+            f"handler {crash}",
+            f"ready again after {took_s * 1000:.0f} ms, {responses[0].status}",
+            load,
+        )
+        assert responses[0].is_refusal or (crash == "fds" and responses[0].is_correct)
         load.assert_nothing_lost()
-        assert load.right == load.asked
+        assert load.answered == load.asked
         after = await running.rows()
         assert after["bad_server"]["restarts"] == 1
         for name in ("bad_server_2", "calm_server"):
             assert (after[name]["pid"], after[name]["reconnects"]) == (before[name]["pid"], 0)
 
 
-async def test_handler_that_raises_system_exit_costs_one_query(tmp_path: Path, node: Node) -> None:
+async def test_handler_that_raises_system_exit_loses_one_query(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("bad", [node.url]), handlers=CRASHING) as running:
         await all_ready(running)
         pid = await running.worker_pid("bad_server")
         assert (await running.ask("SystemExit")).status_code == 500
         assert await node.query("SystemExit") == []
-        assert (await running.results("x"))["properties"]["count"] == 1, "the memory is as it was"
+        assert (await running.results("x"))["properties"]["count"] == 1, "the memory is unchanged"
         assert await running.worker_pid("bad_server") == pid
 
 
-async def test_handler_that_forks_is_answered_once_and_its_worker_goes_on(tmp_path: Path, node: Node) -> None:
+async def test_forking_handler_gives_one_response_and_its_worker_keeps_running(
+    tmp_path: Path, node: Node
+) -> None:
     async with cluster(tmp_path, agent("bad", [node.url]), handlers=CRASHING) as running:
         await all_ready(running)
         pid = await running.worker_pid("bad_server")
         async with http_load(running, clients=4) as load:
-            answers = await ask_all(running, ["fork"], "/agent/query")
+            responses = await ask_all(running, ["fork"], "/agent/query")
             child = int((tmp_path / "child").read_text())
-            assert alive(child), "it runs on for a while"
-            assert [item["properties"]["body"] for item in await node.query("meanwhile")] == ["meanwhile"]
-            await until(lambda: not alive(child), "the child has ended")
-        assert answers[0].right
+            assert alive(child), "the child still runs"
+            results = await node.query("during")
+            assert [item["properties"]["body"] for item in results] == ["during"]
+            await until(lambda: not alive(child), "the child has exited")
+        assert responses[0].is_correct
         load.assert_nothing_lost()
-        assert load.right == load.asked
+        assert load.answered == load.asked
         row = await running.row("bad_server")
         assert (row["pid"], row["restarts"], row["reconnects"]) == (pid, 0, 0)
 
 
-async def test_handler_that_eats_memory_is_recycled_without_a_query_lost(tmp_path: Path, node: Node) -> None:
+async def test_worker_over_its_memory_limit_is_replaced_without_losing_a_query(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = """
-hoard = []
+kept = []
 
 def handle(body, memory):
-    hoard.append(b"x" * (1 << 20))
+    kept.append(b"x" * (1 << 20))
     memory["count"] = memory.get("count", 0) + 1
     return {"type": "t", "properties": {"body": body, "count": memory["count"]}}, memory
 """
@@ -273,7 +314,8 @@ def handle(body, memory):
         handlers=handlers,
     ) as running:
         await all_ready(running)
-        pid, calm_pid = await running.worker_pid("bad_server"), await running.worker_pid("calm_server")
+        pid = await running.worker_pid("bad_server")
+        calm_pid = await running.worker_pid("calm_server")
         highest = 0
 
         def replaced() -> bool:
@@ -283,15 +325,15 @@ def handle(body, memory):
             return not alive(pid)
 
         async with http_load(running, "/agents/bad/query", clients=4, pause_s=0.02) as load:
-            await until(replaced, "the one that has eaten too much has left")
-            before = load.right
-            await until(lambda: load.right > before + 20, "its successor answers")
-        report("max_rss_mb = 150", f"left at {highest >> 20} MB", load)
+            await until(replaced, "the process over the limit has exited")
+            before = load.answered
+            await until(lambda: load.answered > before + 20, "the new process answers")
+        report("max_rss_mb = 150", f"replaced at {highest >> 20} MB", load)
         load.assert_nothing_lost()
-        assert load.right == load.asked, "no query was refused"
+        assert load.answered == load.asked, "no query was refused"
         last = (await running.results("last", agent="bad"))["properties"]["count"]
-        assert last == load.right + 1, "what was remembered went along"
+        assert last == load.answered + 1, "the memory was handed over"
         rows = await running.rows()
         assert rows["bad_server"]["restarts"] == 0
-        assert "max_rss_mb" in running.events("worker_replaced")[0]["why"]
+        assert "max_rss_mb" in running.events("worker_replaced")[0]["reason"]
         assert rows["calm_server"]["pid"] == calm_pid

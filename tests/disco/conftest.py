@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from disco import Node
-from shared.tokens import Secret
+from shared.config.tokens import Secret
 from tests.disco.harness import LIMIT_S, SECRET, node_with
 
 
@@ -20,14 +20,14 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture
 async def node(anyio_backend: object) -> AsyncIterator[Node]:
-    """A node that asks nobody for a token."""
+    """A node that requires no token."""
     async with node_with() as node:
         yield node
 
 
 @pytest.fixture
 async def guarded(anyio_backend: object) -> AsyncIterator[Node]:
-    """A node that asks for tokens."""
+    """A node that requires tokens."""
     async with node_with(secret=Secret(SECRET)) as node:
         yield node
 
@@ -35,5 +35,7 @@ async def guarded(anyio_backend: object) -> AsyncIterator[Node]:
 @pytest.fixture
 async def http(node: Node) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `node`."""
-    async with httpx.AsyncClient(base_url=node.http_url, timeout=LIMIT_S, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=node.http_url, timeout=LIMIT_S, trust_env=False
+    ) as client:
         yield client

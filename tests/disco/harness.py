@@ -1,4 +1,4 @@
-"""Nodes on free ports, and agents that speak the wire by hand."""
+"""Nodes on free ports, and agents that send frames by hand."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 
 from disco import Node, NodeSettings, serve
-from shared.tokens import mint
+from shared.config.tokens import mint
 
 SECRET = "a test secret that is long enough for HS256"
 LIMIT_S = 10.0
-"""How long any one test may take."""
+"""The time limit of a test."""
 
 
-class Line:
-    """A peer that goes nowhere, for tests without sockets."""
+class NullPeer:
+    """A peer that discards all frames, for tests without sockets."""
 
     def send(self, frame: bytes) -> None: ...
 
-    def drop(self, why: str) -> None: ...
+    def drop(self, reason: str) -> None: ...
 
 
 @asynccontextmanager
 async def node_with(**settings: Any) -> AsyncIterator[Node]:
-    """Serve a node, on a free port unless one is given, for no longer than a test may take."""
+    """Serve a node for the time limit of a test, on a free port by default."""
     with anyio.fail_after(LIMIT_S):
         async with serve(NodeSettings(**{"port": 0, **settings})) as node:
             yield node
@@ -40,41 +40,43 @@ def token_for(name: str, *, ttl_s: float = 60) -> str:
 
 
 class FakeAgent:
-    """A client of the wire that says only what a test tells it to."""
+    """A client that sends only the frames that a test asks for."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self.socket = socket
 
-    async def say(self, frame: Any) -> None:
+    async def send(self, frame: Any) -> None:
         await self.socket.send(msgspec.json.encode(frame).decode())
 
-    async def hear(self) -> Any:
+    async def receive(self) -> Any:
         return msgspec.json.decode(await self.socket.recv())
 
-    async def ask(self, frame: Any) -> Any:
-        await self.say(frame)
-        return await self.hear()
+    async def request(self, frame: Any) -> Any:
+        await self.send(frame)
+        return await self.receive()
 
     async def register(self, name: str) -> Any:
-        return await self.ask({"action": "register", "name": name})
+        return await self.request({"action": "register", "name": name})
 
     async def hello(self, *capabilities: str) -> Any:
-        return await self.ask({"action": "agent_hello", "capabilities": list(capabilities)})
+        return await self.request({"action": "agent_hello", "capabilities": list(capabilities)})
 
     async def answer(self, query: Any, data: Any) -> None:
-        await self.say({"action": "result", "id": query["id"], "data": data})
+        await self.send({"action": "result", "id": query["id"], "data": data})
 
-    async def closed(self) -> int | None:
-        """Wait for the node to close, and return its code."""
+    async def wait_closed(self) -> int | None:
+        """Wait for the node's close, and return its code."""
         await self.socket.wait_closed()
         return self.socket.close_code
 
 
 @asynccontextmanager
 async def connected(node: Node, token: str | None = None) -> AsyncIterator[FakeAgent]:
-    """Connect without a handshake, and without pings of the client's own."""
+    """Connect without a handshake and without pings."""
     url = f"{node.url}/ws" if token is None else f"{node.url}/ws?token={token}"
-    async with connect(url, ping_interval=None, compression=None, proxy=None, close_timeout=1) as socket:
+    async with connect(
+        url, ping_interval=None, compression=None, proxy=None, close_timeout=1
+    ) as socket:
         yield FakeAgent(socket)
 
 
@@ -88,7 +90,7 @@ async def agent(node: Node, name: str, *capabilities: str) -> AsyncIterator[Fake
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
-    """Wait for something that tells nobody when it comes about."""
+    """Poll a condition until it holds."""
     with anyio.fail_after(LIMIT_S):
         while not holds():  # noqa: ASYNC110
             await anyio.sleep(0.005)
@@ -109,11 +111,13 @@ def masked(opcode: int, payload: bytes) -> bytes:
 HANDSHAKE = masked(0x1, b'{"action":"register","name":"a"}') + masked(
     0x1, b'{"action":"agent_hello","capabilities":[]}'
 )
-"""Both frames of an agent called `a`."""
+"""Both handshake frames of an agent named `a`."""
 
 
 @asynccontextmanager
-async def raw_socket(node: Node) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def raw_socket(
+    node: Node,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """Connect without a WebSocket library, and cut the connection at the end."""
     reader, writer = await asyncio.open_connection(node.host, node.port)
     try:

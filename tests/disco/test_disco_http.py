@@ -1,4 +1,4 @@
-"""The HTTP routes: what is asked wrongly, and the registry as it is and as it changes."""
+"""The HTTP routes: invalid requests, and the registry with its events."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ pytestmark = pytest.mark.anyio
         b"[" * 60_000,
     ],
 )
-async def test_query_that_cannot_be_read_is_answered_400(http: httpx.AsyncClient, body: bytes) -> None:
+async def test_invalid_query_is_answered_400(http: httpx.AsyncClient, body: bytes) -> None:
     response = await http.post("/query", content=body)
     assert (response.status_code, response.json()) == (400, {"error": "invalid_request"})
 
 
-async def test_body_of_64_kib_passes_and_a_longer_one_is_answered_413(http: httpx.AsyncClient) -> None:
+async def test_body_over_64_kib_is_answered_413(
+    http: httpx.AsyncClient,
+) -> None:
     frame = b'{"query":"%b"}'
     longest = frame % (b"x" * (64 * 1024 - len(frame) + 2))
     assert (await http.post("/query", content=longest)).status_code == 200
@@ -49,7 +51,9 @@ async def test_body_of_64_kib_passes_and_a_longer_one_is_answered_413(http: http
     assert (response.status_code, response.json()) == (413, {"error": "body_too_large"})
 
 
-async def test_body_of_unknown_length_is_answered_413_once_it_is_too_long(http: httpx.AsyncClient) -> None:
+async def test_body_of_unknown_length_over_the_limit_is_answered_413(
+    http: httpx.AsyncClient,
+) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(100):
             yield b" " * 1024
@@ -57,17 +61,20 @@ async def test_body_of_unknown_length_is_answered_413_once_it_is_too_long(http: 
     assert (await http.post("/query", content=chunks())).status_code == 413
 
 
-async def test_body_declared_too_long_is_refused_unread(node: Node) -> None:
+async def test_body_declared_over_the_limit_is_refused_unread(node: Node) -> None:
     reader, writer = await asyncio.open_connection(node.host, node.port)
     writer.write(b"POST /query HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
     assert b" 413 " in await reader.readline()
     writer.close()
 
 
-async def test_length_with_thousands_of_leading_zeros_is_a_length(node: Node) -> None:
+async def test_content_length_with_thousands_of_leading_zeros_is_accepted(node: Node) -> None:
     reader, writer = await asyncio.open_connection(node.host, node.port)
     body = b'{"value": "x"}'
-    writer.write(b"POST /query HTTP/1.1\r\nHost: x\r\nContent-Length: %s%d\r\n\r\n%s" % (b"0" * 5000, len(body), body))
+    writer.write(
+        b"POST /query HTTP/1.1\r\nHost: x\r\nContent-Length: %s%d\r\n\r\n%s"
+        % (b"0" * 5000, len(body), body)
+    )
     assert b" 200 " in await reader.readline()
     writer.close()
 
@@ -83,7 +90,7 @@ async def test_length_with_thousands_of_leading_zeros_is_a_length(node: Node) ->
         ("GET", "/ws", 426, "upgrade_required"),
     ],
 )
-async def test_wrong_requests_are_told_so_in_json(
+async def test_request_errors_are_answered_in_json(
     http: httpx.AsyncClient, method: str, path: str, status: int, error: str
 ) -> None:
     response = await http.request(method, path)
@@ -91,7 +98,7 @@ async def test_wrong_requests_are_told_so_in_json(
     assert response.headers["content-type"] == "application/json"
 
 
-async def test_queries_past_the_rate_are_answered_429(anyio_backend: object) -> None:
+async def test_queries_over_the_rate_limit_are_answered_429(anyio_backend: object) -> None:
     async with (
         node_with(queries_per_s=0.001) as node,
         httpx.AsyncClient(base_url=node.http_url, trust_env=False) as http,
@@ -101,12 +108,14 @@ async def test_queries_past_the_rate_are_answered_429(anyio_backend: object) -> 
         assert (response.status_code, response.json()) == (429, {"error": "rate_limited"})
 
 
-async def test_answer_is_passed_on_as_the_agent_wrote_it(node: Node, http: httpx.AsyncClient) -> None:
+async def test_answer_is_passed_on_verbatim(node: Node, http: httpx.AsyncClient) -> None:
     async with agent(node, "a") as fake:
         asked = asyncio.create_task(http.post("/query", json={"query": "q"}))
-        query = await fake.hear()
+        query = await fake.receive()
         data = '[{"n": 1.10, "big": 1e999}]'
-        await fake.socket.send(f'{{"action":"result","id":"{query["id"]}","data":{data}}}'.replace("/", "\\/"))
+        await fake.socket.send(
+            f'{{"action":"result","id":"{query["id"]}","data":{data}}}'.replace("/", "\\/")
+        )
         assert (await asked).content == f'{{"embryo_list":{data}}}'.encode()
 
 
@@ -133,7 +142,9 @@ async def next_names(lines: AsyncIterator[str]) -> list[str]:
     return [one["name"] for one in listed["agents"]]
 
 
-async def test_registry_events_tell_the_state_and_each_change(node: Node, http: httpx.AsyncClient) -> None:
+async def test_registry_events_report_the_state_and_each_change(
+    node: Node, http: httpx.AsyncClient
+) -> None:
     async with events(http) as lines:
         assert await next_names(lines) == []
         async with agent(node, "a"):
@@ -144,7 +155,7 @@ async def test_registry_events_tell_the_state_and_each_change(node: Node, http: 
         assert await next_names(lines) == []
 
 
-async def test_quiet_event_stream_is_kept_open_by_comments(anyio_backend: object) -> None:
+async def test_idle_event_stream_is_kept_open_by_comments(anyio_backend: object) -> None:
     async with (
         node_with(sse_ping_interval_ms=10) as node,
         httpx.AsyncClient(base_url=node.http_url, trust_env=False) as http,
@@ -154,7 +165,7 @@ async def test_quiet_event_stream_is_kept_open_by_comments(anyio_backend: object
         assert [await anext(lines) for _ in range(4)] == [": ping", "", ": ping", ""]
 
 
-async def test_reader_that_leaves_ends_its_event_stream(node: Node) -> None:
+async def test_event_stream_ends_when_its_reader_disconnects(node: Node) -> None:
     before = asyncio.all_tasks()
     async with httpx.AsyncClient(base_url=node.http_url, trust_env=False, timeout=LIMIT_S) as http:
         async with events(http) as lines:
@@ -163,17 +174,22 @@ async def test_reader_that_leaves_ends_its_event_stream(node: Node) -> None:
     await eventually(lambda: asyncio.all_tasks() == before)
 
 
-async def test_event_stream_of_a_node_without_agents_ends_in_order_when_it_stops(anyio_backend: object) -> None:
-    async with AsyncExitStack() as node_s, httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as http:
-        node = await node_s.enter_async_context(serve(NodeSettings(port=0)))
+async def test_event_stream_ends_cleanly_when_the_node_stops(
+    anyio_backend: object,
+) -> None:
+    async with (
+        AsyncExitStack() as stack,
+        httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as http,
+    ):
+        node = await stack.enter_async_context(serve(NodeSettings(port=0)))
         async with http.stream("GET", f"{node.http_url}/registry/events") as response:
             lines = response.aiter_lines()
             assert await next_names(lines) == []
-            await node_s.aclose()
+            await stack.aclose()
             assert [line async for line in lines] == []
 
 
-async def test_head_of_the_event_stream_ends(http: httpx.AsyncClient) -> None:
+async def test_head_request_for_the_event_stream_ends(http: httpx.AsyncClient) -> None:
     assert (await http.head("/registry/events")).status_code == 200
     # The connection is free for the next request.
     assert (await http.get("/registry")).status_code == 200

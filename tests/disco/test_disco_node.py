@@ -1,4 +1,4 @@
-"""A node's life inside another program, and alone."""
+"""A node inside another program, and as a program itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from disco import Node, NodeSettings, serve
+from shared.config.tokens import Secret
 from shared.errors import ConfigError, StartError
-from shared.tokens import Secret
 from tests.disco.harness import SECRET, agent, eventually, node_with, raw_agent, raw_socket
 from tests.disco.test_disco_http import events, next_names
 
@@ -25,75 +25,111 @@ PROMPTLY_S = 0.9
 ROOT = Path(__file__).parents[2]
 
 
-async def refused(**settings: object) -> str:
-    with pytest.raises((ConfigError, StartError)) as caught:
+async def error_of(kind: type[Exception], **settings: object) -> str:
+    """Return the message of the error with which a node refuses to start."""
+    with pytest.raises(kind) as caught:
         async with serve(NodeSettings(**settings)):  # type: ignore[arg-type]
             pass
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-async def test_port_in_use_says_what_to_do(anyio_backend: object) -> None:
+async def test_port_in_use_is_refused_and_named_in_the_error(anyio_backend: object) -> None:
     async with node_with() as node:
-        said = await refused(port=node.port)
-    assert f"127.0.0.1:{node.port}" in said
-    assert "choose another port" in said
+        message = await error_of(StartError, port=node.port)
+    assert f"127.0.0.1:{node.port}" in message
 
 
-async def test_stopped_node_gives_its_port_back_though_agents_were_connected(held_port: int) -> None:
-    async with node_with(port=held_port) as node, agent(node, "a"):
+@pytest.mark.message_text
+async def test_error_for_a_port_in_use_suggests_another_port(anyio_backend: object) -> None:
+    async with node_with() as node:
+        assert "choose another port" in await error_of(StartError, port=node.port)
+
+
+async def test_stopped_node_releases_its_port_although_agents_were_connected(
+    reserved_port: int,
+) -> None:
+    async with node_with(port=reserved_port) as node, agent(node, "a"):
         pass
-    async with serve(NodeSettings(port=held_port)) as again:
-        assert again.port == held_port
+    async with serve(NodeSettings(port=reserved_port)) as again:
+        assert again.port == reserved_port
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-async def test_address_open_to_others_needs_a_secret(anyio_backend: object, host: str) -> None:
-    assert "no secret is set" in await refused(host=host, port=0)
+async def test_address_open_to_other_machines_requires_a_secret(
+    anyio_backend: object, host: str
+) -> None:
+    await error_of(ConfigError, host=host, port=0)
 
 
-async def test_address_open_to_others_is_reached_by_loopback(anyio_backend: object) -> None:
+@pytest.mark.message_text
+async def test_error_for_an_open_address_says_that_no_secret_is_set(anyio_backend: object) -> None:
+    assert "no secret is set" in await error_of(ConfigError, host="0.0.0.0", port=0)
+
+
+async def test_url_of_a_wildcard_address_uses_loopback(anyio_backend: object) -> None:
     async with node_with(host="0.0.0.0", secret=Secret(SECRET)) as node:
         assert node.url == f"ws://127.0.0.1:{node.port}"
 
 
-async def test_secret_that_is_too_short_is_refused(anyio_backend: object) -> None:
-    assert "at least 32 are needed" in await refused(port=0, secret=Secret("short"))
+async def test_short_secret_is_refused(anyio_backend: object) -> None:
+    await error_of(ConfigError, port=0, secret=Secret("short"))
 
 
-async def test_host_that_does_not_exist_is_refused(anyio_backend: object) -> None:
-    assert "no address for host" in await refused(host="no such host", port=0)
-    assert "no such address" in await refused(host="192.0.2.1", port=0, secret=Secret(SECRET))
+@pytest.mark.message_text
+async def test_error_for_a_short_secret_has_the_minimum_length(anyio_backend: object) -> None:
+    assert "at least 32 are needed" in await error_of(ConfigError, port=0, secret=Secret("short"))
 
 
-async def test_stop_closes_agents_with_1001_and_ends_event_streams_and_queries_promptly(anyio_backend: object) -> None:
+UNKNOWN_HOSTS = [
+    ("no such host", "no address for host"),
+    ("192.0.2.1", "no such address"),  # of another machine
+]
+
+
+@pytest.mark.parametrize("host", [host for host, _ in UNKNOWN_HOSTS])
+async def test_unknown_host_is_refused(anyio_backend: object, host: str) -> None:
+    await error_of(StartError, host=host, port=0, secret=Secret(SECRET))
+
+
+@pytest.mark.message_text
+@pytest.mark.parametrize(("host", "text"), UNKNOWN_HOSTS)
+async def test_error_for_an_unknown_host_has_the_reason(
+    anyio_backend: object, host: str, text: str
+) -> None:
+    assert text in await error_of(StartError, host=host, port=0, secret=Secret(SECRET))
+
+
+async def test_stop_promptly_ends_agents_event_streams_and_queries(
+    anyio_backend: object,
+) -> None:
     before = asyncio.all_tasks()
     async with anyio.create_task_group() as tasks:
         async with node_with(query_timeout_ms=60_000) as node:
             closed = [anyio.Event() for _ in range(3)]
             for number, event in enumerate(closed):
-                tasks.start_soon(be_told_1001, node, f"agent {number}", event)
+                tasks.start_soon(wait_for_close_1001, node, f"agent {number}", event)
                 await node.wait_for(f"agent {number}")
-            streaming, asked = anyio.Event(), anyio.Event()
-            tasks.start_soon(read_events_to_the_end, node.http_url, streaming)
-            tasks.start_soon(ask_to_the_end, node.http_url, asked)
+            streaming, answered = anyio.Event(), anyio.Event()
+            tasks.start_soon(read_all_events, node.http_url, streaming)
+            tasks.start_soon(query_until_answered, node.http_url, answered)
             await streaming.wait()
             await eventually(lambda: node.in_flight == 1)
             started = time.monotonic()
         assert time.monotonic() - started < PROMPTLY_S
         assert len(node.registry) == 0
-        for event in (*closed, asked):
+        for event in (*closed, answered):
             await event.wait()
     await eventually(lambda: asyncio.all_tasks() == before)
 
 
-async def be_told_1001(node: Node, name: str, told: anyio.Event) -> None:
+async def wait_for_close_1001(node: Node, name: str, closed: anyio.Event) -> None:
     async with agent(node, name) as fake:
-        assert await fake.closed() == 1001
-        told.set()
+        assert await fake.wait_closed() == 1001
+        closed.set()
 
 
-async def read_events_to_the_end(url: str, streaming: anyio.Event) -> None:
+async def read_all_events(url: str, streaming: anyio.Event) -> None:
     async with httpx.AsyncClient(base_url=url, trust_env=False) as http, events(http) as lines:
         await next_names(lines)
         streaming.set()
@@ -101,14 +137,14 @@ async def read_events_to_the_end(url: str, streaming: anyio.Event) -> None:
             pass
 
 
-async def ask_to_the_end(url: str, answered: anyio.Event) -> None:
+async def query_until_answered(url: str, answered: anyio.Event) -> None:
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=None) as http:
         response = await http.post("/query", json={"query": "q"})
     assert response.json() == {"embryo_list": []}
     answered.set()
 
 
-async def test_stop_does_not_wait_for_clients_that_do_not_part(
+async def test_stop_does_not_wait_for_clients_that_stay_connected(
     anyio_backend: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = asyncio.all_tasks()
@@ -130,7 +166,7 @@ async def test_stop_does_not_wait_for_clients_that_do_not_part(
     assert caplog.records == []
 
 
-async def test_node_stops_when_what_surrounds_it_is_cancelled(anyio_backend: object) -> None:
+async def test_node_stops_when_the_surrounding_scope_is_cancelled(anyio_backend: object) -> None:
     before = asyncio.all_tasks()
     with anyio.CancelScope() as scope:
         async with node_with() as node, agent(node, "a"):
@@ -142,19 +178,21 @@ async def test_node_stops_when_what_surrounds_it_is_cancelled(anyio_backend: obj
         await asyncio.open_connection(node.host, node.port)
 
 
-async def test_node_leaves_the_signals_of_its_program_alone(anyio_backend: object) -> None:
+async def test_node_does_not_change_the_signal_handlers_of_its_program(
+    anyio_backend: object,
+) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     async with node_with():
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-async def test_wait_for_an_agent_that_does_not_come_times_out(anyio_backend: object) -> None:
+async def test_wait_for_an_absent_agent_times_out(anyio_backend: object) -> None:
     async with node_with() as node:
         with pytest.raises(TimeoutError):
             await node.wait_for("a", timeout_s=0.01)
 
 
-ALONE = """
+STANDALONE = """
 import anyio
 from disco import NodeSettings
 from disco.main import run
@@ -168,15 +206,24 @@ print("done")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_node_alone_serves_until_it_is_told_to_stop(anyio_backend: object, number: signal.Signals) -> None:
+async def test_standalone_node_serves_until_it_is_signalled(
+    anyio_backend: object, number: signal.Signals
+) -> None:
     with anyio.fail_after(20):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", ALONE, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            sys.executable,
+            "-c",
+            STANDALONE,
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
         )
         assert process.stdout is not None
         url = (await process.stdout.readline()).decode().strip()
         async with httpx.AsyncClient(trust_env=False) as http:
-            assert (await http.get(f"http{url.removeprefix('ws')}/registry")).json() == {"agents": []}
+            assert (await http.get(f"http{url.removeprefix('ws')}/registry")).json() == {
+                "agents": []
+            }
         process.send_signal(number)
         output, errors = await process.communicate()
     assert (process.returncode, output, errors) == (0, b"done\n", b"")

@@ -1,4 +1,4 @@
-"""Queries through real sockets: who is asked, what is answered, what is waited for."""
+"""Queries through real sockets: the agents asked, their answers and the timeouts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 
 async def answer_each(fake: FakeAgent, data: Any) -> None:
     while True:
-        query = await fake.hear()
+        query = await fake.receive()
         await fake.answer(query, data(query) if callable(data) else data)
 
 
@@ -30,11 +30,11 @@ async def post(http: httpx.AsyncClient, **body: Any) -> Any:
     return response.json()["embryo_list"]
 
 
-async def test_query_and_value_reach_the_agent_untouched(node: Node, http: httpx.AsyncClient) -> None:
-    heard: list[Any] = []
+async def test_query_text_reaches_the_agent_unchanged(node: Node, http: httpx.AsyncClient) -> None:
+    received: list[Any] = []
 
     def found(query: Any) -> list[Any]:
-        heard.append(query)
+        received.append(query)
         return [{"type": "url"}]
 
     async with agent(node, "a") as fake, anyio.create_task_group() as tasks:
@@ -43,14 +43,26 @@ async def test_query_and_value_reach_the_agent_untouched(node: Node, http: httpx
         assert await post(http, value="by value") == [{"type": "url"}]
         assert await node.query("in process") == [{"type": "url"}]
         tasks.cancel_scope.cancel()
-    assert [query["body"] for query in heard] == ['  {"json": "é\\n"} ', "by value", "in process"]
-    assert {query["action"] for query in heard} == {"query"}
-    assert all(base64.b64decode(query["id"], validate=True) for query in heard)
-    assert len({query["id"] for query in heard}) == 3
+    assert [query["body"] for query in received] == [
+        '  {"json": "é\\n"} ',
+        "by value",
+        "in process",
+    ]
+    assert {query["action"] for query in received} == {"query"}
+    assert all(base64.b64decode(query["id"], validate=True) for query in received)
+    assert len({query["id"] for query in received}) == 3
 
 
-async def test_answers_of_all_agents_are_flattened_and_grouped(node: Node, http: httpx.AsyncClient) -> None:
-    answers: list[Any] = [[{"type": "a"}, {"type": "b", "n": 1}], {"type": "b", "n": 2}, None, "text", 7]
+async def test_answers_of_all_agents_are_flattened_and_grouped(
+    node: Node, http: httpx.AsyncClient
+) -> None:
+    answers: list[Any] = [
+        [{"type": "a"}, {"type": "b", "n": 1}],
+        {"type": "b", "n": 2},
+        None,
+        "text",
+        7,
+    ]
     async with anyio.create_task_group() as tasks:
         async with AsyncExitStack() as stack:
             for number, data in enumerate(answers):
@@ -62,15 +74,19 @@ async def test_answers_of_all_agents_are_flattened_and_grouped(node: Node, http:
     assert {item.get("n") for item in found[:2]} == {1, 2}
 
 
-async def test_only_agents_with_a_capability_are_asked_and_all_when_none_has_it(
+async def test_agents_with_the_capability_are_asked_or_else_all(
     node: Node, http: httpx.AsyncClient
 ) -> None:
-    async with anyio.create_task_group() as tasks, agent(node, "a", "x", "y") as a, agent(node, "b", "z") as b:
+    async with (
+        anyio.create_task_group() as tasks,
+        agent(node, "a", "x", "y") as a,
+        agent(node, "b", "z") as b,
+    ):
         tasks.start_soon(answer_each, a, [{"by": "a"}])
         tasks.start_soon(answer_each, b, [{"by": "b"}])
         assert await post(http, query="q", capabilities=["y"]) == [{"by": "a"}]
         assert await node.query("q", ["z"]) == [{"by": "b"}]
-        for capabilities in (["unheard of"], [], None):
+        for capabilities in (["unknown"], [], None):
             found = await post(http, query="q", capabilities=capabilities)
             assert sorted(item["by"] for item in found) == ["a", "b"]
         tasks.cancel_scope.cancel()
@@ -80,44 +96,51 @@ async def test_query_without_agents_is_answered_at_once(http: httpx.AsyncClient)
     assert await post(http, query="q") == []
 
 
-async def test_query_returns_at_its_time_out_with_what_it_has_and_late_results_are_dropped(
+async def test_timed_out_query_returns_early_results_and_drops_late_ones(
     anyio_backend: object,
 ) -> None:
-    async with node_with(query_timeout_ms=500) as node, agent(node, "quick") as quick, agent(node, "slow") as slow:
+    async with (
+        node_with(query_timeout_ms=500) as node,
+        agent(node, "quick") as quick,
+        agent(node, "slow") as slow,
+    ):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(answer_each, quick, [{"by": "quick"}])
             started = time.monotonic()
             assert await node.query("first") == [{"by": "quick"}]
-            # uvloop counts in milliseconds, so a timer may be that much early.
+            # uvloop's timers count in milliseconds, so one may fire slightly early.
             assert time.monotonic() - started >= 0.49
-            late = await slow.hear()
+            late = await slow.receive()
             assert late["body"] == "first"
             await slow.answer(late, [{"by": "late"}])
             tasks.start_soon(answer_each, slow, [{"by": "slow"}])
-            assert sorted(item["by"] for item in await node.query("second", timeout_ms=5000)) == ["quick", "slow"]
+            assert sorted(item["by"] for item in await node.query("second", timeout_ms=5000)) == [
+                "quick",
+                "slow",
+            ]
             tasks.cancel_scope.cancel()
         assert node.in_flight == 0
 
 
-async def test_agent_that_leaves_in_mid_query_does_not_hold_it(anyio_backend: object) -> None:
+async def test_query_does_not_wait_for_an_agent_that_disconnects(anyio_backend: object) -> None:
     async with node_with(query_timeout_ms=60_000) as node, agent(node, "stays") as stays:
-        for parts in ("closes", "is dropped"):
+        for how in ("closes", "is dropped"):
             async with anyio.create_task_group() as tasks, agent(node, "leaves") as leaves:
-                tasks.start_soon(leave_when_asked, node, leaves, parts)
+                tasks.start_soon(disconnect_when_asked, node, leaves, how)
                 tasks.start_soon(answer_each, stays, [{"by": "stays"}])
                 assert await node.query("q") == [{"by": "stays"}]
                 tasks.cancel_scope.cancel()
 
 
-async def leave_when_asked(node: Node, fake: FakeAgent, how: str) -> None:
-    await fake.hear()
+async def disconnect_when_asked(node: Node, fake: FakeAgent, how: str) -> None:
+    await fake.receive()
     if how == "closes":
         await fake.socket.close()
     else:
         node.drop("leaves")
 
 
-async def test_result_sent_just_before_the_close_still_counts(anyio_backend: object) -> None:
+async def test_result_sent_just_before_the_close_is_used(anyio_backend: object) -> None:
     async with node_with(query_timeout_ms=60_000) as node, agent(node, "a") as fake:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(answer_and_close, fake)
@@ -125,24 +148,24 @@ async def test_result_sent_just_before_the_close_still_counts(anyio_backend: obj
 
 
 async def answer_and_close(fake: FakeAgent) -> None:
-    await fake.answer(await fake.hear(), [{"by": "a"}])
+    await fake.answer(await fake.receive(), [{"by": "a"}])
     await fake.socket.close(1001)
 
 
-async def test_only_the_first_answer_of_an_asked_agent_counts(anyio_backend: object) -> None:
+async def test_only_the_first_answer_of_an_asked_agent_is_used(anyio_backend: object) -> None:
     async with node_with(query_timeout_ms=60_000) as node:
         async with agent(node, "a", "x") as a, agent(node, "b", "x") as b, agent(node, "c") as c:
             async with anyio.create_task_group() as tasks:
                 found: list[Any] = []
                 tasks.start_soon(collect, node, found)
-                query = await a.hear()
+                query = await a.receive()
                 await a.answer(query, [{"by": "a"}])
                 await a.answer(query, [{"by": "a again"}])
                 await c.answer(query, [{"by": "c, which was not asked"}])
                 for fake in (a, c):
-                    # Its answer says that everything before it has been read.
-                    await fake.ask({"action": "unknown"})
-                await b.answer(await b.hear(), [{"by": "b"}])
+                    # The answer shows that the node has read everything before it.
+                    await fake.request({"action": "unknown"})
+                await b.answer(await b.receive(), [{"by": "b"}])
     assert found == [{"by": "a"}, {"by": "b"}]
 
 
@@ -150,7 +173,9 @@ async def collect(node: Node, found: list[Any]) -> None:
     found += await node.query("q", ["x"])
 
 
-async def test_burst_of_a_thousand_queries_is_answered_each_with_its_own(node: Node, http: httpx.AsyncClient) -> None:
+async def test_each_of_a_thousand_concurrent_queries_gets_its_own_answer(
+    node: Node, http: httpx.AsyncClient
+) -> None:
     def echo(query: Any) -> list[Any]:
         return [{"body": query["body"]}]
 
@@ -165,12 +190,14 @@ async def test_burst_of_a_thousand_queries_is_answered_each_with_its_own(node: N
 
 async def answer_out_of_order(fake: FakeAgent, data: Any) -> None:
     while True:
-        queries = [await fake.hear() for _ in range(10)]
+        queries = [await fake.receive() for _ in range(10)]
         for query in reversed(queries):
             await fake.answer(query, data(query))
 
 
-async def test_frames_of_one_loop_turn_are_written_together(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_frames_of_one_loop_iteration_are_written_together(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with agent(node, "a") as fake, anyio.create_task_group() as tasks:
         socket: Any = node.registry.peer("a")
         writes: list[bytes] = []
@@ -179,7 +206,7 @@ async def test_frames_of_one_loop_turn_are_written_together(node: Node, monkeypa
         for number in range(100):
             tasks.start_soon(node.query, f"query {number}")
         for _ in range(100):
-            await fake.answer(await fake.hear(), None)
+            await fake.answer(await fake.receive(), None)
         assert len(writes) == 1
 
 
@@ -196,10 +223,10 @@ class CountingTransport:
         return getattr(self._transport, name)
 
 
-async def test_cancelled_query_leaves_nothing_behind(node: Node) -> None:
+async def test_cancelled_query_is_not_kept_in_flight(node: Node) -> None:
     async with agent(node, "a") as fake:
         with anyio.move_on_after(0.02):
             await node.query("q")
         assert node.in_flight == 0
-        await fake.answer(await fake.hear(), [{"late": True}])
-        assert await fake.ask({"action": "unknown"}) == {"error": "unknown_action"}
+        await fake.answer(await fake.receive(), [{"late": True}])
+        assert await fake.request({"action": "unknown"}) == {"error": "unknown_action"}

@@ -1,17 +1,19 @@
+"""The registry of agents, without sockets."""
+
 from __future__ import annotations
 
 import msgspec
 
-from disco.registry import Registry
-from tests.disco.harness import Line
+from disco._registry import Registry
+from tests.disco.harness import NullPeer
 
 
-def registry_of(**capabilities: tuple[str, ...]) -> tuple[Registry, dict[str, Line]]:
-    registry, lines = Registry(clock=lambda: 1000.9), {}
+def registry_of(**capabilities: tuple[str, ...]) -> tuple[Registry, dict[str, NullPeer]]:
+    registry, peers = Registry(clock=lambda: 1000.9), {}
     for name, offered in capabilities.items():
-        lines[name] = Line()
-        assert registry.claim(lines[name], name, offered)
-    return registry, lines
+        peers[name] = NullPeer()
+        assert registry.claim(peers[name], name, offered)
+    return registry, peers
 
 
 def test_listing_shows_names_capabilities_and_whole_seconds() -> None:
@@ -21,48 +23,50 @@ def test_listing_shows_names_capabilities_and_whole_seconds() -> None:
     }
 
 
-def test_name_belongs_to_the_first_until_released() -> None:
-    registry, lines = registry_of(a=())
-    rival = Line()
+def test_name_belongs_to_its_first_peer_until_released() -> None:
+    registry, peers = registry_of(a=())
+    rival = NullPeer()
     assert registry.claim(rival, "a", ()) is None
-    assert registry.release(lines["a"]) is not None
+    assert registry.release(peers["a"]) is not None
     assert registry.claim(rival, "a", ()) is not None
 
 
-def test_release_of_a_peer_that_lost_the_race_leaves_the_holder() -> None:
+def test_release_by_a_refused_peer_keeps_the_registration() -> None:
     registry, _ = registry_of(a=())
-    rival = Line()
+    rival = NullPeer()
     registry.claim(rival, "a", ())
     assert registry.release(rival) is None
     assert "a" in registry
 
 
-def test_claiming_again_changes_the_capabilities_and_keeps_the_time() -> None:
+def test_second_claim_changes_capabilities_and_keeps_the_connection_time() -> None:
     times = iter([1.0, 2.0])
-    registry, line = Registry(clock=lambda: next(times)), Line()
-    registry.claim(line, "a", ("x",))
-    registry.claim(line, "a", ("y",))
-    assert [(agent.capabilities, agent.connected_at) for agent in registry.agents()] == [(("y",), 1)]
+    registry, peer = Registry(clock=lambda: next(times)), NullPeer()
+    registry.claim(peer, "a", ("x",))
+    registry.claim(peer, "a", ("y",))
+    assert [(agent.capabilities, agent.connected_at) for agent in registry.agents()] == [
+        (("y",), 1)
+    ]
 
 
 def test_agents_with_one_of_the_capabilities_are_asked() -> None:
-    registry, lines = registry_of(a=("x",), b=("y", "z"), c=())
-    assert registry.asked(["z", "x"]) == [lines["a"], lines["b"]]
+    registry, peers = registry_of(a=("x",), b=("y", "z"), c=())
+    assert registry.recipients(["z", "x"]) == [peers["a"], peers["b"]]
 
 
-def test_everybody_is_asked_when_no_capability_matches_or_none_is_given() -> None:
-    registry, lines = registry_of(a=("x",), b=())
-    assert registry.asked(["unheard of"]) == list(lines.values())
-    assert registry.asked([]) == list(lines.values())
+def test_all_agents_are_asked_when_no_capability_matches() -> None:
+    registry, peers = registry_of(a=("x",), b=())
+    assert registry.recipients(["unknown"]) == list(peers.values())
+    assert registry.recipients([]) == list(peers.values())
 
 
-def test_subscribers_hear_of_arrivals_changes_and_departures_until_they_unsubscribe() -> None:
-    registry, line, heard = Registry(), Line(), []
-    unsubscribe = registry.subscribe(lambda: heard.append(registry.listing()))
-    registry.claim(line, "a", ())
-    registry.claim(line, "a", ("x",))
-    registry.release(line)
-    assert len(set(heard)) == 3
+def test_subscriber_is_notified_of_changes_until_it_unsubscribes() -> None:
+    registry, peer, listings = Registry(), NullPeer(), []
+    unsubscribe = registry.subscribe(lambda: listings.append(registry.listing()))
+    registry.claim(peer, "a", ())
+    registry.claim(peer, "a", ("x",))
+    registry.release(peer)
+    assert len(set(listings)) == 3
     unsubscribe()
-    registry.claim(line, "a", ())
-    assert len(heard) == 3
+    registry.claim(peer, "a", ())
+    assert len(listings) == 3

@@ -1,4 +1,4 @@
-"""Everything that the pages tell a reader to do, done: what they show is what is printed."""
+"""Every step in the pages works, and every command prints what its page shows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,23 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.config import load
-from shared.schema import AgentSection, ConnectionSection, RunnerSection, SupervisionSection, check_keys, read_section
-from tests.docs.markdown import PAGES, ROOT, Block, blocks
+from shared.config.load import load
+from shared.config.schema import (
+    AgentSection,
+    ConnectionSection,
+    RunnerSection,
+    SupervisionSection,
+    check_keys,
+    read_section,
+)
+from tests.docs.markdown import PAGES, ROOT, Block, blocks, own_text
 from tests.docs.reader import BIN, reading
 
-SECTIONS = {"runner": RunnerSection, "connection": ConnectionSection, "supervision": SupervisionSection}
+SECTIONS = {
+    "runner": RunnerSection,
+    "connection": ConnectionSection,
+    "supervision": SupervisionSection,
+}
 LANGUAGES = {
     "console",
     "toml",
@@ -35,78 +46,99 @@ LANGUAGES = {
     "checkout",
     "{toctree}",
 }
-RUN = [page for page in PAGES if any(block.language == "console" or block.file for block in blocks(page))]
+
+
+def has_steps(page: Path) -> bool:
+    return any(block.language == "console" or block.file for block in blocks(page))
 
 
 def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", RUN, ids=name)
-def test_page_does_what_it_says(page: Path, home: Path) -> None:
-    assert (BIN / "em-runner").exists(), "em-runner is installed beside this Python"
+@pytest.mark.message_text
+@pytest.mark.parametrize("page", [*filter(has_steps, PAGES)], ids=name)
+def test_steps_of_a_page_work_as_shown(page: Path, home: Path) -> None:
+    assert (BIN / "em-runner").exists(), "em-runner is not installed beside this Python"
     with reading(home) as reader:
         for block in blocks(page):
             reader.take(block)
             if block.file is not None and block.language == "toml":
-                assert load(reader.written(block.file), environ={}).agents, block.where
-    left = [command for block in blocks(page) if block.not_run for command in block.commands_if_console]
-    assert len(reader.ran) + len(left) == len(re.findall(r"^\$ ", page.read_text(), re.MULTILINE)), "all are run"
+                config = load(reader.written(block.file), environ={})
+                assert config.agents, block.where
+    not_run = [command for block in blocks(page) if block.not_run for command in block.commands]
+    in_page = re.findall(r"^\$ ", own_text(page), re.MULTILINE)
+    assert len(reader.ran) + len(not_run) == len(in_page), "a command was skipped"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_block_is_something_that_can_be_checked(page: Path, tmp_path: Path) -> None:
+def test_every_block_is_valid_in_its_language(page: Path, tmp_path: Path) -> None:
     for block in blocks(page):
         assert block.language in LANGUAGES, block.where
         check(block, tmp_path)
 
 
 def check(block: Block, folder: Path) -> None:
-    """Have whoever a block is for read it, where no reader runs it."""
-    if block.language == "console":
-        assert block.commands, block.where
-    elif block.language == "toml" and block.file is None:
-        check_fragment(block, folder)
-    elif block.language == "python":
-        compile(block.text, block.where, "exec")
-        assert block.file is not None, f"{block.where}: its first line names its file"
-    elif block.language == "json":
-        json.loads(block.text)
-    elif block.language == "yaml":
-        assert yaml.safe_load(block.text), block.where
-        if "scrape_configs" in block.text and shutil.which("promtool"):
-            prometheus = folder / "prometheus.yml"
-            prometheus.write_text(block.text)
-            subprocess.run(
-                ["promtool", "check", "config", "--syntax-only", prometheus], check=True, capture_output=True
-            )
-    elif block.language == "ini":
-        configparser.ConfigParser(interpolation=None).read_string(block.text)
-        if "[em_disco]" in block.text:
-            conf = folder / "emergence.conf"
-            conf.write_text(block.text)
-            file = folder / "em-runner.toml"
-            file.write_text(AGENT.replace("nodes", "# nodes"))
-            (folder / "agents.py").touch()
-            assert load(file, environ={}, emergence_conf=conf).agents[0].nodes, block.where
+    """Parse a block with the program that would read it."""
+    match block.language:
+        case "console":
+            assert block.commands, block.where
+        case "toml" if block.file is None:
+            check_fragment(block, folder)
+        case "python":
+            compile(block.text, block.where, "exec")
+            assert block.file is not None, f"{block.where}: the first line does not name the file"
+        case "json":
+            json.loads(block.text)
+        case "yaml":
+            assert yaml.safe_load(block.text), block.where
+            if "scrape_configs" in block.text:
+                check_prometheus_config(block.text, folder)
+        case "ini":
+            configparser.ConfigParser(interpolation=None).read_string(block.text)
+            if "[em_disco]" in block.text:
+                check_emergence_conf(block, folder)
+
+
+def check_prometheus_config(text: str, folder: Path) -> None:
+    if shutil.which("promtool") is None:
+        return
+    file = folder / "prometheus.yml"
+    file.write_text(text)
+    command = ["promtool", "check", "config", "--syntax-only", file]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def check_emergence_conf(block: Block, folder: Path) -> None:
+    """Load a configuration whose agent gets its nodes from the block."""
+    conf = folder / "emergence.conf"
+    conf.write_text(block.text)
+    file = folder / "em-runner.toml"
+    file.write_text(AGENT.replace("nodes", "# nodes"))
+    (folder / "agents.py").touch()
+    config = load(file, environ={}, emergence_conf=conf)
+    assert config.agents[0].nodes, block.where
 
 
 AGENT = '[[agent]]\nname = "shout"\nhandler = "agents.py:handle"\nnodes = ["localhost:8080"]\n'
 
 
 def check_fragment(block: Block, folder: Path) -> None:
-    """Load a piece of a configuration, with the rest that a reader has: an agent, and the files that it names."""
-    whole = block.text if "[[agent]]" in block.text else block.text + AGENT
+    """Load a part of a configuration, and check its keys.
+
+    An agent and the files that the part mentions are added.
+    """
+    text = block.text if "[[agent]]" in block.text else block.text + AGENT
     for system in ("/etc/em-runner", "/var/lib/em-runner"):
-        whole = whole.replace(system, str(folder))
-    for named in re.findall(r'^\w+_file = "(.+)"', whole, re.MULTILINE):
-        secret = folder / named
+        text = text.replace(system, str(folder))
+    for path in re.findall(r'^\w+_file = "(.+)"', text, re.MULTILINE):
+        secret = folder / path
         secret.write_text("a-secret-of-more-than-thirty-two-bytes")
         secret.chmod(0o600)
-    for handler in re.findall(r'^handler = "(\w+\.py):', whole, re.MULTILINE):
+    for handler in re.findall(r'^handler = "(\w+\.py):', text, re.MULTILINE):
         (folder / handler).touch()
     file = folder / "em-runner.toml"
-    file.write_text(whole)
+    file.write_text(text)
     file.chmod(0o600)
     assert load(file, environ={}, emergence_conf=folder / "none").agents, block.where
     table: dict[str, Any] = tomllib.loads(block.text)
@@ -116,12 +148,22 @@ def check_fragment(block: Block, folder: Path) -> None:
         if section in table:
             read_section(table[section], struct, f"{block.where} {section}")
     for agent in table.get("agent", ()):
-        read_section({"name": "x", "handler": "x:y"} | agent, AgentSection, f"{block.where} agent")
+        read_section(
+            {"name": "x", "handler": "x:y"} | agent,
+            AgentSection,
+            f"{block.where} agent",
+            also_known=ConnectionSection.__struct_fields__,
+        )
 
 
+OPT = "/opt/em-runner"
+ETC = "/etc/em-runner"
 SOURCES = "/usr/local/src/em-runner"
+COPY_THE_UNIT = f"cp {SOURCES}/deploy/em-runner.service /etc/systemd/system/"
+AS_THE_SERVICE = "runuser -u em-runner --"
+INSTALL_AS_THE_SERVICE = "install -m 600 -o em-runner -g em-runner"
+SECRETS = "em-runner.toml http.token disco.secret"
 
-# What no test can do, and why: each stands here and in its page.
 NOT_RUN: dict[str, list[str]] = {
     "it asks a package index": ["pip install pytest", "pip install pytest"],
     "it needs a reverse proxy": ["nginx"],
@@ -131,45 +173,49 @@ NOT_RUN: dict[str, list[str]] = {
         "systemd-analyze verify /etc/systemd/system/em-runner.service",
     ],
     "it needs root": [
-        "git clone URL /usr/local/src/em-runner",
-        "python3 -m venv /opt/em-runner-0.1.0/.venv",
-        f"/opt/em-runner-0.1.0/.venv/bin/pip install -c {SOURCES}/constraints.txt {SOURCES}",
-        "ln -sfn em-runner-0.1.0 /opt/em-runner",
+        f"git clone URL {SOURCES}",
+        f"python3 -m venv {OPT}-0.1.0/.venv",
+        f"{OPT}-0.1.0/.venv/bin/pip install -c {SOURCES}/constraints.txt {SOURCES}",
+        f"ln -sfn em-runner-0.1.0 {OPT}",
         "useradd --system --home-dir /var/lib/em-runner --shell /usr/sbin/nologin em-runner",
-        "install -d /etc/em-runner",
-        "install -m 600 -o em-runner -g em-runner em-runner.toml http.token disco.secret /etc/em-runner/",
-        "runuser -u em-runner -- /opt/em-runner/.venv/bin/em-runner check -c /etc/em-runner/em-runner.toml",
-        "cp /usr/local/src/em-runner/deploy/em-runner.service /etc/systemd/system/",
+        f"install -d {ETC}",
+        f"{INSTALL_AS_THE_SERVICE} {SECRETS} {ETC}/",
+        f"{AS_THE_SERVICE} {OPT}/.venv/bin/em-runner check -c {ETC}/em-runner.toml",
+        COPY_THE_UNIT,
         "systemctl daemon-reload",
         "systemctl enable --now em-runner",
-        "git -C /usr/local/src/em-runner pull",
-        "python3 -m venv /opt/em-runner-0.2.0/.venv",
-        f"/opt/em-runner-0.2.0/.venv/bin/pip install -c {SOURCES}/constraints.txt {SOURCES}",
-        "runuser -u em-runner -- /opt/em-runner-0.2.0/.venv/bin/em-runner check -c /etc/em-runner/em-runner.toml",
-        "cp /usr/local/src/em-runner/deploy/em-runner.service /etc/systemd/system/",
+        f"git -C {SOURCES} pull",
+        f"python3 -m venv {OPT}-0.2.0/.venv",
+        f"{OPT}-0.2.0/.venv/bin/pip install -c {SOURCES}/constraints.txt {SOURCES}",
+        f"{AS_THE_SERVICE} {OPT}-0.2.0/.venv/bin/em-runner check -c {ETC}/em-runner.toml",
+        COPY_THE_UNIT,
         "systemctl daemon-reload",
-        "ln -sfn em-runner-0.2.0 /opt/em-runner",
+        f"ln -sfn em-runner-0.2.0 {OPT}",
         "systemctl restart em-runner",
-        "/opt/em-runner/.venv/bin/em-runner status --state-dir /var/lib/em-runner",
-        '/opt/em-runner/.venv/bin/em-runner query "hello" --url http://127.0.0.1:9600',
+        f"{OPT}/.venv/bin/em-runner status --state-dir /var/lib/em-runner",
+        f'{OPT}/.venv/bin/em-runner query "hello" --url http://127.0.0.1:9600',
     ],
     "it needs the network": ["git clone URL em-runner"],
-    "they check, load and measure em-runner for minutes": [
+    "these commands take minutes": [
         "scripts/docs.sh                      # builds the documentation",
         "scripts/test.sh                      # what CI runs: ruff, mypy, pytest",
-        "scripts/test.sh tests/examples -x    # pytest alone, with these arguments",
-        "scripts/soak.sh 15                   # a quarter of an hour of load, kills and cuts",
-        "scripts/bench.sh --quick             # what it takes, beside others; without --quick, half an hour",
+        "scripts/test.sh tests/examples -x    # only pytest, with these arguments",
+        "scripts/soak.sh 15                   # 15 minutes of load, kills and cut connections",
+        "scripts/bench.sh --quick             # performance, compared with alternatives; "
+        "without --quick, half an hour",
     ],
 }
+"""The commands that no test can run, by the reason that their page gives."""
 
 
-def test_what_is_not_run_is_known() -> None:
+def test_commands_that_are_not_run_are_known() -> None:
     found: dict[str, list[str]] = {}
     for page in PAGES:
         for block in blocks(page):
             if block.not_run is not None:
-                assert len(block.not_run) > 8, f"{block.where}: say why"
-                said = [command.text for command in block.commands_if_console] or [block.language]
-                found.setdefault(block.not_run, []).extend(said)
-    assert {why: sorted(each) for why, each in found.items()} == {why: sorted(each) for why, each in NOT_RUN.items()}
+                assert len(block.not_run) > 8, f"{block.where}: the reason is missing"
+                commands = [command.text for command in block.commands] or [block.language]
+                found.setdefault(block.not_run, []).extend(commands)
+    assert sorted(found) == sorted(NOT_RUN)
+    for reason, commands in found.items():
+        assert sorted(commands) == sorted(NOT_RUN[reason]), reason

@@ -7,510 +7,863 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.async_playwright import Axe
-from playwright.async_api import Browser, Page, Route, expect
+from playwright.async_api import Browser, Locator, Page, Route, expect
 
 from disco import Node, NodeSettings, serve
-from runner.dashboard.routes import MAX_STREAMS
+from runner.web.dashboard.routes import MAX_STREAMS
 from tests import browser
 from tests.cluster import Cluster, agent, cluster
 
 pytestmark = pytest.mark.anyio
 
-HANDLERS = """
+TIMEOUT_MS = 20_000
+UNREACHABLE = "127.0.0.1:9"
+MARKUP = "<img src=x onerror='document.title=1'>"
+HANDLERS = f"""
 def handle(body, memory):
     count = memory.get("count", 0) + 1
     if body == "fail":
-        raise ValueError("<img src=x onerror='document.title=1'>\\n second line")
+        raise ValueError("{MARKUP}\\n second line")
     value = 2 ** 53 + 1 if body == "large" else body
-    return {"type": "count", "properties": {"count": count, "body": value}}, {"count": count}
+    return {{"type": "count", "properties": {{"count": count, "body": value}}}}, {{"count": count}}
 """
 
 
-@pytest.fixture
-async def chromium(anyio_backend: object) -> AsyncIterator[Browser]:
-    if browser.program() is None:
-        pytest.skip("no Chromium here: install your distribution's package to run this")
+@pytest.fixture(scope="module")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """One event loop for the module, so that its tests can share a browser."""
+    return ("asyncio", {"use_uvloop": True})
+
+
+@pytest.fixture(scope="module")
+async def shared_browser(anyio_backend: object) -> AsyncIterator[Browser]:
+    if browser.find_browser() is None:
+        pytest.skip("Chromium is not installed; install your distribution's package")
+    expect.set_options(timeout=TIMEOUT_MS)
     async with browser.chromium() as running:
         yield running
 
 
-class Seen:
-    """A page, and what it did that it should not."""
+@pytest.fixture
+async def chromium(shared_browser: Browser) -> AsyncIterator[Browser]:
+    """A browser without open pages. They are closed after the test."""
+    yield shared_browser
+    for context in shared_browser.contexts:
+        await context.close()
+
+
+class Dashboard:
+    """A page in the browser, with the parts that tests look at.
+
+    Attributes:
+        console: the messages and errors of the page's script.
+        requests: the addresses that the page has requested.
+    """
 
     def __init__(self, page: Page) -> None:
         self.page = page
-        self.complaints: list[str] = []
-        self.asked: list[str] = []
-        page.on("console", lambda line: self.complaints.append(line.text))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self.asked.append(request.url))
+        self.console: list[str] = []
+        self.requests: list[str] = []
+        page.on("console", lambda message: self.console.append(message.text))
+        page.on("pageerror", lambda error: self.console.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+        self.summary = page.locator("#summary")
+        self.link = page.locator("#link")
+        self.announced = page.locator("#announcements")
+        self.query = page.get_by_label("Query", exact=True)
+        self.target = page.get_by_label("To", exact=True)
+        self.button = page.get_by_role("button", name="Send")
+        self.verdict = page.locator("#verdict")
+        self.result = page.locator("#result")
+        self.not_ready = page.locator("#not-ready")
 
-    def cell(self, worker: str, field: str) -> Any:
+    def cell(self, worker: str, field: str) -> Locator:
         return self.page.locator(f"[data-worker={worker}] [data-cell={field}]")
 
+    async def expect_link(self, state: str) -> None:
+        """Wait until the page shows this state of its connection to the runner."""
+        await expect(self.link).to_have_attribute("data-link", state)
 
-async def look(chromium: Browser, running: Cluster, **options: Any) -> Seen:
+    async def send(self, query: str) -> None:
+        await self.query.fill(query)
+        await self.page.keyboard.press("Enter")
+
+    async def expect_answer_of(self, worker: str) -> None:
+        await expect(self.verdict).to_contain_text(f"{worker} ")
+        await expect(self.result).to_be_visible()
+
+
+async def open_dashboard(chromium: Browser, running: Cluster, **options: Any) -> Dashboard:
+    """Open the page in a new browser context with these options, and wait until it is live."""
     context = await chromium.new_context(**options)
-    context.set_default_timeout(20_000)
-    expect.set_options(timeout=20_000)
-    seen = Seen(await context.new_page())
-    await seen.page.goto(str(running.http.base_url))
+    context.set_default_timeout(TIMEOUT_MS)
+    dashboard = Dashboard(await context.new_page())
+    await dashboard.page.goto(str(running.http.base_url))
     if options.get("java_script_enabled", True):
-        await expect(seen.page.locator("#link")).to_have_text("live")
-    return seen
+        await dashboard.expect_link("live")
+    return dashboard
 
 
-async def test_states_change_on_the_page(tmp_path: Path, chromium: Browser, held_port: int) -> None:
-    async with serve(NodeSettings(port=0)) as other:
-        async with AsyncExitStack() as first_life:
-            node = await first_life.enter_async_context(serve(NodeSettings(port=held_port)))
-            agents = [agent("a", [node.url]), agent("b", [other.url])]
-            async with cluster(tmp_path, *agents, handlers=HANDLERS, supervision="max_restarts = 1") as running:
-                await running.wait_ready()
-                seen = await look(chromium, running)
-                page = seen.page
-                await expect(page.locator("#summary")).to_have_text("2 of 2 workers ready")
-                await expect(page).to_have_title("2 of 2 workers ready - em-runner")
-
-                # A worker is killed, and is back; and killed once too often.
-                first = await running.worker_pid("b_server")
-                os.kill(first, signal.SIGKILL)
-                await expect(seen.cell("b_server", "restarts")).to_have_text("1")
-                await running.wait_state("b_server", "ready")
-                await expect(seen.cell("b_server", "state")).to_have_text("ready")
-                os.kill(await running.worker_pid("b_server"), signal.SIGKILL)
-                await expect(seen.cell("b_server", "state")).to_have_text("failed")
-                await expect(seen.cell("b_server", "detail")).to_contain_text("SIGKILL")
-                await expect(seen.cell("b_server", "detail")).to_contain_text("; it is tried again within a minute")
-                await expect(page.locator("#summary")).to_have_text("1 of 2 workers ready")
-                await expect(page.locator("#news")).to_contain_text("b_server: failed")
-                full = seen.cell("b_server", "last_error")
-                await expect(full).not_to_be_visible()
-                await seen.cell("b_server", "brief").click()
-                await expect(full).to_be_visible()
-                await expect(full).to_contain_text("process, 20")
-                await expect(full).to_contain_text("killed by SIGKILL")
-                assert (await running.ask("x", worker="b_server")).status_code == 503
-                await expect(seen.cell("b_server", "unanswered")).to_have_text("1")
-
-                # A node goes away, and comes back. What the handler had done is still said.
-                await running.ask("fail", agent="a")
-                await first_life.aclose()
-                await expect(seen.cell("a_server", "state")).to_have_text("backoff")
-                await expect(seen.cell("a_server", "brief")).to_contain_text("connection, ")
-                await expect(seen.cell("a_server", "brief")).to_contain_text("s ago: ValueError: <img")
-                await expect(page.locator("#summary")).to_have_text("0 of 2 workers ready")
-                async with serve(NodeSettings(port=held_port)):
-                    await expect(seen.cell("a_server", "state")).to_have_text("ready")
-                    await expect(page.locator("#summary")).to_have_text("1 of 2 workers ready")
-                assert seen.complaints == []
+@asynccontextmanager
+async def one_agent(
+    folder: Path, chromium: Browser, node: Node
+) -> AsyncIterator[tuple[Cluster, Dashboard]]:
+    """Run the agent `a` at a node, and open the page once it is ready."""
+    async with cluster(folder, agent("a", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        yield running, await open_dashboard(chromium, running)
 
 
-async def test_query_is_typed_and_answered(tmp_path: Path, chromium: Browser, node: Node, other_node: Node) -> None:
-    async with cluster(tmp_path, agent("a", [node.url, other_node.url]), handlers=HANDLERS) as running:
+def counted(ready: int, workers: int) -> re.Pattern[str]:
+    """Return a pattern for `2 of 2 workers ready`, in any words."""
+    return re.compile(rf"^{ready} \w+ {workers} \w+")
+
+
+def reload_config(running: Cluster, text: str) -> None:
+    """Replace the runner's configuration, and have it reloaded."""
+    (running.state_dir.parent / "em-runner.toml").write_text(text)
+    os.kill(running.process.pid, signal.SIGHUP)
+
+
+async def kill(running: Cluster, worker: str) -> None:
+    os.kill(await running.worker_pid(worker), signal.SIGKILL)
+
+
+async def test_killed_worker_is_shown_as_restarted_then_as_failed(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    agents = [agent("a", [node.url]), agent("b", [node.url])]
+    async with cluster(
+        tmp_path, *agents, handlers=HANDLERS, supervision="max_restarts = 1"
+    ) as running:
+        await running.wait_ready()
+        seen = await open_dashboard(chromium, running)
+        await expect(seen.summary).to_have_text(counted(2, 2))
+
+        await kill(running, "b_server")
+        await expect(seen.cell("b_server", "restarts")).to_have_text("1")
+        await running.wait_state("b_server", "ready")
+        await expect(seen.cell("b_server", "state")).to_have_text("ready")
+
+        await kill(running, "b_server")
+        await expect(seen.cell("b_server", "state")).to_have_text("failed")
+        await expect(seen.cell("b_server", "detail")).to_contain_text("SIGKILL")
+        await expect(seen.summary).to_have_text(counted(1, 2))
+        await expect(seen.announced).to_contain_text("b_server: failed")
+        assert seen.console == []
+
+
+async def test_last_error_is_shown_in_full_after_a_click(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        await kill(running, "a_server")
+        in_full = seen.cell("a_server", "last_error")
+        await expect(in_full).to_contain_text("SIGKILL")
+        await expect(in_full).not_to_be_visible()
+        await seen.cell("a_server", "brief").click()
+        await expect(in_full).to_be_visible()
+        await expect(in_full).to_contain_text(re.compile(r"process, 20\d\d-\d\d-\d\d "))
+        assert seen.console == []
+
+
+async def test_query_to_a_failed_worker_counts_as_unanswered(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=HANDLERS, supervision="max_restarts = 0"
+    ) as running:
+        await running.wait_ready()
+        seen = await open_dashboard(chromium, running)
+        await kill(running, "a_server")
+        await expect(seen.cell("a_server", "state")).to_have_text("failed")
+        assert (await running.ask("x", worker="a_server")).status_code == 503
+        await expect(seen.cell("a_server", "unanswered")).to_have_text("1")
+
+
+async def test_worker_is_shown_in_backoff_until_its_node_is_back(
+    tmp_path: Path, chromium: Browser, reserved_port: int
+) -> None:
+    async with AsyncExitStack() as first_life:
+        node = await first_life.enter_async_context(serve(NodeSettings(port=reserved_port)))
+        async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+            await running.wait_ready()
+            seen = await open_dashboard(chromium, running)
+            await running.ask("fail", agent="a")
+            await first_life.aclose()
+            await expect(seen.cell("a_server", "state")).to_have_text("backoff")
+            await expect(seen.summary).to_have_text(counted(0, 1))
+            # The error of the connection does not replace the error of the handler.
+            brief = seen.cell("a_server", "brief")
+            await expect(brief).to_contain_text("connection, ")
+            await expect(brief).to_contain_text("ValueError: <img")
+            async with serve(NodeSettings(port=reserved_port)):
+                await expect(seen.cell("a_server", "state")).to_have_text("ready")
+                await expect(seen.summary).to_have_text(counted(1, 1))
+            assert seen.console == []
+
+
+@pytest.mark.message_text
+async def test_texts_about_a_failed_worker(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    agents = [agent("a", [node.url]), agent("b", [node.url])]
+    async with cluster(
+        tmp_path, *agents, handlers=HANDLERS, supervision="max_restarts = 0"
+    ) as running:
+        await running.wait_ready()
+        seen = await open_dashboard(chromium, running)
+        await expect(seen.summary).to_have_text("2 of 2 workers ready")
+        await expect(seen.page).to_have_title("2 of 2 workers ready - em-runner")
+        await running.ask("fail", agent="a")
+        await expect(seen.cell("a_server", "brief")).to_contain_text("s ago: ValueError: <img")
+        await kill(running, "b_server")
+        detail = seen.cell("b_server", "detail")
+        await expect(detail).to_contain_text("; it is tried again within a minute")
+        await expect(seen.cell("b_server", "last_error")).to_contain_text("killed by SIGKILL")
+        await expect(seen.summary).to_have_text("1 of 2 workers ready")
+
+
+async def test_form_can_be_used_by_keyboard_alone(
+    tmp_path: Path, chromium: Browser, node: Node, other_node: Node
+) -> None:
+    agents = agent("a", [node.url, other_node.url])
+    async with cluster(tmp_path, agents, handlers=HANDLERS) as running:
         await running.wait_ready()
         await running.wait_state("a_server_2", "ready")
-        seen = await look(chromium, running)
-        verdict, result = seen.page.locator("#verdict"), seen.page.locator("#result")
+        seen = await open_dashboard(chromium, running)
+        keyboard = seen.page.keyboard
 
-        # By keyboard alone.
-        await seen.page.get_by_label("Query", exact=True).focus()
-        await seen.page.keyboard.type("red <fish>")
-        await seen.page.keyboard.press("Enter")
-        await expect(verdict).to_contain_text("a_server answered in ")
-        await expect(verdict).to_contain_text(" ms")
-        shown = json.loads(await result.inner_text())
-        assert shown == {"type": "count", "properties": {"count": 1, "body": "red <fish>"}}
-        await expect(seen.page.get_by_label("Query", exact=True)).to_be_focused()
+        await seen.query.focus()
+        await keyboard.type("red <fish>")
+        await keyboard.press("Enter")
+        await seen.expect_answer_of("a_server")
+        result = json.loads(await seen.result.inner_text())
+        assert result == {"type": "count", "properties": {"count": 1, "body": "red <fish>"}}
+        await expect(seen.query).to_be_focused()
 
-        await seen.page.get_by_label("Whom").select_option("a_server_2")
-        await seen.page.get_by_label("Whom").focus()
-        await seen.page.keyboard.press("Tab")
-        await seen.page.keyboard.press("Enter")
-        await expect(verdict).to_contain_text("a_server_2 answered in ")
-        await expect(seen.page.get_by_role("button", name="Ask")).to_be_focused()
+        await seen.target.select_option("a_server_2")
+        await seen.target.focus()
+        await keyboard.press("Tab")
+        await keyboard.press("Enter")
+        await seen.expect_answer_of("a_server_2")
+        await expect(seen.button).to_be_focused()
+        assert seen.console == []
 
-        # Several lines are one query.
-        await seen.page.get_by_label("Query", exact=True).fill("one")
+
+async def test_query_can_have_several_lines(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        await seen.query.fill("one")
         await seen.page.keyboard.press("Shift+Enter")
         await seen.page.keyboard.type("two")
         await seen.page.keyboard.press("Enter")
-        await expect(result).to_contain_text('"body": "one\\ntwo"')
+        await expect(seen.result).to_contain_text('"body": "one\\ntwo"')
 
-        await seen.page.get_by_label("Query", exact=True).fill("large")
-        await seen.page.keyboard.press("Enter")
-        await expect(result).to_contain_text(str(2**53 + 1))
 
-        await seen.page.get_by_label("Query", exact=True).fill("fail")
-        await seen.page.keyboard.press("Enter")
-        await expect(verdict).to_contain_text("500, a_server_2 after ")
-        await expect(verdict).to_contain_text("handler_failed")
-        await expect(result).to_be_hidden()
+async def test_integer_beyond_javascripts_is_shown_exactly(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        await seen.send("large")
+        await expect(seen.result).to_contain_text(str(2**53 + 1))
 
-        await expect(seen.cell("a_server_2", "errors")).to_have_text("1")
-        await expect(seen.cell("a_server_2", "queries")).to_have_text("4")
-        await expect(seen.cell("a_server_2", "p99")).to_contain_text("s")
-        await expect(seen.cell("a_server_2", "rate")).not_to_have_text("0")
-        # What a handler says is text, here and when the page is served anew.
+
+async def test_failed_query_is_shown_and_counted(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        await seen.send("x")
+        await seen.expect_answer_of("a_server")
+        await seen.send("fail")
+        await expect(seen.verdict).to_contain_text("500, a_server ")
+        await expect(seen.verdict).to_contain_text("handler_failed")
+        await expect(seen.result).to_be_hidden()
+
+        await expect(seen.cell("a_server", "errors")).to_have_text("1")
+        await expect(seen.cell("a_server", "queries")).to_have_text("2")
+        await expect(seen.cell("a_server", "p99")).to_contain_text("s")
+        await expect(seen.cell("a_server", "rate")).not_to_have_text("0")
+        assert [message for message in seen.console if "500" not in message] == []
+
+
+async def test_error_of_a_handler_is_shown_as_text_not_as_markup(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        await running.ask("fail", agent="a")
+        # First the script shows the error. After the reload it is in the served page.
         for _ in range(2):
-            await seen.cell("a_server_2", "brief").click()
-            await expect(seen.cell("a_server_2", "last_error")).to_contain_text(
-                "<img src=x onerror='document.title=1'>"
-            )
+            await seen.cell("a_server", "brief").click()
+            await expect(seen.cell("a_server", "last_error")).to_contain_text(MARKUP)
             assert await seen.page.locator("img").count() == 0
             await seen.page.reload()
-        base = str(running.http.base_url).rstrip("/")
-        assert [url for url in seen.asked if not url.startswith(base + "/")] == [], "nothing comes from elsewhere"
-        assert [line for line in seen.complaints if "500" not in line] == []
+        assert seen.console == []
 
 
-async def test_each_death_is_news_and_numbers_of_months_fit(tmp_path: Path, chromium: Browser, node: Node) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
-        await running.wait_ready()
-        seen = await look(chromium, running, viewport={"width": 1300, "height": 700})
-        watch = """() => { window.said = []; new MutationObserver(() => said.push(news.textContent)).observe(
-            news, { childList: true, characterData: true, subtree: true }); }"""
-        await seen.page.evaluate(watch)
+async def test_page_loads_everything_from_the_runner(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        await seen.send("x")
+        await seen.expect_answer_of("a_server")
+        base = str(running.http.base_url).rstrip("/") + "/"
+        assert len(seen.requests) > 3
+        assert [url for url in seen.requests if not url.startswith(base)] == []
+
+
+@pytest.mark.message_text
+async def test_verdict_on_a_query_gives_the_worker_and_the_duration(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        await seen.send("x")
+        await expect(seen.verdict).to_have_text(re.compile(r"^a_server answered in [\d.]+ ms\.$"))
+        await seen.send("fail")
+        await expect(seen.verdict).to_have_text(re.compile(r"^500, a_server after [\d.]+ ms: "))
+
+
+# Records every text that the page announces to a screen reader, in `announced`.
+RECORD_ANNOUNCEMENTS = """() => {
+    window.announced = [];
+    const region = document.querySelector("#announcements");
+    const record = () => announced.push(region.textContent);
+    const changes = { childList: true, characterData: true, subtree: true };
+    new MutationObserver(record).observe(region, changes);
+}"""
+
+
+async def test_each_restart_is_announced(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        await seen.page.evaluate(RECORD_ANNOUNCEMENTS)
+        count = "announced.filter((text) => text.includes('a_server')).length"
         for number in range(2):
-            os.kill(await running.worker_pid("a_server"), signal.SIGKILL)
+            await kill(running, "a_server")
             await expect(seen.cell("a_server", "restarts")).to_have_text(str(number + 1))
             await running.wait_state("a_server", "ready")
-            said = "said.filter((words) => words.includes('a_server')).length"
-            await seen.page.wait_for_function(f"() => {said} > {number}")
+            await seen.page.wait_for_function(f"() => {count} > {number}")
 
-        large = """() => { for (const [name, text] of Object.entries({
-            queries: "1.23 G", errors: "999,999", unanswered: "12.3 M", restarts: "999,999", rate: "99,999",
-            p50: "9.9 ms", p99: "999 ms", uptime: "365d 23h" })) document.querySelector(`[data-cell=${name}]`)
-            .textContent = text; return [...document.querySelectorAll("td")].filter(
-            (cell) => cell.scrollWidth > cell.clientWidth + 1).map((cell) => cell.textContent); }"""
+
+# Fills the cells of a worker with large numbers, and returns the texts that do not fit.
+FILL_CELLS = """() => {
+    const numbers = {
+        queries: "1.23 G", errors: "999,999", unanswered: "12.3 M", restarts: "999,999",
+        rate: "99,999", p50: "9.9 ms", p99: "999 ms", uptime: "365d 23h",
+    };
+    for (const [field, text] of Object.entries(numbers))
+        document.querySelector(`[data-cell=${field}]`).textContent = text;
+    const overflows = (cell) => cell.scrollWidth > cell.clientWidth + 1;
+    const cells = [...document.querySelectorAll("td")];
+    return cells.filter(overflows).map((cell) => cell.textContent);
+}"""
+
+
+async def test_large_numbers_fit_their_cells(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
         for width in (1160, 1300, 1440, 1100, 800, 360):
             await seen.page.set_viewport_size({"width": width, "height": 700})
-            assert await seen.page.evaluate(large) == [], f"nothing runs into another at {width}"
+            assert await seen.page.evaluate(FILL_CELLS) == [], f"{width} pixels wide"
 
 
-async def test_runner_that_is_gone_is_shown_as_gone(
-    tmp_path: Path, chromium: Browser, node: Node, held_port: int
+async def test_suspended_runner_is_shown_as_gone_until_it_continues(
+    tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    http = f"127.0.0.1:{held_port}"
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS, http=http) as running:
-        await running.wait_ready()
-        seen = await look(chromium, running)
-        link = seen.page.locator("#link")
-
-        # It hangs: nothing is closed, nothing comes.
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        # A suspended runner closes no connection, and sends nothing.
         running.process.send_signal(signal.SIGSTOP)
         try:
-            await expect(link).to_contain_text(re.compile(r"The runner is gone: .* since \S*20\d\d, \d+:"))
+            await seen.expect_link("gone")
             await expect(seen.page).to_have_title("gone - em-runner")
-            await expect(seen.page.locator("body")).to_have_class("gone")
-            await expect(seen.page.locator("#summary")).to_have_text("unknown how it stands")
+            await expect(seen.page.locator("body")).to_have_class("stale")
+            await expect(seen.summary).not_to_have_text(counted(1, 1))
             await seen.page.set_viewport_size({"width": 600, "height": 200})
             await seen.page.evaluate("scrollTo(0, document.body.scrollHeight)")
-            await expect(link).to_be_in_viewport()
+            await expect(seen.link).to_be_in_viewport()
         finally:
             running.process.send_signal(signal.SIGCONT)
-        await expect(link).to_have_text("live")
-        await expect(seen.page).to_have_title("1 of 1 worker ready - em-runner")
+        await seen.expect_link("live")
+        await expect(seen.page).to_have_title(counted(1, 1))
 
-        assert await running.stop() == 0, "an open page keeps no runner from its end"
-        await expect(link).to_contain_text("The runner is gone")
+
+async def test_open_page_does_not_delay_the_runners_exit(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        assert await running.stop() == 0
+        await seen.expect_link("gone")
         await expect(seen.cell("a_server", "state")).to_be_visible()
+
+
+async def test_page_follows_the_next_runner_at_its_address(
+    tmp_path: Path, chromium: Browser, node: Node, reserved_port: int
+) -> None:
+    http = f"127.0.0.1:{reserved_port}"
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS, http=http) as running:
+        await running.wait_ready()
+        seen = await open_dashboard(chromium, running)
+        await running.stop()
+        await seen.expect_link("gone")
     async with cluster(tmp_path, agent("b", [node.url]), handlers=HANDLERS, http=http) as running:
         await running.wait_ready()
-        await expect(link).to_have_text("live")
+        await seen.expect_link("live")
         await expect(seen.cell("b_server", "state")).to_have_text("ready")
-        assert await seen.cell("a_server", "state").count() == 0, "it is another runner"
+        assert await seen.cell("a_server", "state").count() == 0
 
 
-async def test_page_of_another_version_is_loaded_with_what_was_typed(
-    tmp_path: Path, chromium: Browser, node: Node, other_node: Node
+@pytest.mark.message_text
+async def test_page_says_since_when_the_runner_is_gone(
+    tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    async with cluster(tmp_path, agent("a", [node.url, other_node.url]), handlers=HANDLERS) as running:
-        await running.wait_state("a_server_2", "ready")
-        await running.ask("fail", worker="a_server_2")
-        seen = await look(chromium, running)
-        page, link = seen.page, seen.page.locator("#link")
-        query = page.get_by_label("Query", exact=True)
-        await query.fill("half a\nquestion")
-        await seen.cell("a_server_2", "brief").click()
-        await page.get_by_label("Whom").select_option("worker/a_server_2")
-        await query.focus()
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        await running.stop()
+        since = re.compile(r"The runner is unreachable since \S*20\d\d, \d+:")
+        await expect(seen.link).to_contain_text(since)
+        await expect(seen.summary).to_have_text("current state unknown")
+
+
+WRONG_ANSWERS = {
+    "a proxy's error": {"status": 502},
+    "another page": {"status": 200, "body": "<p>Log in"},
+    "a third version": {"status": 200, "body": "<body data-version=yet-another>"},
+}
+
+
+async def answer_with(page: Page, answer: dict[str, Any]) -> None:
+    """Answer requests for the page with `answer`, as a proxy in front of the runner may."""
+
+    async def fulfill(route: Route) -> None:
+        # A navigation would replace the page by this answer.
+        assert route.request.resource_type == "fetch"
+        await route.fulfill(**answer)
+
+    await page.unroute(page.url)
+    await page.route(page.url, fulfill)
+
+
+PRETEND_NEW_VERSION = "document.body.dataset.version = 'another'"
+
+
+async def test_page_of_another_version_is_loaded_only_from_the_runner(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        page = seen.page
         await page.evaluate("window.before = true")
-
-        # A proxy stands before a runner that is not up yet, or before two.
-        answers: list[Any] = [{"status": 502}, {"status": 200, "body": "<p>Log in"}]
-        answers.append({"status": 200, "body": "<body data-version=yet-another>"})
-
-        async def from_the_proxy(route: Route) -> None:
-            assert route.request.resource_type == "fetch", "the page is not loaded before it is there"
-            await route.fulfill(**answers[0])
-
-        await page.route(page.url, from_the_proxy)
-        await page.evaluate("document.body.dataset.version = 'another'")
-        await expect(link).to_contain_text("the page is answered 502")
-        await expect(page.locator("body")).to_have_class("gone")
-        await expect(page.locator("#news")).to_contain_text("502")
-        await page.evaluate(
-            "window.said = []; new MutationObserver(() => said.push(news.textContent)).observe(news, {childList: true})"
-        )
-        del answers[0]
-        await expect(link).to_contain_text("something else answers in its place")
-        del answers[0]
-        await expect(link).to_contain_text("it is still the page of another version")
-        for _ in range(2):
-            async with page.expect_response(page.url):
-                pass
-        assert await page.evaluate("[window.before, window.said]") == [True, []], "it is said once"
-        await expect(query).to_have_value("half a\nquestion")
+        first, *others = WRONG_ANSWERS.values()
+        await answer_with(page, first)
+        await page.evaluate(PRETEND_NEW_VERSION)
+        await seen.expect_link("stale")
+        await expect(page.locator("body")).to_have_class("stale")
+        await expect(seen.announced).to_contain_text("502")
+        await page.evaluate(RECORD_ANNOUNCEMENTS)
+        for answer in others:
+            await answer_with(page, answer)
+            for _ in range(2):
+                async with page.expect_response(page.url):
+                    pass
+        await seen.expect_link("stale")
+        assert await page.evaluate("window.before"), "the page has not been replaced"
+        assert await page.evaluate("announced") == [], "only the first failure is announced"
 
         async with page.expect_event("load"):
             await page.unroute(page.url)
-        assert await page.evaluate("window.before") is None, "it is another page"
-        await expect(link).to_have_text("live")
-        await expect(query).to_have_value("half a\nquestion")
-        await expect(query).to_be_focused()
-        await expect(page.get_by_label("Whom")).to_have_value("worker/a_server_2")
+        assert await page.evaluate("window.before") is None, "the page has been replaced"
+        await seen.expect_link("live")
+        assert [message for message in seen.console if "502" not in message] == []
+
+
+async def test_page_of_another_version_keeps_what_was_typed(
+    tmp_path: Path, chromium: Browser, node: Node, other_node: Node
+) -> None:
+    agents = agent("a", [node.url, other_node.url])
+    async with cluster(tmp_path, agents, handlers=HANDLERS) as running:
+        await running.wait_state("a_server_2", "ready")
+        await running.ask("fail", worker="a_server_2")
+        seen = await open_dashboard(chromium, running)
+        await seen.query.fill("half a\nquestion")
+        await seen.cell("a_server_2", "brief").click()
+        await seen.target.select_option("worker/a_server_2")
+        await seen.query.focus()
+        async with seen.page.expect_event("load"):
+            await seen.page.evaluate(PRETEND_NEW_VERSION)
+        await seen.expect_link("live")
+        await expect(seen.query).to_have_value("half a\nquestion")
+        await expect(seen.query).to_be_focused()
+        await expect(seen.target).to_have_value("worker/a_server_2")
         await expect(seen.cell("a_server_2", "last_error")).to_be_visible()
-        await page.reload()
-        await expect(query).to_have_value("")
-        assert [line for line in seen.complaints if "502" not in line] == []
+        await seen.page.reload()
+        await expect(seen.query).to_have_value("")
+        assert seen.console == []
 
 
-async def test_what_a_node_that_hangs_does_to_its_workers_is_not_read_out_each_time(
+async def test_what_was_typed_stays_while_the_page_cannot_be_loaded(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
-        await running.wait_ready()
-        seen = await look(chromium, running)
-        told = """(states) => states.map(([state, restarts]) => ({ state, restarts })).map((now, index, all) =>
-            index === 0 ? null : change("a", all[index - 1], now))"""
-        flaps = [["ready", "0"], ["backoff", "0"], ["connecting", "0"], ["registering", "0"], ["backoff", "0"]]
-        assert await seen.page.evaluate(told, flaps) == [None, "a: backoff", None, None, None]
-        deaths = [["backoff", "0"], ["restarting", "1"], ["failed", "1"], ["starting", "1"], ["ready", "1"]]
-        assert await seen.page.evaluate(told, deaths) == [None, "a: restarted", "a: failed", None, "a: ready"]
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        await seen.query.fill("half a\nquestion")
+        await answer_with(seen.page, {"status": 502})
+        await seen.page.evaluate(PRETEND_NEW_VERSION)
+        await seen.expect_link("stale")
+        await expect(seen.query).to_have_value("half a\nquestion")
 
 
-async def test_workers_that_come_and_go_at_a_reload_do_so_on_the_page(
+@pytest.mark.message_text
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("a proxy's error", "the response has status 502"),
+        ("another page", "the response is not from em-runner"),
+        ("a third version", "the page has another version"),
+    ],
+)
+async def test_page_names_the_reason_why_it_cannot_be_loaded(
+    answer: str, text: str, tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        await answer_with(seen.page, WRONG_ANSWERS[answer])
+        await seen.page.evaluate(PRETEND_NEW_VERSION)
+        await expect(seen.link).to_contain_text(text)
+
+
+# Returns what the page announces after each state in a sequence of a worker's states and restarts.
+ANNOUNCEMENTS = """(sequence) => {
+    const states = sequence.map(([state, restarts]) => ({ state, restarts }));
+    const announcement = (now, index) =>
+        index === 0 ? null : announcementOf("a", states[index - 1], now);
+    return states.map(announcement);
+}"""
+
+
+@pytest.mark.parametrize(
+    ("sequence", "announcements"),
+    [
+        (
+            [
+                ["ready", "0"],
+                ["backoff", "0"],
+                ["connecting", "0"],
+                ["registering", "0"],
+                ["backoff", "0"],
+            ],
+            [None, "a: backoff", None, None, None],
+        ),
+        (
+            [
+                ["backoff", "0"],
+                ["restarting", "1"],
+                ["failed", "1"],
+                ["starting", "1"],
+                ["ready", "1"],
+            ],
+            [None, "a: restarted", "a: failed", None, "a: ready"],
+        ),
+    ],
+    ids=["node hangs", "process dies"],
+)
+async def test_only_important_changes_of_state_are_announced(
+    sequence: Any, announcements: Any, tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        assert await seen.page.evaluate(ANNOUNCEMENTS, sequence) == announcements
+
+
+async def test_worker_that_a_reload_adds_is_shown_and_can_be_queried(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
-        await running.wait_ready()
-        seen = await look(chromium, running)
-        config = tmp_path / "em-runner.toml"
-        config.write_text(config.read_text() + agent("b", [node.url]))
-        os.kill(running.process.pid, signal.SIGHUP)
-        await expect(seen.page.locator("#news")).to_contain_text("b_server")
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        config = (tmp_path / "em-runner.toml").read_text()
+        reload_config(running, config + agent("b", [node.url]))
+        await expect(seen.announced).to_contain_text("b_server")
         await expect(seen.cell("b_server", "state")).to_have_text("ready")
-        await expect(seen.page.locator("#summary")).to_have_text("2 of 2 workers ready")
-        await seen.page.get_by_label("Whom").select_option("worker/b_server")
-        await seen.page.get_by_label("Query", exact=True).fill("x")
-        await seen.page.keyboard.press("Enter")
-        await expect(seen.page.locator("#verdict")).to_contain_text("b_server answered in ")
-        assert seen.complaints == []
+        await expect(seen.summary).to_have_text(counted(2, 2))
+        await seen.target.select_option("worker/b_server")
+        await seen.send("x")
+        await seen.expect_answer_of("b_server")
+        assert seen.console == []
 
 
-async def test_whom_one_had_chosen_is_said_to_be_gone_until_there_again(
+async def test_chosen_worker_is_unavailable_until_a_reload_adds_it_again(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
-        await running.wait_ready()
-        seen = await look(chromium, running)
-        config, whom = tmp_path / "em-runner.toml", seen.page.get_by_label("Whom")
-        without = config.read_text()
-        shown = "() => document.querySelector('#target').selectedOptions[0]?.textContent"
-        for names, expected in (
-            ("b", "a: the first that is up"),
-            ("c", "worker b_server is gone: choose anew"),
-            ("d", "worker b_server is gone: choose anew"),
-            ("bd", "b_server"),
-        ):
-            config.write_text(without + "".join(agent(name, [node.url]) for name in names))
-            os.kill(running.process.pid, signal.SIGHUP)
-            await expect(seen.page.locator("tbody[data-worker]")).to_have_count(1 + len(names))
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        config = (tmp_path / "em-runner.toml").read_text()
+
+        async def run_also(names: str) -> None:
+            added = [agent(name, [node.url]) for name in names]
+            reload_config(running, config + "".join(added))
+            workers = seen.page.locator("tbody[data-worker]")
+            await expect(workers).to_have_count(1 + len(names))
             await expect(seen.cell(f"{names[-1]}_server", "state")).to_have_text("ready")
-            assert await seen.page.evaluate(shown) == expected
-            if names == "b":
-                await whom.select_option("worker/b_server")
-        assert await whom.input_value() == "worker/b_server"
-        assert seen.complaints == []
+
+        await run_also("b")
+        await expect(seen.target).to_have_value("agent/a")
+        await seen.target.select_option("worker/b_server")
+        for names in ("c", "d"):
+            await run_also(names)
+            await expect(seen.target).to_have_value("")
+        await run_also("bd")
+        await expect(seen.target).to_have_value("worker/b_server")
+        assert seen.console == []
 
 
-async def test_what_grows_above_it_covers_no_field_and_no_low_screen(
+@pytest.mark.message_text
+async def test_texts_of_the_list_of_workers_to_ask(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    names = [*"abcdefgh", "an_agent_with_a_very_long_name_of_fifty_characters_"]
-    agents = [agent(name, ["127.0.0.1:9"]) for name in names] + [agent("z", [node.url])]
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        chosen = "target.selectedOptions[0].textContent"
+        assert await seen.page.evaluate(chosen) == "a: the first worker that is up"
+        unavailable = await seen.page.evaluate(f"selectTarget('worker/b_server'); {chosen}")
+        assert unavailable == "worker b_server was removed: select another"
+        await seen.send("x")
+        await expect(seen.verdict).to_contain_text("The query was not sent")
+
+
+PHONE = {"width": 360, "height": 640}
+
+
+async def test_long_name_of_a_worker_does_not_hide_its_state(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    names = ["an_agent_with_a_very_long_name_of_fifty_characters_", "b"]
+    agents = [agent(name, [UNREACHABLE]) for name in names] + [agent("z", [node.url])]
     async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
         await running.wait_state("z_server", "ready")
-        seen = await look(chromium, running, viewport={"width": 360, "height": 640})
-        wide = (
-            "() => document.querySelector('#troubled').scrollWidth <= document.querySelector('#troubled').clientWidth"
-        )
-        assert await seen.page.evaluate(wide), "no name hides its state"
-        query = seen.page.get_by_label("Query", exact=True)
-        await query.focus()
-        height = "document.querySelector('header').offsetHeight"
-        await query.evaluate(f"field => scrollBy(0, field.getBoundingClientRect().top - {height} - 1)")
-        await seen.page.evaluate(
-            "source.close(); lost('It is said at some length what is wrong: the header grows. '.repeat(3))"
-        )
-        clear = f"field => field.getBoundingClientRect().top >= {height} - 1"
-        for _ in range(50):
-            if await query.evaluate(clear):
-                break
-            await seen.page.evaluate("() => new Promise(requestAnimationFrame)")
-        assert await query.evaluate(clear)
-        await seen.page.set_viewport_size({"width": 320, "height": 256})
-        await seen.page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
-        await expect(seen.page.locator("#link")).to_be_in_viewport()
-        covered = "document.elementFromPoint(160, 100).closest('header') === null"
-        assert await seen.page.evaluate(covered), "there is room for the workers"
+        seen = await open_dashboard(chromium, running, viewport=PHONE)
+        await expect(seen.not_ready).to_be_visible()
+        fits = "list => list.scrollWidth <= list.clientWidth"
+        assert await seen.not_ready.evaluate(fits)
 
 
-async def test_what_happens_while_the_page_is_asked_for_anew_is_shown(
+async def test_growing_header_does_not_cover_the_focused_field(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
-        await running.wait_ready()
-        seen = await look(chromium, running)
+    agents = [agent(name, [UNREACHABLE]) for name in "abcdefgh"] + [agent("z", [node.url])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+        await running.wait_state("z_server", "ready")
+        seen = await open_dashboard(chromium, running, viewport=PHONE)
+        await seen.query.focus()
+        height = "document.querySelector('header').offsetHeight"
+        top = "field.getBoundingClientRect().top"
+        await seen.query.evaluate(f"field => scrollBy(0, {top} - {height} - 1)")
+        await seen.page.evaluate("source.close(); markStale('A long message. '.repeat(10), 'gone')")
+        visible = f"field => {top} >= {height} - 1"
+        for _ in range(50):
+            if await seen.query.evaluate(visible):
+                break
+            await seen.page.evaluate("() => new Promise(requestAnimationFrame)")
+        assert await seen.query.evaluate(visible)
 
-        async def late(route: Route) -> None:
-            answer = await route.fetch()
-            os.kill(await running.worker_pid("a_server"), signal.SIGKILL)
-            await seen.page.wait_for_function("() => known.get('a_server').restarts === '1'")
+
+async def test_header_leaves_room_for_the_workers_on_a_low_screen(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    agents = [agent(name, [UNREACHABLE]) for name in "abcdefgh"] + [agent("z", [node.url])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+        await running.wait_state("z_server", "ready")
+        low = {"width": 320, "height": 256}
+        seen = await open_dashboard(chromium, running, viewport=low)
+        await seen.page.evaluate("source.close(); markStale('A long message. '.repeat(10), 'gone')")
+        await seen.page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
+        await expect(seen.link).to_be_in_viewport()
+        covered = "document.elementFromPoint(160, 100).closest('header') !== null"
+        assert not await seen.page.evaluate(covered)
+
+
+async def test_change_during_a_reload_of_the_table_is_shown_immediately(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+
+        async def restart_meanwhile(route: Route) -> None:
+            outdated = await route.fetch()
+            await kill(running, "a_server")
+            await seen.page.wait_for_function("() => cells.get('a_server').restarts === '1'")
             await running.wait_state("a_server", "ready")
-            await route.fulfill(response=answer)
+            await route.fulfill(response=outdated)
 
-        await seen.page.route(seen.page.url, late, times=1)
-        config = tmp_path / "em-runner.toml"
-        config.write_text(config.read_text() + agent("b", [node.url]))
-        os.kill(running.process.pid, signal.SIGHUP)
+        await seen.page.route(seen.page.url, restart_meanwhile, times=1)
+        config = (tmp_path / "em-runner.toml").read_text()
+        reload_config(running, config + agent("b", [node.url]))
         restarts = "rows.get('a_server').querySelector('[data-cell=restarts]').textContent"
-        at_once = await seen.page.wait_for_function(f"() => rows.has('b_server') && {restarts}")
-        assert await at_once.json_value() == "1", "not only when something of it changes again"
+        first = await seen.page.wait_for_function(f"() => rows.has('b_server') && {restarts}")
+        assert await first.json_value() == "1", "the first table has the restart"
         await expect(seen.cell("b_server", "state")).to_have_text("ready")
-        assert seen.complaints == []
+        assert seen.console == []
 
 
-async def test_trouble_among_many_is_seen_and_reached_from_the_top(
-    tmp_path: Path, chromium: Browser, node: Node, held_port: int
+async def test_header_links_to_a_worker_that_is_not_ready(
+    tmp_path: Path, chromium: Browser, node: Node, reserved_port: int
 ) -> None:
     async with AsyncExitStack() as life:
-        other = await life.enter_async_context(serve(NodeSettings(port=held_port)))
+        other = await life.enter_async_context(serve(NodeSettings(port=reserved_port)))
         agents = [agent(name, [node.url]) for name in "abcdefgh"] + [agent("z", [other.url])]
         async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
             await running.wait_ready()
-            seen = await look(chromium, running, viewport={"width": 1300, "height": 300})
-            await expect(seen.page.locator("#summary")).to_have_text("9 of 9 workers ready")
-            troubled = seen.page.get_by_role("navigation", name="Workers that are not ready")
-            await expect(troubled).to_be_hidden()
+            viewport = {"width": 1300, "height": 300}
+            seen = await open_dashboard(chromium, running, viewport=viewport)
+            await expect(seen.summary).to_have_text(counted(9, 9))
+            await expect(seen.not_ready).to_be_hidden()
             await life.aclose()
-            await expect(troubled).to_have_text("z_server backoff")
+            await expect(seen.not_ready).to_have_text("z_server backoff")
             await expect(seen.cell("z_server", "state")).not_to_be_in_viewport()
-            await troubled.get_by_role("link").click()
+            link = seen.not_ready.get_by_role("link")
+            await link.click()
             await expect(seen.cell("z_server", "state")).to_be_in_viewport()
-            # And whoever opens the page now sees the same, without a script too.
-            still = await look(chromium, running, java_script_enabled=False)
-            await expect(still.page.locator("#troubled a")).to_have_text("z_server backoff")
-            await troubled.get_by_role("link").focus()
-            async with serve(NodeSettings(port=held_port)):
-                await expect(troubled).to_be_hidden()
+            # The list is also in the served page.
+            static = await open_dashboard(chromium, running, java_script_enabled=False)
+            links = static.not_ready.locator("a")
+            await expect(links).to_have_text("z_server backoff")
+            # When the focused link disappears, the focus moves to the worker.
+            await link.focus()
+            async with serve(NodeSettings(port=reserved_port)):
+                await expect(seen.not_ready).to_be_hidden()
                 await expect(seen.page.locator("#worker-z_server th")).to_be_focused()
-            await seen.page.evaluate("scrollTo(0, 0)")
-            await seen.page.get_by_role("link", name="Ask").click()
-            await expect(seen.page.get_by_label("Query", exact=True)).to_be_in_viewport()
-            assert seen.complaints == []
+            assert seen.console == []
 
 
-async def test_list_of_those_not_ready_is_in_view_however_far_one_has_scrolled(
-    tmp_path: Path, chromium: Browser, node: Node, held_port: int
+async def test_header_links_to_the_form(tmp_path: Path, chromium: Browser, node: Node) -> None:
+    agents = [agent(name, [node.url]) for name in "abcdefgh"]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+        await running.wait_ready()
+        viewport = {"width": 1300, "height": 300}
+        seen = await open_dashboard(chromium, running, viewport=viewport)
+        await expect(seen.query).not_to_be_in_viewport()
+        await seen.page.get_by_role("link", name="Send a query").click()
+        await expect(seen.query).to_be_in_viewport()
+
+
+@pytest.mark.parametrize(
+    ("viewport", "scroll"),
+    [
+        ({"width": 1300, "height": 500}, "scrollTo(0, 30)"),
+        (PHONE, "scrollTo(0, document.body.scrollHeight / 2)"),
+    ],
+    ids=["desktop", "phone"],
+)
+async def test_list_of_workers_not_ready_stays_visible_while_scrolling(
+    viewport: Any, scroll: str, tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
     async with AsyncExitStack() as life:
-        other = await life.enter_async_context(serve(NodeSettings(port=held_port)))
-        agents = [agent(name, [node.url]) for name in "ab"] + [agent(name, [other.url]) for name in "mnopqrstuv"]
+        other = await life.enter_async_context(serve(NodeSettings(port=0)))
+        agents = [agent(name, [node.url]) for name in "ab"] + [
+            agent(name, [other.url]) for name in "mnopqrstuv"
+        ]
         async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
             await running.wait_ready()
-            seen = await look(chromium, running, viewport={"width": 1300, "height": 500})
-            await seen.page.evaluate("scrollTo(0, 30)")
-            phone = await look(chromium, running, viewport={"width": 360, "height": 640})
-            await phone.page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
+            seen = await open_dashboard(chromium, running, viewport=viewport)
+            await seen.page.evaluate(scroll)
             await life.aclose()
-            for page in (seen.page, phone.page):
-                links = page.locator("#troubled a")
-                await expect(links).to_have_count(10)
-                assert await page.evaluate("scrollY") > 0
-                await expect(links.first).to_be_in_viewport(ratio=1)
-                await links.first.click(trial=True)  # nothing lies above it
-                room = "troubled.getBoundingClientRect().height / innerHeight"
-                assert await page.evaluate(room) < 0.25, "it leaves the screen to the workers, and can be scrolled"
-                await links.last.click()
-                await expect(page.locator("#worker-v_server th")).to_be_in_viewport(ratio=1)
-                clear = """() => document.querySelector("#worker-v_server").getBoundingClientRect().top
-                    >= document.querySelector("header").getBoundingClientRect().bottom - 1"""
-                assert await page.evaluate(clear), "what was gone to is not below the header"
-            assert seen.complaints == phone.complaints == []
+            links = seen.not_ready.locator("a")
+            await expect(links).to_have_count(10)
+            assert await seen.page.evaluate("scrollY") > 0
+            await expect(links.first).to_be_in_viewport(ratio=1)
+            await links.first.click(trial=True)  # fails if something covers the link
+            box = "document.querySelector('#not-ready').getBoundingClientRect()"
+            height = f"{box}.height / innerHeight"
+            assert await seen.page.evaluate(height) < 0.25, "most of the screen is for the table"
+
+            await links.last.click()
+            heading = seen.page.locator("#worker-v_server th")
+            await expect(heading).to_be_in_viewport(ratio=1)
+            below_the_header = """() => {
+                const row = document.querySelector("#worker-v_server");
+                const header = document.querySelector("header");
+                const bottom = header.getBoundingClientRect().bottom;
+                return row.getBoundingClientRect().top >= bottom - 1;
+            }"""
+            assert await seen.page.evaluate(below_the_header)
+            assert seen.console == []
 
 
-async def test_cards_stand_side_by_side_and_those_not_ready_are_listed_beside_few_too(
+WORKER_TOPS = """() => {
+    const workers = [...document.querySelectorAll("[data-worker]")];
+    return workers.map((worker) => worker.getBoundingClientRect().top);
+}"""
+
+
+async def test_workers_are_cards_side_by_side_on_medium_screens(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    down = ["127.0.0.1:9"]
-    agents = [agent("word_counter", [node.url, *down]), agent("b", [node.url])]
+    agents = [agent("word_counter", [node.url, UNREACHABLE]), agent("b", [node.url])]
     async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
         await running.wait_state("word_counter_server_2", "backoff")
-        seen = await look(chromium, running, viewport={"width": 1160, "height": 700})
-        troubled = seen.page.locator("#troubled")
-        await expect(troubled).to_have_text("word_counter_server_2 backoff")
-        tops = "[...document.querySelectorAll('[data-worker]')].map((row) => row.getBoundingClientRect().top)"
-        first, second, _ = await seen.page.evaluate(tops)
-        assert first < second, "a table"
-        for width, beside in ((1100, True), (760, True), (360, False)):
+        seen = await open_dashboard(chromium, running)
+        for width, beside in ((1160, False), (1100, True), (760, True), (360, False)):
             await seen.page.set_viewport_size({"width": width, "height": 700})
-            first, second, _ = await seen.page.evaluate(tops)
-            assert (first == second) is beside, f"cards, at {width}"
+            first, second, _ = await seen.page.evaluate(WORKER_TOPS)
+            assert (first == second) is beside, f"{width} pixels wide"
+            assert first <= second
             assert await seen.page.evaluate("document.documentElement.scrollWidth") == width
-        await seen.page.set_viewport_size({"width": 1400, "height": 700})
-        name = "document.querySelector('#worker-word_counter_server th')"
-        lines = f"{name}.clientHeight < 2 * parseFloat(getComputedStyle({name}).lineHeight)"
-        assert await seen.page.evaluate(lines), "its name is not cut in two"
-        assert seen.complaints == []
+        assert seen.console == []
 
 
-async def test_choice_and_open_errors_outlive_a_reload_and_no_question_goes_to_another(
+async def test_list_of_workers_not_ready_is_shown_for_three_workers(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), agent("b", ["127.0.0.1:9"]), handlers=HANDLERS) as running:
+    agents = [agent("word_counter", [node.url, UNREACHABLE]), agent("b", [node.url])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+        await running.wait_state("word_counter_server_2", "backoff")
+        seen = await open_dashboard(chromium, running)
+        await expect(seen.not_ready).to_have_text("word_counter_server_2 backoff")
+
+
+async def test_name_of_a_worker_is_on_one_line_of_a_wide_screen(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("word_counter", [node.url]), handlers=HANDLERS) as running:
+        await running.wait_ready()
+        viewport = {"width": 1400, "height": 700}
+        seen = await open_dashboard(chromium, running, viewport=viewport)
+        one_line = """(name) => {
+            const lineHeight = parseFloat(getComputedStyle(name).lineHeight);
+            return name.clientHeight < 2 * lineHeight;
+        }"""
+        assert await seen.page.locator("#worker-word_counter_server th").evaluate(one_line)
+
+
+async def test_reload_keeps_what_was_typed_chosen_and_open(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    agents = [agent("a", [node.url]), agent("b", [UNREACHABLE])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
         await running.wait_state("b_server", "backoff")
-        seen = await look(chromium, running)
-        page, config = seen.page, tmp_path / "em-runner.toml"
+        seen = await open_dashboard(chromium, running)
         await seen.cell("b_server", "brief").click()
-        await page.get_by_label("Whom").select_option("worker/a_server")
-        await page.get_by_label("Query", exact=True).fill("half a quest")
-        config.write_text(config.read_text() + agent("c", [node.url]))
-        os.kill(running.process.pid, signal.SIGHUP)
+        await seen.target.select_option("worker/a_server")
+        await seen.query.fill("half a quest")
+        config = (tmp_path / "em-runner.toml").read_text()
+        reload_config(running, config + agent("c", [node.url]))
         await expect(seen.cell("c_server", "state")).to_have_text("ready")
         await expect(seen.cell("b_server", "last_error")).to_be_visible()
-        await expect(page.get_by_label("Whom")).to_have_value("worker/a_server")
-        await expect(page.get_by_label("Query", exact=True)).to_have_value("half a quest")
-        await expect(page.get_by_label("Query", exact=True)).to_be_focused()
+        await expect(seen.target).to_have_value("worker/a_server")
+        await expect(seen.query).to_have_value("half a quest")
+        await expect(seen.query).to_be_focused()
 
-        config.write_text(config.read_text().replace(agent("a", [node.url]), ""))
-        os.kill(running.process.pid, signal.SIGHUP)
+
+async def test_query_for_a_removed_worker_is_sent_to_no_other(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    agents = [agent("a", [node.url]), agent("b", [node.url])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
+        await running.wait_ready()
+        seen = await open_dashboard(chromium, running)
+        await seen.target.select_option("worker/a_server")
+        await seen.query.fill("x")
+        config = (tmp_path / "em-runner.toml").read_text()
+        reload_config(running, config.replace(agent("a", [node.url]), ""))
         await expect(seen.cell("a_server", "state")).to_have_count(0)
-        await expect(page.get_by_label("Whom")).to_have_value("")
-        await page.keyboard.press("Enter")
-        await expect(page.get_by_label("Whom")).to_be_focused()
-        await expect(page.locator("#verdict")).to_contain_text("Nobody was asked")
-        assert not [url for url in seen.asked if url.endswith("/query")]
+        await expect(seen.target).to_have_value("")
+        await seen.page.keyboard.press("Enter")
+        await expect(seen.target).to_be_focused()
+        await expect(seen.verdict).not_to_be_empty()
+        assert not [url for url in seen.requests if url.endswith("/query")]
 
 
-async def test_page_that_gets_no_stream_says_that_the_runner_is_up(
+async def test_page_beyond_the_limit_of_streams_waits_for_a_free_one(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
@@ -518,42 +871,70 @@ async def test_page_that_gets_no_stream_says_that_the_runner_is_up(
         async with AsyncExitStack() as others:
             for _ in range(MAX_STREAMS):
                 await others.enter_async_context(running.http.stream("GET", "/events"))
-            page = await (await chromium.new_context()).new_page()
-            await page.goto(str(running.http.base_url))
-            await expect(page.locator("#link")).to_contain_text("The runner is up", timeout=20_000)
-        await expect(page.locator("#link")).to_have_text("live", timeout=20_000)
-        await expect(page.locator("body")).not_to_have_class("gone")
+            seen = Dashboard(await (await chromium.new_context()).new_page())
+            await seen.page.goto(str(running.http.base_url))
+            await seen.expect_link("full")
+        await seen.expect_link("live")
+        await expect(seen.page.locator("body")).not_to_have_class("stale")
 
 
-async def test_page_that_nobody_sees_keeps_no_connection(tmp_path: Path, chromium: Browser, node: Node) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
-        await running.wait_ready()
-        seen = await look(chromium, running)
-        hide = "Object.defineProperty(document, 'hidden', { get: () => %s, configurable: true });"
-        async with seen.page.expect_event("requestfailed", lambda request: request.url.endswith("/events")):
-            await seen.page.evaluate(hide % "true")
+@pytest.mark.message_text
+async def test_page_without_a_stream_says_that_the_runner_is_up(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (_, seen):
+        await seen.page.evaluate("refusals = 2; source.onerror()")
+        await expect(seen.link).to_contain_text("The runner is up")
+
+
+HIDE = "Object.defineProperty(document, 'hidden', { get: () => %s, configurable: true });"
+
+
+async def test_hidden_page_keeps_no_connection(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+        async with seen.page.expect_event(
+            "requestfailed", lambda request: request.url.endswith("/events")
+        ):
+            await seen.page.evaluate(HIDE % "true")
         assert await running.stop() == 0
-        await expect(seen.page.locator("#link")).to_have_text("live")
-        tell = "document.dispatchEvent(new Event('visibilitychange'))"
-        # Whoever looks again is not told that what is shown is live before it is.
-        at_once = "heardAt -= 60000;" + tell + "; document.querySelector('#link').textContent"
-        assert await seen.page.evaluate(hide % "false" + at_once) == "connecting"
-        await expect(seen.page.locator("#link")).to_contain_text("The runner is gone")
+        await seen.expect_link("live")
+
+        # When the page is visible again, it is not live before the runner has sent an event.
+        show = HIDE % "false" + "document.dispatchEvent(new Event('visibilitychange'));"
+        state = "document.querySelector('#link').dataset.link"
+        after_a_minute = f"lastEventAt -= 60000; {show} {state} ?? 'connecting'"
+        assert await seen.page.evaluate(after_a_minute) == "connecting"
+        await seen.expect_link("gone")
 
 
-async def test_page_is_a_plain_table_without_a_script(tmp_path: Path, chromium: Browser, node: Node) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), agent("b", ["127.0.0.1:9"]), handlers=HANDLERS) as running:
+async def test_page_is_a_plain_table_without_scripts(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    agents = [agent("a", [node.url]), agent("b", [UNREACHABLE])]
+    async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
         await running.wait_state("a_server", "ready")
         await running.wait_state("b_server", "backoff")
-        seen = await look(chromium, running, java_script_enabled=False)
-        await expect(seen.page.locator("#summary")).to_have_text("1 of 2 workers ready")
-        await expect(seen.page.locator("#troubled")).to_be_hidden()  # two are seen at a glance
-        await expect(seen.page.get_by_text("reload it to look again")).to_be_visible()
+        seen = await open_dashboard(chromium, running, java_script_enabled=False)
+        await expect(seen.summary).to_have_text(counted(1, 2))
+        await expect(seen.not_ready).to_be_hidden()  # two workers are visible at once
+        await expect(seen.link).to_be_visible()
         await expect(seen.cell("b_server", "detail")).to_contain_text("Connection refused")
-        await expect(seen.page.locator("#ask")).to_be_hidden()
+        await expect(seen.page.locator("#form")).to_be_hidden()
         rows = seen.page.get_by_role("row")
-        assert await rows.count() == 6, "a heading, two agents, two workers, an error"
-        await expect(rows.filter(has_text="a_server").get_by_role("cell").nth(1)).to_have_text(node.url)
+        assert await rows.count() == 6, "a heading, two agents, two workers and an error"
+        cells = rows.filter(has_text="a_server").get_by_role("cell")
+        await expect(cells.nth(1)).to_have_text(node.url)
+
+
+@pytest.mark.message_text
+async def test_page_without_scripts_says_that_it_must_be_reloaded(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
+        seen = await open_dashboard(chromium, running, java_script_enabled=False)
+        await expect(seen.link).to_contain_text("Reload it to update it")
 
 
 @pytest.mark.parametrize(
@@ -566,44 +947,46 @@ async def test_page_is_a_plain_table_without_a_script(tmp_path: Path, chromium: 
     ],
     ids=("light", "dark", "phone", "dark phone"),
 )
-async def test_page_can_be_used_by_everybody(
+async def test_page_is_accessible_and_needs_no_sideways_scrolling(
     screen: dict[str, Any], tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    agents = [agent("a", [node.url]), agent("b", ["127.0.0.1:9"])]
+    agents = [agent("a", [node.url]), agent("b", [UNREACHABLE])]
     async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
         await running.wait_state("a_server", "ready")
         await running.wait_state("b_server", "backoff")
         await running.ask("fail", agent="a")
-        seen = await look(chromium, running, bypass_csp=True, **screen)
-        page = seen.page
-        await page.get_by_label("Query", exact=True).fill("x")
-        await page.keyboard.press("Enter")
-        await expect(page.locator("#result")).to_be_visible()
+        seen = await open_dashboard(chromium, running, bypass_csp=True, **screen)
+        await seen.send("x")
+        await expect(seen.result).to_be_visible()
         await seen.cell("a_server", "brief").click()
-        found = await Axe().run(page)
-        assert found.violations_count == 0, found.generate_report()
-        wide = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
-        assert not await page.evaluate(wide), "nothing has to be scrolled sideways"
+        live = await Axe().run(seen.page)
+        assert live.violations_count == 0, live.generate_report()
+        root = "document.documentElement"
+        wide = f"{root}.scrollWidth > {root}.clientWidth"
+        assert not await seen.page.evaluate(wide)
         assert await running.stop() == 0
-        await expect(page.locator("body")).to_have_class("gone")
-        found = await Axe().run(page)
-        assert found.violations_count == 0, found.generate_report()
+        await seen.expect_link("gone")
+        gone = await Axe().run(seen.page)
+        assert gone.violations_count == 0, gone.generate_report()
 
 
-async def test_token_is_the_password(tmp_path: Path, chromium: Browser, node: Node) -> None:
+async def test_browser_can_send_the_token_as_the_password(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
     secret = tmp_path / "token"
     secret.write_text("let-me-in")
     secret.chmod(0o600)
     async with cluster(
         tmp_path, agent("a", [node.url]), handlers=HANDLERS, runner='http_token_file = "token"'
     ) as running:
-        refused = await running.http.get("/")
-        assert refused.status_code == 401
-        assert refused.headers["www-authenticate"].startswith("Basic ")
-        assert (await running.http.get("/workers")).headers["www-authenticate"] == "Bearer"
+        page = await running.http.get("/")
+        assert page.status_code == 401
+        assert page.headers["www-authenticate"].startswith("Basic ")
+        workers = await running.http.get("/workers")
+        assert workers.headers["www-authenticate"] == "Bearer"
         running.http.headers["authorization"] = "Bearer let-me-in"
         await running.wait_ready()
-        seen = await look(chromium, running, http_credentials={"username": "", "password": "let-me-in"})
-        await seen.page.get_by_label("Query", exact=True).fill("x")
-        await seen.page.keyboard.press("Enter")
-        await expect(seen.page.locator("#verdict")).to_contain_text("a_server answered in ")
+        credentials = {"username": "", "password": "let-me-in"}
+        seen = await open_dashboard(chromium, running, http_credentials=credentials)
+        await seen.send("x")
+        await seen.expect_answer_of("a_server")

@@ -1,4 +1,4 @@
-"""`em-runner new`: what it writes runs as it is; and `worker.testing`, which its test uses."""
+"""`em-runner new` writes a working agent. `em_runner.testing`, which the agent's test uses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import Any
 import anyio
 import pytest
 
+from em_runner.testing import HandlerFailed, HandlerFault, running
 from shared.errors import ConfigError
 from tests.cluster import ROOT
-from worker.results import HandlerFault
-from worker.testing import HandlerFailed, running
+
+PYTEST = ("pytest", "-q", "-p", "no:cacheprovider")
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python module as a command in a folder."""
     return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=folder,
@@ -29,70 +31,101 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_new_agent_runs_as_it_is_written(tmp_path: Path) -> None:
-    made = run(tmp_path, "runner", "new", "weather_report")
-    assert (made.returncode, made.stderr) == (0, "")
-    folder = tmp_path / "weather_report"
-    assert sorted(each.name for each in folder.iterdir()) == [
+@pytest.fixture
+def created(tmp_path: Path) -> Path:
+    """The folder of an agent that `em-runner new` has created."""
+    done = run(tmp_path, "runner", "new", "weather_report")
+    assert (done.returncode, done.stderr) == (0, "")
+    return tmp_path / "weather_report"
+
+
+def test_new_agent_is_a_handler_with_a_test_and_a_configuration(created: Path) -> None:
+    assert sorted(file.name for file in created.iterdir()) == [
         "em-runner.toml",
         "test_weather_report.py",
         "weather_report.py",
     ]
-    tried = run(folder, "runner", "try", "weather_report.py:handle", "red fish")
-    assert tried.returncode == 0, tried.stderr
-    assert '"words_so_far": 2' in tried.stdout
-    tested = run(folder, "pytest", "-q", "-p", "no:cacheprovider")
-    assert "1 passed" in tested.stdout, tested.stdout
-    checked = run(folder, "runner", "check")
-    assert (checked.returncode, checked.stderr) == (0, "")
-    assert "weather_report_server" in checked.stdout
-    styled = run(folder, "ruff", "check", "--config", str(ROOT / "pyproject.toml"), ".")
-    assert styled.returncode == 0, styled.stdout
 
 
-@pytest.mark.parametrize(
-    ("packaged", "mode"), [(False, "prepend"), (True, "prepend"), (False, "importlib"), (True, "importlib")]
-)
-def test_test_of_a_new_agent_passes_wherever_pytest_is_started_and_however_it_imports(
-    packaged: bool, mode: str, tmp_path: Path
+def test_new_agent_can_be_tried(created: Path) -> None:
+    done = run(created, "runner", "try", "weather_report.py:handle", "red fish")
+    assert done.returncode == 0, done.stderr
+    assert '"words_so_far": 2' in done.stdout
+
+
+def test_configuration_of_a_new_agent_is_valid(created: Path) -> None:
+    done = run(created, "runner", "check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "weather_report_server" in done.stdout
+
+
+def test_new_agent_passes_our_linter(created: Path) -> None:
+    done = run(created, "ruff", "check", "--config", str(ROOT / "pyproject.toml"), ".")
+    assert done.returncode == 0, done.stdout
+
+
+def test_test_of_a_new_agent_passes_in_its_folder(created: Path) -> None:
+    done = run(created, *PYTEST)
+    assert "1 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("package", [False, True], ids=["plain folder", "package"])
+@pytest.mark.parametrize("mode", ["prepend", "importlib"])
+def test_test_of_a_new_agent_passes_from_the_parent_folder(
+    package: bool, mode: str, created: Path
 ) -> None:
-    assert run(tmp_path, "runner", "new", "weather_report").returncode == 0
-    if packaged:
-        (tmp_path / "weather_report" / "__init__.py").touch()
-    tested = run(tmp_path, "pytest", "-q", "-p", "no:cacheprovider", f"--import-mode={mode}", "weather_report")
-    assert "1 passed" in tested.stdout, tested.stdout
+    if package:
+        (created / "__init__.py").touch()
+    done = run(created.parent, *PYTEST, f"--import-mode={mode}", "weather_report")
+    assert "1 passed" in done.stdout, done.stdout
 
 
-def test_folder_that_a_shell_would_take_apart_is_quoted(tmp_path: Path) -> None:
+def test_command_that_new_prints_quotes_a_folder_with_a_space(tmp_path: Path) -> None:
     (tmp_path / "my agents").mkdir()
-    made = run(tmp_path, "runner", "new", "weather_report", "--folder", "my agents")
-    assert "cd 'my agents/weather_report'" in made.stdout
+    done = run(tmp_path, "runner", "new", "weather_report", "--folder", "my agents")
+    assert "cd 'my agents/weather_report'" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "says"),
+    ("name", "status"),
     [
-        ("weather-report", 78, "expected a name of letters, digits and _"),
-        ("class", 78, "a word of Python's own"),
-        ("json", 78, "a Python module that is there already"),
-        ("msgspec", 78, "a Python module that is there already"),
-        ("../up", 78, "expected a name"),
-        ("worker", 78, "one of em-runner's own packages"),
-        ("there", 1, "is there already"),
+        ("weather-report", 78),
+        ("class", 78),
+        ("json", 78),
+        ("msgspec", 78),
+        ("../up", 78),
+        ("worker", 78),
+        ("existing", 1),
     ],
 )
-def test_name_that_cannot_be_is_one_clear_line(name: str, status: int, says: str, tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    made = run(tmp_path, "runner", "new", name)
-    assert made.returncode == status
-    assert says in made.stderr
-    assert "Traceback" not in made.stderr
-    assert [each.name for each in tmp_path.iterdir()] == ["there"], "nothing is written"
+def test_invalid_name_is_refused_in_one_line(name: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "existing").mkdir()
+    done = run(tmp_path, "runner", "new", name)
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["existing"], "nothing is written"
+
+
+@pytest.mark.message_text
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("weather-report", "expected a name of letters, digits and _"),
+        ("class", "not a Python keyword"),
+        ("json", "exists already"),
+        ("existing", "exists already"),
+    ],
+)
+def test_message_about_an_invalid_name_gives_the_reason(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "existing").mkdir()
+    assert text in run(tmp_path, "runner", "new", name).stderr
 
 
 def count(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if body == "fail":
-        raise ValueError("as it was told")
+        raise ValueError("as requested")
     number = memory.get("count", 0) + 1
     return [{"type": "count", "properties": {"number": number}}], {"count": number}
 
@@ -101,49 +134,64 @@ async def count_async(body: str, memory: dict[str, Any]) -> tuple[Any, dict[str,
     return count(body, memory)
 
 
-class Counting:
+class Counter:
     closed = False
 
     def setup(self) -> None:
-        self.first = 100
+        self.start = 100
 
     def handle(self, body: str, memory: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return count(body, memory or {"count": self.first})
+        return count(body, memory or {"count": self.start})
 
     def close(self) -> None:
-        Counting.closed = True
+        Counter.closed = True
 
 
-@pytest.mark.parametrize(("handler", "first"), [(count, 1), (count_async, 1), (Counting, 101), (Counting(), 101)])
-def test_handler_of_any_kind_answers_at_a_node_and_remembers(handler: Any, first: int) -> None:
+@pytest.mark.parametrize(
+    ("handler", "first"), [(count, 1), (count_async, 1), (Counter, 101), (Counter(), 101)]
+)
+def test_handler_of_any_kind_answers_and_remembers(handler: Any, first: int) -> None:
     with running(handler) as agent:
         assert agent.ask("x") == [{"type": "count", "properties": {"number": first}}]
-        with pytest.raises(HandlerFailed, match="ValueError: as it was told"):
+        with pytest.raises(HandlerFailed, match="ValueError: as requested"):
             agent.ask("fail")
         assert agent.ask("x") == [{"type": "count", "properties": {"number": first + 1}}]
         assert agent.memory == {"count": first + 1}
-    assert Counting.closed or first == 1
+
+
+def test_handler_is_closed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counter, "closed", False)
+    with running(Counter) as agent:
+        agent.ask("x")
+        assert not Counter.closed
+    assert Counter.closed
 
 
 def test_disk_memory_outlives_the_agent(tmp_path: Path) -> None:
     for number in (1, 2):
         with running(count, memory="disk", folder=tmp_path) as agent:
             assert agent.ask("x")[0]["properties"]["number"] == number
-    with pytest.raises(ValueError, match="needs a state_dir"), running(count, memory="disk"):
+
+
+def test_disk_memory_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="state_dir"), running(count, memory="disk"):
         pass
 
 
-def test_failure_of_a_test_is_seen_as_it_is() -> None:
+def test_failure_of_the_test_itself_is_raised_unchanged() -> None:
     with pytest.raises(AssertionError, match="two is not"), running(count):
         raise AssertionError("two is not one")
 
 
-def test_handler_that_takes_too_long_or_cannot_be_used_says_so(tmp_path: Path) -> None:
+def test_query_that_exceeds_the_timeout_fails() -> None:
     async def waits(body: str, memory: dict[str, Any]) -> Any:
-        import anyio
-
         await anyio.sleep(30)
 
+    with running(waits, timeout_s=0.1) as agent, pytest.raises(HandlerFailed, match=" 100 "):
+        agent.ask("x")
+
+
+def test_exception_in_setup_is_a_fault_of_the_handler() -> None:
     class Broken:
         def setup(self) -> None:
             raise OSError("no database")
@@ -151,63 +199,79 @@ def test_handler_that_takes_too_long_or_cannot_be_used_says_so(tmp_path: Path) -
         def handle(self, body: str, memory: dict[str, Any]) -> Any:
             return body, memory
 
-    with running(waits, timeout_s=0.1) as agent, pytest.raises(HandlerFailed, match="longer than 100 ms"):
-        agent.ask("x")
     with pytest.raises(HandlerFault, match="no database"), running(Broken):
         pass
-    with pytest.raises(ConfigError, match="must take"), running(lambda body: body):
-        pass
-    with pytest.raises(ConfigError, match="there is no file"), running("nowhere.py:handle", folder=tmp_path):
+
+
+def test_handler_with_one_parameter_is_rejected() -> None:
+    with pytest.raises(ConfigError, match="argument"), running(lambda body: body):
         pass
 
 
-def test_fixture_runs_agents_beside_the_test_until_its_end(tmp_path: Path) -> None:
-    (tmp_path / "agents.py").write_text(
-        "class Counts:\n"
-        "    def handle(self, body, memory):\n"
-        "        count = memory.get('count', 0) + 1\n"
-        "        return [{'type': 'count', 'properties': {'count': count}}], {'count': count}\n"
-        "    def close(self):\n"
-        "        open('closed', 'w').close()\n"
-    )
-    (tmp_path / "test_agents.py").write_text(
-        "import os\n"
-        "def test_two_at_once(run_agent, tmp_path):\n"
-        "    one, other = run_agent('agents.py:Counts'), run_agent('agents.py:Counts', memory='disk')\n"
-        "    for agent in (one, one, other):\n"
-        "        agent.ask('x')\n"
-        "    assert (one.memory, other.memory) == ({'count': 2}, {'count': 1})\n"
-        "    assert any(tmp_path.iterdir()) and not os.path.exists('closed')\n"
-        "def test_both_are_closed():\n"
-        "    assert os.path.exists('closed')\n"
-    )
+def test_handler_in_a_missing_file_is_rejected(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"nowhere\.py"),
+        running("nowhere.py:handle", folder=tmp_path),
+    ):
+        pass
+
+
+AGENTS = """
+class Counter:
+    def handle(self, body, memory):
+        count = memory.get("count", 0) + 1
+        return [{"type": "count", "properties": {"count": count}}], {"count": count}
+    def close(self):
+        open("closed", "w").close()
+"""
+TEST_AGENTS = """
+import os
+def test_two_agents(run_agent, tmp_path):
+    one = run_agent("agents.py:Counter")
+    other = run_agent("agents.py:Counter", memory="disk")
+    for agent in (one, one, other):
+        agent.ask("x")
+    assert (one.memory, other.memory) == ({"count": 2}, {"count": 1})
+    assert any(tmp_path.iterdir())
+    assert not os.path.exists("closed")
+def test_both_are_closed():
+    assert os.path.exists("closed")
+"""
+
+
+def test_fixture_runs_several_agents_until_the_test_ends(tmp_path: Path) -> None:
+    (tmp_path / "agents.py").write_text(AGENTS)
+    (tmp_path / "test_agents.py").write_text(TEST_AGENTS)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    tested = run(elsewhere, "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path))
-    assert "2 passed" in tested.stdout, tested.stdout
+    done = run(elsewhere, *PYTEST, "-W", "error", str(tmp_path))
+    assert "2 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("kind", ["plain", "async"])
-def test_setup_that_hangs_is_told_and_given_up(kind: str) -> None:
-    over = threading.Event()
+def test_setup_that_exceeds_its_timeout_is_a_fault(kind: str) -> None:
+    finished = threading.Event()
 
     class Hangs:
         def handle(self, body: str, memory: dict[str, Any]) -> Any:
             return [], memory
 
         def setup(self) -> None:
-            over.wait(60)
+            finished.wait(60)
 
-    class HangsLater(Hangs):
+    class HangsAsync:
         async def handle(self, body: str, memory: dict[str, Any]) -> Any:
             return [], memory
 
         async def setup(self) -> None:
             await anyio.sleep_forever()
 
-    handler = Hangs if kind == "plain" else HangsLater
+    handler = Hangs if kind == "plain" else HangsAsync
     try:
-        with pytest.raises(HandlerFault, match=r"has not ended after 0\.1 s"), running(handler, setup_timeout_s=0.1):
+        with (
+            pytest.raises(HandlerFault, match=r" 0\.1 s"),
+            running(handler, setup_timeout_s=0.1),
+        ):
             pass
     finally:
-        over.set()
+        finished.set()

@@ -1,4 +1,4 @@
-"""`em-runner status` against a real runner, and without one."""
+"""`em-runner status`, `query` and `reload` as commands, with a runner and without one."""
 
 from __future__ import annotations
 
@@ -6,169 +6,185 @@ import http.server
 import json
 import os
 import pty
-import pwd
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 
-from disco import NodeSettings, serve
-from tests.cluster import ROOT, agent, cluster, until
+from disco import Node
+from tests.cluster import ROOT, Cluster, agent, cluster, until
+from tests.e2e.commands import EM_RUNNER, em_runner, run
 
 pytestmark = pytest.mark.anyio
 
-
-async def status(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return await anyio.to_thread.run_sync(
-        lambda: subprocess.run(
-            [sys.executable, "-m", "runner", "status", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-    )
+TOKEN = "let-me-in"
+UNREACHABLE = "127.0.0.1:9"
+STATUS_AND_QUERY = ((("status",), 2), (("query", "x"), 1))
+"""The two commands that ask a runner, and their exit statuses if there is no valid answer."""
 
 
-async def test_status_tells_people_programs_and_scripts_how_it_stands(tmp_path: Path, anyio_backend: object) -> None:
-    secret = tmp_path / "token"
-    secret.write_text("let-me-in")
-    secret.chmod(0o600)
-    async with serve(NodeSettings(port=0)) as node:
-        agents = [agent("a", [node.url]), agent("b", ["127.0.0.1:9"])]
-        async with cluster(tmp_path, *agents, runner='http_token_file = "token"') as running:
-            running.http.headers["authorization"] = "Bearer let-me-in"
-            await running.wait_state("a_server", "ready")
-            await running.wait_state("b_server", "backoff")
-            where = ("--state-dir", str(running.state_dir))
-            known = (*where, "--token-file", str(secret))
-
-            told = await status(*known)
-            assert told.returncode == 1
-            assert "1 of 2 workers ready" in told.stdout
-            (line,) = [line for line in told.stdout.splitlines() if line.startswith("b_server")]
-            assert "backoff" in line
-            assert "Connection refused" in line
-
-            answer = await status(*known, "--json")
-            assert (answer.returncode, answer.stderr) == (1, "")
-            rows = {row["name"]: row["state"] for row in json.loads(answer.stdout)["workers"]}
-            assert rows == {"a_server": "ready", "b_server": "backoff"}
-
-            by_address = await status("--url", f"127.0.0.1:{running.http.base_url.port}", "--token-file", str(secret))
-            assert by_address.returncode == 1
-
-            unread = await status(*where, "--token-file", str(tmp_path / "nowhere"))
-            assert (unread.returncode, unread.stdout) == (2, "")
-            assert "nowhere" in unread.stderr
-
-            node_itself = await status("--url", node.url.replace("ws://", "http://"))
-            assert node_itself.returncode == 2
-            assert "is not em-runner" in node_itself.stderr
-            asked = await command("query", "x", "--url", node.url.replace("ws://", "http://"))
-            assert asked.returncode == 1
-            assert b"is not em-runner" in asked.stderr
-
-            refused = await status(*where)
-            assert refused.returncode == 2
-            assert "--token-file" in refused.stderr
-            assert "Traceback" not in refused.stderr
-    gone = await status(*known)
-    assert gone.returncode == 2
-    assert "no runner is known" in gone.stderr
+def counted(ready: int, workers: int) -> re.Pattern[str]:
+    """Return a pattern for `2 of 2 workers ready`, in any words."""
+    return re.compile(rf"{ready} \w+ {workers} \w+ \w+")
 
 
-async def test_watch_goes_on_until_ctrl_c_and_says_when_the_runner_is_gone(
-    tmp_path: Path, anyio_backend: object
+def line_count(text: str) -> int:
+    return text.count("\n")
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    file.chmod(0o600)
+    return file
+
+
+@pytest.fixture
+async def running(tmp_path: Path, node: Node, token_file: Path) -> AsyncIterator[Cluster]:
+    """A runner that requires a token. Its worker a is ready and b is in backoff."""
+    # With this interval, b stays in backoff until the end of the test.
+    unreachable = agent("b", [UNREACHABLE], reconnect_interval_ms=600_000)
+    agents = [agent("a", [node.url]), unreachable]
+    async with cluster(tmp_path, *agents, runner='http_token_file = "token"') as running:
+        running.http.headers["authorization"] = f"Bearer {TOKEN}"
+        await running.wait_state("a_server", "ready")
+        await running.wait_state("b_server", "backoff")
+        yield running
+
+
+def state_option(running: Cluster) -> tuple[str, str]:
+    return ("--state-dir", str(running.state_dir))
+
+
+async def test_status_prints_the_state_of_each_worker(running: Cluster, token_file: Path) -> None:
+    token = ("--token-file", str(token_file))
+    done = await em_runner("status", *state_option(running), *token)
+    assert done.returncode == 1, "a worker is not ready"
+    assert counted(1, 2).search(done.stdout)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("b_server")]
+    assert "backoff" in line
+    assert "Connection refused" in line
+
+
+async def test_status_prints_json_for_programs(running: Cluster, token_file: Path) -> None:
+    token = ("--token-file", str(token_file))
+    done = await em_runner("status", *state_option(running), *token, "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    states = {row["name"]: row["state"] for row in json.loads(done.stdout)["workers"]}
+    assert states == {"a_server": "ready", "b_server": "backoff"}
+
+
+async def test_status_accepts_an_address_without_a_scheme(
+    running: Cluster, token_file: Path
 ) -> None:
-    async with serve(NodeSettings(port=0)) as node, cluster(tmp_path, agent("a", [node.url])) as running:
+    url = ("--url", f"127.0.0.1:{running.http.base_url.port}")
+    done = await em_runner("status", *url, "--token-file", str(token_file))
+    assert done.returncode == 1
+    assert counted(1, 2).search(done.stdout)
+
+
+async def test_status_reports_a_missing_token_file(running: Cluster, tmp_path: Path) -> None:
+    token = ("--token-file", str(tmp_path / "nowhere"))
+    done = await em_runner("status", *state_option(running), *token)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nowhere" in done.stderr
+
+
+async def test_status_without_the_token_names_its_option(running: Cluster) -> None:
+    done = await em_runner("status", *state_option(running))
+    assert done.returncode == 2
+    assert "--token-file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_command_whose_address_is_a_nodes_reports_the_address(node: Node) -> None:
+    url = node.url.replace("ws://", "http://")
+    for command, status in STATUS_AND_QUERY:
+        done = await em_runner(*command, "--url", url)
+        assert done.returncode == status
+        assert url in done.stderr
+
+
+async def test_status_of_a_stopped_runner_names_the_state_folder(
+    tmp_path: Path, node: Node
+) -> None:
+    async with cluster(tmp_path, agent("a", [node.url])) as running:
         await running.wait_ready()
-        seen = tmp_path / "seen"
-        with seen.open("wb") as sink:
-            watching = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-                [
-                    sys.executable,
-                    "-m",
-                    "runner",
-                    "status",
-                    "-w",
-                    "--interval",
-                    "0.1",
-                    "--state-dir",
-                    str(running.state_dir),
-                ],
-                cwd=ROOT,
-                stdout=sink,
-                stderr=sink,
-                env={"TTY_COMPATIBLE": "1", "TERM": "xterm", "PATH": ""},
-            )
-        try:
-            await until(lambda: b"1 of 1 worker ready" in seen.read_bytes(), "the table is shown")
-            await running.stop()
-            await until(
-                lambda: b"no runner is known" in seen.read_bytes() or b"is the runner up?" in seen.read_bytes(),
-                "it is gone",
-            )
-        finally:
-            watching.send_signal(2)
-            await anyio.to_thread.run_sync(watching.wait)
-        assert watching.returncode == 0
-        assert b"Traceback" not in seen.read_bytes()
+    done = await em_runner("status", *state_option(running))
+    assert done.returncode == 2
+    assert str(running.state_dir) in done.stderr
 
 
-async def test_watch_of_a_pipe_finds_a_runner_that_is_started_later(tmp_path: Path, anyio_backend: object) -> None:
-    seen = tmp_path / "seen"
-    command = [
-        sys.executable,
-        "-m",
-        "runner",
-        "status",
-        "-w",
-        "--interval",
-        "0.1",
-        "--state-dir",
-        str(tmp_path / "state"),
-    ]
-    with seen.open("wb") as sink:
-        watching = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=sink)  # noqa: ASYNC220 - it returns at once
+@contextmanager
+def watching(
+    state_dir: Path, output: Path, environ: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `em-runner status --watch` until the end of the block. Then press Ctrl-C."""
+    options = ("--watch", "--interval", "0.1", "--state-dir", str(state_dir))
+    with output.open("wb") as sink:
+        process = subprocess.Popen(
+            [*EM_RUNNER, "status", *options], cwd=ROOT, stdout=sink, stderr=sink, env=environ
+        )
     try:
-        await until(lambda: b"no runner is known" in seen.read_bytes(), "there is none")
-        async with serve(NodeSettings(port=0)) as node, cluster(tmp_path, agent("a", [node.url])) as running:
-            assert running.state_dir == tmp_path / "state"
-            await until(lambda: b"1 of 1 worker ready" in seen.read_bytes(), "it is found")
+        yield process
     finally:
-        watching.send_signal(2)
-        await anyio.to_thread.run_sync(watching.wait)
-    assert watching.returncode == 0
-    assert b"\x1b" not in seen.read_bytes(), "a file gets no control sequences"
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
 
 
-async def command(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return await anyio.to_thread.run_sync(
-        lambda: subprocess.run([sys.executable, "-m", "runner", *arguments], cwd=ROOT, capture_output=True, timeout=60)
-    )
+async def test_watch_reports_that_the_runner_has_exited(tmp_path: Path, node: Node) -> None:
+    terminal = {"TTY_COMPATIBLE": "1", "TERM": "xterm", "PATH": ""}
+    output = tmp_path / "output"
+    async with cluster(tmp_path, agent("a", [node.url])) as running:
+        await running.wait_ready()
+        with watching(running.state_dir, output, terminal) as watch:
+            await until(lambda: counted(1, 1).search(output.read_text()), "the table is shown")
+            await running.stop()
+            gone = re.compile("--state-dir|refused")
+            await until(lambda: gone.search(output.read_text()), "it reports the exit")
+    assert watch.returncode == 0
+    assert "Traceback" not in output.read_text()
 
 
-async def test_nobody_is_asked_by_the_address_of_a_runner_that_was_killed(tmp_path: Path) -> None:
-    code = "import time; time.sleep(60)"
-    bystander = subprocess.Popen([sys.executable, "-c", code])  # noqa: ASYNC220 - it returns at once
+async def test_watch_shows_a_runner_that_starts_later(tmp_path: Path, node: Node) -> None:
+    output = tmp_path / "output"
+    with watching(tmp_path / "state", output) as watch:
+        await until(lambda: "--state-dir" in output.read_text(), "no runner is running")
+        async with cluster(tmp_path, agent("a", [node.url])) as running:
+            assert running.state_dir == tmp_path / "state"
+            await until(lambda: counted(1, 1).search(output.read_text()), "the table is shown")
+    assert watch.returncode == 0
+    assert "\x1b" not in output.read_text(), "a file gets no control sequences"
+
+
+async def test_address_of_a_killed_runner_is_not_used(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    bystander = subprocess.Popen(command)  # noqa: ASYNC220 - it returns at once
+    # A killed runner leaves these files behind. Another process can get its process id.
+    address = {"pid": bystander.pid, "http": f"http://{UNREACHABLE}"}
+    (tmp_path / "runner.json").write_text(json.dumps(address))
+    (tmp_path / "lock").touch()
     try:
-        (tmp_path / "runner.json").write_text(json.dumps({"pid": bystander.pid, "http": "http://127.0.0.1:9"}))
-        (tmp_path / "lock").touch()
-        for arguments, status in ((["reload"], 1), (["status"], 2), (["query", "x"], 1)):
-            done = await command(*arguments, "--state-dir", str(tmp_path))
+        for command, status in ((("reload",), 1), *STATUS_AND_QUERY):
+            done = await em_runner(*command, "--state-dir", str(tmp_path))
             assert done.returncode == status
-            assert b"no runner is known" in done.stderr
-        assert bystander.poll() is None
+            assert str(tmp_path) in done.stderr
+        assert bystander.poll() is None, "reload has sent it no signal"
     finally:
         bystander.kill()
         bystander.wait()
 
 
-async def test_query_that_is_refused_says_what_to_do(tmp_path: Path, anyio_backend: object) -> None:
-    handlers = """
+FAILING = """
 import os, time
 def handle(body, memory):
     if body == "fail":
@@ -178,216 +194,333 @@ def handle(body, memory):
     time.sleep(float(body))
     return body, memory
 """
-    async with cluster(
-        tmp_path, agent("a", ["127.0.0.1:9"]), agent("b", ["127.0.0.1:9"]), handlers=handlers
-    ) as running:
+
+
+@asynccontextmanager
+async def failing_agents(folder: Path) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """Run two agents, and yield a function that runs `em-runner query` with arguments."""
+    agents = [agent("a", [UNREACHABLE]), agent("b", [UNREACHABLE])]
+    async with cluster(folder, *agents, handlers=FAILING) as running:
         await running.wait_up("a_server")
-        where = ("--state-dir", str(running.state_dir))
-        for arguments, status, says in (
-            (["0"], 2, b"that is --agent NAME"),
-            (["fail", "--agent", "a"], 3, b"500: handler_failed (a_server); the traceback is in the runner's log"),
-            (["2", "--agent", "a", "--timeout-s", "0.3"], 1, b"none within 0.3 s; is the runner up? A query may take"),
-            ([b"\xff", "--agent", "a"], 2, b"the query is no text in UTF-8"),
-            (["die", "--agent", "a"], 4, b"; em-runner status says why"),
+        yield lambda arguments: em_runner("query", *arguments, *state_option(running))
+
+
+async def test_exit_status_of_a_failed_query_gives_the_kind_of_failure(
+    tmp_path: Path, anyio_backend: object
+) -> None:
+    async with failing_agents(tmp_path) as query:
+        for arguments, status in (
+            (["0"], 2),
+            (["0", "--agent", ""], 2),
+            (["0", "--worker", ""], 2),
+            (["fail", "--agent", "a"], 3),
+            (["2", "--agent", "a", "--timeout-s", "0.3"], 1),
+            ([b"\xff", "--agent", "a"], 2),
+            (["die", "--agent", "a"], 4),
         ):
-            done = await command("query", *arguments, *where)  # type: ignore[arg-type]
+            done = await query(arguments)
             assert done.returncode == status, done.stderr
-            assert says in done.stderr
-            assert done.stderr.count(b"\n") == 1
+            assert line_count(done.stderr) == 1
 
 
-async def test_words_that_cannot_be_meant_are_refused_before_anybody_is_asked(tmp_path: Path) -> None:
-    where = ("--state-dir", str(tmp_path))
-    for arguments, status, says in (
-        (["-5"], 2, b"follows '--'"),
-        (["- a list"], 2, b"follows '--'"),
-        (["-what is new?"], 2, b"follows '--'"),
-        (["x", "--agent", ""], 2, b"empty name"),
-        (["x", "--worker", ""], 2, b"empty name"),
-        (["x", "--url", "http://:s3cr3t@127.0.0.1:9600"], 2, b"--token-file"),
-        (["--", "-5"], 1, b"no runner is known"),
-    ):
-        done = await command("query", *where, *arguments)
-        assert (done.returncode, done.stdout) == (status, b""), arguments
-        assert says in b" ".join(done.stderr.translate(None, "\u2502|".encode()).split())
-        assert b"s3cr3t" not in done.stderr
+@pytest.mark.message_text
+async def test_message_about_a_failed_query_gives_the_next_step(
+    tmp_path: Path, anyio_backend: object
+) -> None:
+    async with failing_agents(tmp_path) as query:
+        for arguments, text in (
+            (["0"], "use --agent NAME"),
+            (["0", "--agent", ""], "there is no agent ''"),
+            (["0", "--worker", ""], "there is no worker ''"),
+            (
+                ["fail", "--agent", "a"],
+                "500: handler_failed (a_server); the traceback is in the runner's log",
+            ),
+            (
+                ["2", "--agent", "a", "--timeout-s", "0.3"],
+                " within 0.3 s; is the runner up? A query may take",
+            ),
+            ([b"\xff", "--agent", "a"], "the query is not text in UTF-8"),
+            (["die", "--agent", "a"], "; em-runner status shows the reason"),
+        ):
+            done = await query(arguments)
+            assert text in done.stderr
 
 
-async def test_state_folder_of_another_user_is_said_to_be_that(tmp_path: Path) -> None:
-    folder = tmp_path / "state"
-    folder.mkdir(mode=0o700)
-    (folder / "runner.json").write_text("{}")
-    ask = """
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["-5"], 2, "No such option: -5"),
+        (["x", "--url", "http://:s3cr3t@127.0.0.1:9600"], 2, "--token-file"),
+        (["--", "-5"], 1, "--state-dir"),
+    ],
+)
+async def test_invalid_arguments_are_refused_without_printing_a_password(
+    arguments: list[str], status: int, text: str, tmp_path: Path
+) -> None:
+    done = await em_runner("query", "--state-dir", str(tmp_path), *arguments)
+    assert (done.returncode, done.stdout) == (status, "")
+    # typer wraps its messages, and draws a frame around them.
+    unframed = done.stderr.translate(dict.fromkeys(map(ord, "\u2502|")))
+    assert text in " ".join(unframed.split())
+    assert "s3cr3t" not in done.stderr
+
+
+ASK_AS_ANOTHER_USER = """
 import os, sys, pathlib
-from runner import client
+from runner.commands import client
+folder = pathlib.Path(sys.argv[1])
 if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 else:
-    os.chmod(sys.argv[1], 0)
-for known in (lambda path: client.find(None, path), client.reload):
+    folder.chmod(0)
+for ask in (lambda path: client.find(None, path), client.reload):
     try:
-        known(pathlib.Path(sys.argv[1]))
+        ask(folder)
     except client.StartError as exc:
         print(exc)
 """
-    done = await anyio.to_thread.run_sync(
-        lambda: subprocess.run(
-            [sys.executable, "-c", ask, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-    )
+
+
+async def ask_as_another_user(tmp_path: Path) -> list[str]:
+    """Return the errors of a query and of a reload by a user who may not read the state folder."""
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o700)
+    (folder / "runner.json").write_text("{}")
+    done = await run([sys.executable, "-c", ASK_AS_ANOTHER_USER, str(folder)])
     folder.chmod(0o700)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2, done.stderr
-    for line in lines:
-        assert f"{folder} may not be read by this user" in line
-        assert f"'sudo -u {pwd.getpwuid(os.getuid()).pw_name}'" in line
-        assert "--url" in line
+    errors = done.stdout.splitlines()
+    assert len(errors) == 2, done.stderr
+    return errors
+
+
+async def test_unreadable_state_folder_is_reported_with_the_alternative(tmp_path: Path) -> None:
+    for error in await ask_as_another_user(tmp_path):
+        assert str(tmp_path / "state") in error
+        assert "--url" in error
+
+
+@pytest.mark.message_text
+async def test_message_about_an_unreadable_state_folder_names_sudo(tmp_path: Path) -> None:
+    for error in await ask_as_another_user(tmp_path):
+        assert "sudo -u" in error
 
 
 @contextmanager
-def answering(
-    status: int, body: bytes, headers: dict[str, str] | None = None, **at: bytes
+def server(
+    status: int, body: bytes, headers: dict[str, str] | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Something that answers whatever is asked, or with the bodies in `at` by the last word of the path."""
-    asked: list[str] = []
+    """Run a server that gives every request the same response.
+
+    Yields:
+        Its address, and the paths that were requested.
+    """
+    requested: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requested.append(self.path)
             self.rfile.read(int(self.headers.get("content-length", 0)))
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(at.get(self.path.rpartition("/")[2].partition(".")[0], body))
+            self.wfile.write(body)
 
         do_POST = do_GET
 
         def log_message(self, *_: object) -> None:
-            """Nobody reads it."""
+            """Log nothing."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
+            yield f"http://127.0.0.1:{listening.server_port}", requested
         finally:
-            server.shutdown()
+            listening.shutdown()
             thread.join()
 
 
-async def test_token_is_sent_nowhere_a_redirect_leads(tmp_path: Path) -> None:
-    secret = tmp_path / "token"
-    secret.write_text("let-me-in")
-    secret.chmod(0o600)
-    with answering(200, b'{"workers":[],"results":1}') as (elsewhere, asked_elsewhere):
-        for location, named in ((f"{elsewhere}/login\x9b", f"{elsewhere}/login?"), (f"{elsewhere}/workers", elsewhere)):
-            with answering(302, b"", {"location": location}) as (url, asked):
-                for arguments, status in ((["status"], 2), (["query", "x"], 1)):
-                    done = await command(*arguments, "--url", url, "--token-file", str(secret))
-                    assert (done.returncode, done.stdout) == (status, b"")
-                    assert f"{url} answers 302 to {elsewhere}".encode() in done.stderr
-                    assert b"--url" in done.stderr
-                    assert b"let-me-in" not in done.stderr
-                    if arguments == ["status"]:
-                        assert f" to {named}, which is not followed".encode() in done.stderr
-                assert len(asked) == 2
-        assert asked_elsewhere == []
+async def test_commands_follow_no_redirect(token_file: Path) -> None:
+    token = ("--token-file", str(token_file))
+    with server(200, b'{"workers":[],"results":1}') as (target, requested_of_target):
+        with server(302, b"", {"location": f"{target}/workers"}) as (url, requested):
+            for command, status in STATUS_AND_QUERY:
+                done = await em_runner(*command, "--url", url, *token)
+                assert (done.returncode, done.stdout) == (status, "")
+            assert len(requested) == 2
+        assert requested_of_target == []
 
 
-async def test_answer_that_is_nested_too_deeply_to_be_read_is_told_in_a_line() -> None:
-    with answering(200, b'{"workers":' + b"[" * 3000 + b"]" * 3000 + b"}") as (url, _):
-        for arguments, status in ((["status"], 2), (["query", "x"], 1)):
-            done = await command(*arguments, "--url", url)
-            assert (done.returncode, done.stdout) == (status, b"")
-            assert b"nested too deeply" in done.stderr
-            assert done.stderr.count(b"\n") == 1
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [("/workers", ""), ("/login\x9b", "/login?")],
+    ids=["the runner's own path", "another path"],
+)
+async def test_message_about_a_redirect_has_both_addresses(
+    path: str, shown: str, token_file: Path
+) -> None:
+    target = f"http://{UNREACHABLE}"
+    token = ("--token-file", str(token_file))
+    with server(302, b"", {"location": target + path}) as (url, _):
+        for command, _ in STATUS_AND_QUERY:
+            done = await em_runner(*command, "--url", url, *token)
+            assert url in done.stderr
+            assert target in done.stderr
+            assert "--url" in done.stderr
+            assert TOKEN not in done.stderr
+        done = await em_runner("status", "--url", url, *token)
+        assert f" {target}{shown}, " in done.stderr
 
 
-async def test_what_is_no_runner_or_another_one_is_told_from_one_that_is_up(tmp_path: Path) -> None:
-    old = b'{"workers":[{"name":"a_server","state":"ready"}]}'
-    document = b'{"info":{"title":"em-runner","version":"0.0.7"}}'
-    for status, body, tls, says in (
-        (502, b"<html>Bad Gateway</html>", False, b"502 from http://127.0.0.1:"),
-        (502, b"<html>Bad Gateway</html>", False, b"; is the runner behind it up?"),
-        (404, b"<html>", False, b"is not em-runner"),
-        (404, b'{"error":"not_found"}', False, b"is not em-runner"),
-        (200, b"{}", False, b"is not em-runner"),
-        (200, b"{}", True, b"its address begins with http://"),
-    ):
-        with answering(status, body) as (url, _):
-            for arguments, left_with in ((["status"], 2), (["query", "x"], 1)):
-                done = await command(*arguments, "--url", url.replace("http", "https") if tls else url)
-                assert (done.returncode, done.stdout) == (left_with, b"")
-                assert says in done.stderr
-                assert b"--timeout-s" not in done.stderr
-    with answering(200, old, openapi=document) as (url, _):
-        done = await command("status", "--url", url)
+async def test_response_that_is_nested_too_deeply_is_reported_in_one_line() -> None:
+    body = b'{"workers":' + b"[" * 3000 + b"]" * 3000 + b"}"
+    with server(200, body) as (url, _):
+        for command, status in STATUS_AND_QUERY:
+            done = await em_runner(*command, "--url", url)
+            assert (done.returncode, done.stdout) == (status, "")
+            assert url in done.stderr
+            assert line_count(done.stderr) == 1
+
+
+OLD_TABLE = b'{"workers":[{"name":"a_server","state":"ready"}]}'
+"""The table of a runner of an older version."""
+
+
+@pytest.mark.message_text
+@pytest.mark.parametrize(
+    ("status", "body", "scheme", "text"),
+    [
+        (502, b"<html>Bad Gateway</html>", "http", "502 from http://127.0.0.1:"),
+        (502, b"<html>Bad Gateway</html>", "http", "; is the runner behind it up?"),
+        (404, b"<html>", "http", "is not em-runner"),
+        (200, b"{}", "http", "is not em-runner"),
+        (200, b"{}", "https", "its address starts with http://"),
+    ],
+)
+async def test_message_about_an_invalid_response_gives_the_cause(
+    status: int, body: bytes, scheme: str, text: str
+) -> None:
+    with server(status, body) as (url, _):
+        for command, _ in STATUS_AND_QUERY:
+            done = await em_runner(*command, "--url", url.replace("http", scheme))
+            assert text in done.stderr
+
+
+@pytest.mark.message_text
+async def test_message_about_an_older_runner_asks_for_a_restart() -> None:
+    with server(200, OLD_TABLE) as (url, _):
+        done = await em_runner("status", "--url", url)
+        assert "is not em-runner " in done.stderr
+        assert "restart it after the upgrade" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "scheme"),
+    [
+        (502, b"<html>Bad Gateway</html>", "http"),
+        (404, b"<html>", "http"),
+        (404, b'{"error":"not_found"}', "http"),
+        (404, b'{"error":"there is no agent x","code":404}', "http"),
+        (200, b"{}", "http"),
+        (200, b"{}", "https"),
+    ],
+)
+async def test_invalid_response_is_a_failure(status: int, body: bytes, scheme: str) -> None:
+    with server(status, body) as (url, _):
+        for command, exit_status in STATUS_AND_QUERY:
+            done = await em_runner(*command, "--url", url.replace("http", scheme))
+            assert (done.returncode, done.stdout) == (exit_status, "")
+            assert "--timeout-s" not in done.stderr, "nothing timed out"
+
+
+async def test_table_of_an_older_runner_is_a_failure() -> None:
+    with server(200, OLD_TABLE) as (url, _):
+        done = await em_runner("status", "--url", url)
         assert done.returncode == 2
-        assert b"is em-runner 0.0.7, and this command " in done.stderr
-        assert b"after an upgrade" in done.stderr
-    with answering(200, b'{"workers":[]}') as (url, _):
-        done = await command("status", "--url", url)
+        assert url in done.stderr
+
+
+async def test_status_of_a_runner_without_workers_is_not_ready() -> None:
+    with server(200, b'{"workers":[]}') as (url, _):
+        done = await em_runner("status", "--url", url)
         assert done.returncode == 1
-        assert b"0 of 0 workers ready" in done.stdout
-    done = await command("query", "x", "--url", url)
+        assert counted(0, 0).search(done.stdout)
+
+
+async def test_refused_connection_is_reported_as_such(reserved_port: int) -> None:
+    done = await em_runner("query", "x", "--url", f"http://127.0.0.1:{reserved_port}")
     assert done.returncode == 1
-    assert b"Connection refused" in done.stderr
-    assert b"--timeout-s" not in done.stderr, "nobody waited"
+    assert "Connection refused" in done.stderr
+    assert "--timeout-s" not in done.stderr, "nothing timed out"
 
 
-async def test_no_word_of_a_handler_is_obeyed_by_a_terminal(tmp_path: Path, anyio_backend: object) -> None:
-    text = "\x1b[31m \x9b31m \x7f \u202e \U000e0041 \u00e9"
-    handlers = f"def handle(body, memory):\n    return {text!a}, {{'last': {text!a}}}\n"
-    async with cluster(tmp_path, agent("a", ["127.0.0.1:9"]), handlers=handlers) as running:
+CONTROL_CHARACTERS = "\x1b[31m \x9b31m \x7f \u202e \U000e0041 \u00e9"
+SPEAKS_TO_TERMINALS = f"""
+def handle(body, memory):
+    return {CONTROL_CHARACTERS!a}, {{'last': {CONTROL_CHARACTERS!a}}}
+"""
+
+
+def assert_printable(output: str) -> None:
+    assert "\\u009b31m \\u007f \\u202e \\udb40\\udc41 \u00e9" in output
+    assert all(char.isprintable() or char == "\n" for char in output)
+
+
+async def test_query_escapes_a_results_control_characters(
+    tmp_path: Path, anyio_backend: object
+) -> None:
+    async with cluster(
+        tmp_path, agent("a", [UNREACHABLE]), handlers=SPEAKS_TO_TERMINALS
+    ) as running:
         await running.wait_up("a_server")
-        done = await command("query", "x", "--state-dir", str(running.state_dir))
-    tried = await command("try", f"{tmp_path / 'handlers.py'}:handle", "x")
-    assert json.loads(done.stdout) == text
-    for shown in (done.stdout, tried.stdout):
-        assert b"\\u009b31m \\u007f \\u202e \\udb40\\udc41 \xc3\xa9" in shown
-        assert all(char.isprintable() or char == "\n" for char in shown.decode())
+        done = await em_runner("query", "x", *state_option(running))
+    assert json.loads(done.stdout) == CONTROL_CHARACTERS
+    assert_printable(done.stdout)
 
 
-async def test_terminal_of_one_who_watched_is_as_it_was_after_a_signal(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    watching = subprocess.Popen(  # noqa: ASYNC220 - as above
-        [sys.executable, "-m", "runner", "status", "--watch", "--state-dir", str(tmp_path)],
+async def test_try_escapes_a_results_control_characters(tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text(SPEAKS_TO_TERMINALS)
+    done = await em_runner("try", f"{tmp_path / 'handlers.py'}:handle", "x")
+    assert_printable(done.stdout)
+
+
+async def test_watch_restores_the_terminal_after_a_signal(tmp_path: Path) -> None:
+    terminal, device = pty.openpty()
+    watch = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
+        [*EM_RUNNER, "status", "--watch", "--state-dir", str(tmp_path)],
         cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
+        stdin=device,
+        stdout=device,
         env={**os.environ, "TERM": "xterm"},
     )
-    os.close(theirs)
+    os.close(device)
+    enter, leave, show_cursor = b"\x1b[?1049h", b"\x1b[?1049l", b"\x1b[?25h"
     shown = b""
     try:
-        while b"no runner is known" not in shown:
-            shown += await anyio.to_thread.run_sync(os.read, ours, 10_000)
-        assert b"\x1b[?1049h" in shown
-        watching.send_signal(signal.SIGTERM)
-        assert await anyio.to_thread.run_sync(watching.wait, 20) == 128 + signal.SIGTERM
-        shown += await anyio.to_thread.run_sync(os.read, ours, 10_000)
-        assert b"\x1b[?1049l" in shown
-        assert b"\x1b[?25h" in shown
+        while b"--state-dir" not in shown:
+            shown += await anyio.to_thread.run_sync(os.read, terminal, 10_000)
+        assert enter in shown
+        watch.send_signal(signal.SIGTERM)
+        status = await anyio.to_thread.run_sync(watch.wait, 20)
+        assert status == 128 + signal.SIGTERM
+        shown += await anyio.to_thread.run_sync(os.read, terminal, 10_000)
+        assert leave in shown
+        assert show_cursor in shown
     finally:
-        watching.kill()
-        watching.wait()
-        os.close(ours)
+        watch.kill()
+        watch.wait()
+        os.close(terminal)
 
 
-async def test_what_a_terminal_cannot_show_is_no_traceback(tmp_path: Path, anyio_backend: object) -> None:
+async def test_query_escapes_characters_that_the_terminal_cannot_show(
+    tmp_path: Path, anyio_backend: object
+) -> None:
     handlers = "def handle(body, memory):\n    return 'caf\\u00e9 \\u79d8', memory\n"
-    async with cluster(tmp_path, agent("a", ["127.0.0.1:9"]), handlers=handlers, environ={}) as running:
+    async with cluster(tmp_path, agent("a", [UNREACHABLE]), handlers=handlers) as running:
         await running.wait_up("a_server")
-        done = await anyio.to_thread.run_sync(
-            lambda: subprocess.run(
-                [sys.executable, "-m", "runner", "query", "x", "--state-dir", str(running.state_dir)],
-                cwd=ROOT,
-                env={**os.environ, "PYTHONIOENCODING": "ascii"},
-                capture_output=True,
-                timeout=60,
-            )
-        )
-        assert (done.returncode, done.stderr) == (0, b"")
-        assert done.stdout == b'"caf\\xe9 \\u79d8"\n'
+        done = await em_runner("query", "x", *state_option(running), PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == '"caf\\xe9 \\u79d8"\n'

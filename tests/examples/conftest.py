@@ -1,8 +1,7 @@
-"""A site on this machine that answers as each test wants, and the examples run as a worker runs them."""
+"""Fixtures for the examples: a web site with pages from the test, and the query function."""
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.examples.harness import Page, Site, ask_example
+from tests.ports import HOST, reserved_port
 
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the variables with which httpx would send requests to a proxy."""
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -28,21 +29,21 @@ def ask() -> Callable[..., Awaitable[list[Any]]]:
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    """A web site on a free port; it is there until the test ends."""
-    with _served() as site:
+    """A web site on a free port. It runs until the test ends."""
+    with _serve() as site:
         yield site
 
 
 @contextmanager
-def _served() -> Iterator[Site]:
-    release = threading.Event()
+def _serve() -> Iterator[Site]:
+    test_ends = threading.Event()
 
     class Request(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            site.asked.append(self.path)
+            site.requested.append(self.path)
             page = site.pages.get(self.path.partition("?")[0], Page(404, b""))
             if page.hangs:
-                release.wait(timeout=60)
+                test_ends.wait(timeout=60)
                 return
             self.send_response(page.status)
             self.send_header("content-type", page.content_type)
@@ -53,7 +54,7 @@ def _served() -> Iterator[Site]:
             self.wfile.write(page.body)
 
         def log_message(self, format: str, *args: object) -> None:
-            pass
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Request) as server:
         site = Site(f"http://127.0.0.1:{server.server_port}")
@@ -62,14 +63,13 @@ def _served() -> Iterator[Site]:
         try:
             yield site
         finally:
-            release.set()
+            test_ends.set()
             server.shutdown()
             thread.join()
 
 
 @pytest.fixture
 def unused_address() -> Iterator[str]:
-    """An address that is taken, and on which nobody listens."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{held.getsockname()[1]}"
+    """An address on which no server listens. No other process gets it during the test."""
+    with reserved_port() as port:
+        yield f"{HOST}:{port}"

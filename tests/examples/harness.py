@@ -1,4 +1,4 @@
-"""Loads an example as a worker does, and puts queries to it through a dispatcher."""
+"""Loads an example as a worker does, and gives it queries through a dispatcher."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 import msgspec
 
-from shared.handlers import parse_handler
-from shared.ipc import Counters, Outcome
-from shared.schema import MemoryKind
-from worker.dispatchers import dispatcher_for
-from worker.handler import load
-from worker.jobs import Answer, Job
-from worker.memories import memory_for
-from worker.results import encode_result
+from shared.config.handlers import parse_handler
+from shared.config.schema import MemoryKind
+from shared.ipc import Outcome
+from worker.dispatching.choose import create_dispatcher
+from worker.dispatching.handler import load
+from worker.dispatching.jobs import Answer, Job
+from worker.dispatching.results import encode_result
+from worker.memory.choose import create_memory
 
 ROOT = Path(__file__).parents[2]
 
 
 class Page(msgspec.Struct, frozen=True):
-    """What a path of the site answers with; `hangs` answers nothing as long as the test lasts."""
+    """The response for a path of the site. If `hangs`, the site sends nothing during the test."""
 
     status: int = 200
     body: bytes = b""
@@ -31,16 +31,21 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Site:
-    """A web site: what it has, and the paths that were asked for."""
+    """A web site.
+
+    Attributes:
+        pages: the responses by path.
+        requested: the paths that were requested, with their queries.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.pages: dict[str, Page] = {}
-        self.asked: list[str] = []
+        self.requested: list[str] = []
 
 
 class Collector:
-    """A `worker.dispatch.Source` that keeps the answers as futures."""
+    """A `worker.dispatching.dispatch.Source` that sets each job's answer as a future's result."""
 
     def encode(self, result: Any) -> bytes:
         return encode_result(result)
@@ -48,14 +53,20 @@ class Collector:
     def answer(self, job: Job, answer: Answer) -> None:
         job.ticket.set_result(answer)
 
-    def flush(self) -> None:
+    def send_answers(self) -> None:
         pass
 
 
 async def ask_example(reference: str, *queries: str, memory: MemoryKind = "ram") -> list[Any]:
-    """Run one worker's worth of an example: load, set up, ask, close. Return the decoded results."""
+    """Set up an example, give it the queries, close it, and return the decoded results.
+
+    Args:
+        reference: the handler, as in the configuration.
+        queries: are given to the handler at once.
+        memory: the kind of the worker's memory.
+    """
     handler = load(parse_handler(reference, ROOT))
-    dispatcher = dispatcher_for(handler, memory_for(memory, "w", Path("/nowhere")), Counters())
+    dispatcher = create_dispatcher(handler, create_memory(memory, "w", Path("/nowhere")))
     loop = asyncio.get_running_loop()
     async with dispatcher.running():
         await dispatcher.set_up()

@@ -1,4 +1,4 @@
-"""The echo example, which is the demo's agent under another name."""
+"""The echo example. The demo runs the same file."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ async def test_echo_answers_with_the_query(ask):
     assert answer["properties"]["title"] == "hello"
 
 
-async def test_echo_is_the_demos_own_file():
+async def test_echo_is_the_file_that_the_demo_runs():
     assert (ROOT / "examples/echo.py").samefile(worker.echo.__file__)

@@ -1,4 +1,4 @@
-"""A collector of traces: OTLP over HTTP, on a thread, on a port of its own. It takes spans, or hangs."""
+"""A collector of traces (OTLP over HTTP) on a thread. It accepts spans, or hangs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from tests.cluster import until
 
 ROOT = ""
-"""The parent of a span that has none."""
+"""The parent id of a span without a parent."""
 
 
 class Span(NamedTuple):
@@ -35,7 +35,7 @@ def _values(pairs: Any) -> dict[str, Any]:
 
 
 class Collector:
-    """What has come, and whether more is taken."""
+    """The spans that have arrived."""
 
     def __init__(self, server: ThreadingHTTPServer) -> None:
         self.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -46,8 +46,12 @@ class Collector:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What a runner needs to find it, and to send at once."""
-        return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.url, "OTEL_BSP_SCHEDULE_DELAY": "20", "NO_PROXY": "127.0.0.1"}
+        """The environment of a runner that sends its spans here immediately."""
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": self.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "20",
+            "NO_PROXY": "127.0.0.1",
+        }
 
     @property
     def spans(self) -> list[Span]:
@@ -60,7 +64,7 @@ class Collector:
         return found
 
     async def have(self, *names: str) -> list[Span]:
-        """Wait until each of these spans has come, as often as it is named; return them in that order."""
+        """Wait until each of these spans has arrived as often as named. Return them in order."""
 
         def came() -> list[Span] | None:
             left, found = self.spans, []
@@ -72,7 +76,7 @@ class Collector:
                 found.append(span)
             return found
 
-        return await until(came, f"these spans have come: {names}")
+        return await until(came, f"these spans have arrived: {names}")
 
 
 def _span(wire: Wire, resource: dict[str, Any]) -> Span:
@@ -107,7 +111,7 @@ def collecting() -> Iterator[Collector]:
         def handle(self) -> None:
             try:
                 super().handle()
-            except OSError:  # who hung up in mid-answer
+            except OSError:  # the client has disconnected
                 return
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

@@ -1,4 +1,4 @@
-"""Direct queries however HTTP lets them be written: whole, in pieces, pipelined, by name, to a connection's end."""
+"""Direct queries in every form that HTTP allows: in pieces, pipelined, chunked."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """One connection, and what is written to it byte by byte."""
+    """One connection whose bytes the test writes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -54,9 +54,12 @@ class Client:
         head = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 10)).decode()
         status, _, rest = head.partition("\r\n")
         headers = {
-            name.lower(): value for name, _, value in (line.partition(": ") for line in rest.split("\r\n") if line)
+            name.lower(): value
+            for name, _, value in (line.partition(": ") for line in rest.split("\r\n") if line)
         }
-        body = await asyncio.wait_for(self.reader.readexactly(int(headers.get("content-length", 0))), 10)
+        body = await asyncio.wait_for(
+            self.reader.readexactly(int(headers.get("content-length", 0))), 10
+        )
         return Answer(int(status.split()[1]), headers, body)
 
     async def ended(self) -> bool:
@@ -76,7 +79,8 @@ async def client(running: Cluster) -> AsyncIterator[Client]:
 def query(text: str, path: str = "/agent/query", version: str = "1.1", **headers: str) -> bytes:
     body = json.dumps({"query": text}).encode()
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-    head = f"POST {path} HTTP/{version}\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n{lines}\r\n"
+    head = f"POST {path} HTTP/{version}\r\nhost: localhost\r\n"
+    head += f"content-length: {len(body)}\r\n{lines}\r\n"
     return head.encode() + body
 
 
@@ -87,7 +91,7 @@ async def running_agent(tmp_path: Path, node: Node, **options: str) -> AsyncIter
         yield running
 
 
-async def test_query_means_the_same_however_it_is_written(tmp_path: Path, node: Node) -> None:
+async def test_query_has_the_same_result_in_every_form(tmp_path: Path, node: Node) -> None:
     async with running_agent(tmp_path, node) as running, client(running) as one:
         for byte in query("byte by byte"):
             one.send(bytes([byte]))
@@ -115,28 +119,35 @@ async def test_query_means_the_same_however_it_is_written(tmp_path: Path, node: 
         one.send(query("x", "/agent/query/"))
         assert (await one.answer()).status == 404
 
-        head = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        head = (
+            b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
         one.send(head, b'9\r\n{"query":\r\n', b'5\r\n"in p\r\n', b'7\r\nieces"}\r\n0\r\n\r\n')
         assert (await one.answer()).results == "in pieces"
 
 
-async def test_pipelined_queries_are_answered_in_their_order(tmp_path: Path, node: Node) -> None:
+async def test_pipelined_queries_are_answered_in_order(tmp_path: Path, node: Node) -> None:
     async with running_agent(tmp_path, node) as running, client(running) as one:
-        one.send(query("wait"), *(query(f"q{number}") for number in range(200)), query("x", "/nowhere"), query("last"))
-        await until((tmp_path / "began").exists, "the others wait for their turn")
+        one.send(
+            query("wait"),
+            *(query(f"q{number}") for number in range(200)),
+            query("x", "/nowhere"),
+            query("last"),
+        )
+        await until((tmp_path / "began").exists, "the later requests wait")
         (tmp_path / "gate").touch()
         assert (await one.answer()).results == "wait"
         for number in range(200):
             assert (await one.answer()).results == f"q{number}"
-        assert (await one.answer()).status == 404, "one for Starlette, in its turn"
+        assert (await one.answer()).status == 404, "a request for Starlette, in order"
         assert (await one.answer()).results == "last"
 
 
-async def test_errors_that_are_known_at_once_are_told_in_their_turn(tmp_path: Path, node: Node) -> None:
+async def test_early_errors_are_answered_in_order(tmp_path: Path, node: Node) -> None:
     wrong = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}"
     async with running_agent(tmp_path, node) as running, client(running) as one:
         one.send(query("wait"), wrong * 300, query("last"))
-        await until((tmp_path / "began").exists, "the others wait for their turn")
+        await until((tmp_path / "began").exists, "the later requests wait")
         (tmp_path / "gate").touch()
         assert (await one.answer()).results == "wait"
         for _ in range(300):
@@ -144,7 +155,9 @@ async def test_errors_that_are_known_at_once_are_told_in_their_turn(tmp_path: Pa
         assert (await one.answer()).results == "last"
 
 
-async def test_length_with_thousands_of_leading_zeros_is_a_length(tmp_path: Path, node: Node) -> None:
+async def test_content_length_may_have_thousands_of_leading_zeros(
+    tmp_path: Path, node: Node
+) -> None:
     async with running_agent(tmp_path, node) as running, client(running) as one:
         for zeros in (10, 5000):
             one.send(query("x").replace(b"content-length: ", b"content-length: " + b"0" * zeros))
@@ -153,13 +166,18 @@ async def test_length_with_thousands_of_leading_zeros_is_a_length(tmp_path: Path
         assert not running.events("internal_error")
 
 
-async def test_connection_is_kept_or_closed_as_the_client_asks(tmp_path: Path, node: Node) -> None:
+async def test_connection_is_kept_or_closed_as_the_client_requests(
+    tmp_path: Path, node: Node
+) -> None:
     async with running_agent(tmp_path, node) as running:
         for request, kept in (
             (query("x"), True),
             (query("x", connection="close"), False),
             (query("x", version="1.0"), False),
-            (b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999\r\n\r\n", False),
+            (
+                b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999\r\n\r\n",
+                False,
+            ),
         ):
             async with client(running) as one:
                 one.send(request)
@@ -172,7 +190,7 @@ async def test_connection_is_kept_or_closed_as_the_client_asks(tmp_path: Path, n
                     assert await one.ended()
 
 
-async def test_client_that_waits_for_leave_to_send_the_body_gets_it_unless_it_is_refused(
+async def test_expect_continue_is_answered_unless_the_request_is_refused(
     tmp_path: Path, node: Node
 ) -> None:
     async with running_agent(tmp_path, node) as running, client(running) as one:
@@ -181,13 +199,19 @@ async def test_client_that_waits_for_leave_to_send_the_body_gets_it_unless_it_is
         assert (await one.answer()).status == 100
         one.send(body)
         assert (await one.answer()).results == "x"
-        head = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 99999\r\n\r\n"
-        one.send(head)
-        assert (await one.answer()).status == 413, "it is spared the sending"
+        head = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\n"
+        one.send(head, b"expect: 100-continue\r\ncontent-length: 99999\r\n\r\n")
+        assert (await one.answer()).status == 413, "the client need not send the body"
 
 
-async def test_large_answers_are_whole_and_others_are_answered_between_them(tmp_path: Path, node: Node) -> None:
-    async with running_agent(tmp_path, node) as running, client(running) as large, client(running) as small:
+async def test_large_responses_are_complete_and_do_not_block_others(
+    tmp_path: Path, node: Node
+) -> None:
+    async with (
+        running_agent(tmp_path, node) as running,
+        client(running) as large,
+        client(running) as small,
+    ):
         large.send(*(query(f"large{letter}") for letter in "abcdef"))
         reading = asyncio.ensure_future(asyncio.wait_for(_read_large(large), 30))
         answered = 0
@@ -203,7 +227,9 @@ async def _read_large(one: Client) -> list[object]:
     return [(await one.answer()).results for _ in range(6)]
 
 
-async def test_clients_that_hang_up_in_any_moment_leave_nothing_behind(tmp_path: Path, node: Node) -> None:
+async def test_clients_that_disconnect_at_any_moment_leak_nothing(
+    tmp_path: Path, node: Node
+) -> None:
     async with running_agent(tmp_path, node, runner="max_in_flight = 40") as running:
         request = query("wait")
         for cut in range(0, len(request) + 1, 7):
@@ -217,7 +243,7 @@ async def test_clients_that_hang_up_in_any_moment_leave_nothing_behind(tmp_path:
                 (tmp_path / "gate").touch()
                 return (await one.answer()).status == 200
 
-        await until(free, "the places of those that left are free")
+        await until(free, "the places of the disconnected clients are free")
         async with client(running) as one:
             one.send(*(query(f"q{number}") for number in range(39)))
             for number in range(39):
@@ -225,7 +251,7 @@ async def test_clients_that_hang_up_in_any_moment_leave_nothing_behind(tmp_path:
         assert "Traceback" not in running.log
 
 
-async def test_query_that_waits_for_its_turn_is_judged_by_its_own_head(tmp_path: Path, node: Node) -> None:
+async def test_pipelined_query_is_checked_by_its_own_headers(tmp_path: Path, node: Node) -> None:
     (tmp_path / "token").write_text("sekrit")
     (tmp_path / "token").chmod(0o600)
     good = {"authorization": "Bearer sekrit"}
@@ -237,59 +263,89 @@ async def test_query_that_waits_for_its_turn_is_judged_by_its_own_head(tmp_path:
         running.http.headers.update(good)
         await running.wait_ready()
         async with client(running) as one:
-            one.send(query("wait", **good), query("x"), query("y", **good), chunked, trailed, query("z", **good))
-            await until((tmp_path / "began").exists, "the others wait for their turn")
+            one.send(
+                query("wait", **good),
+                query("x"),
+                query("y", **good),
+                chunked,
+                trailed,
+                query("z", **good),
+            )
+            await until((tmp_path / "began").exists, "the later requests wait")
             (tmp_path / "gate").touch()
             assert [(await one.answer()).status for _ in range(5)] == [200, 401, 200, 401, 200]
 
 
-async def test_request_that_a_web_page_made_is_refused_wherever_it_stands(tmp_path: Path, node: Node) -> None:
-    evil = b"POST /agent/query HTTP/1.1\r\nhost: evil.example\r\ncontent-length: 13\r\n\r\n" + b'{"query":"x"}'
+async def test_pipelined_request_of_a_web_page_is_refused(tmp_path: Path, node: Node) -> None:
+    evil = (
+        b"POST /agent/query HTTP/1.1\r\nhost: evil.example\r\ncontent-length: 13\r\n\r\n"
+        + b'{"query":"x"}'
+    )
     absolute = evil.replace(b"host: evil.example", b"host: localhost").replace(
         b" /agent", b" http://evil.example/agent"
     )
     async with running_agent(tmp_path, node) as running, client(running) as one:
-        one.send(query("wait"), evil, query("x"), absolute, query("y"), query("z", origin="https://localhost"))
-        await until((tmp_path / "began").exists, "the others wait for their turn")
+        one.send(
+            query("wait"),
+            evil,
+            query("x"),
+            absolute,
+            query("y"),
+            query("z", origin="https://localhost"),
+        )
+        await until((tmp_path / "began").exists, "the later requests wait")
         (tmp_path / "gate").touch()
         assert [(await one.answer()).status for _ in range(6)] == [200, 403, 200, 403, 200, 403]
 
 
+@pytest.mark.message_text
 @pytest.mark.parametrize(
     "hosts", [b"", b"host: localhost\r\nhost: localhost\r\n", b"host: evil\r\nhost: localhost\r\n"]
 )
-async def test_request_names_its_host_once(hosts: bytes, tmp_path: Path, node: Node) -> None:
+async def test_request_without_exactly_one_host_is_refused(
+    hosts: bytes, tmp_path: Path, node: Node
+) -> None:
     body = b'{"query":"x"}'
     async with running_agent(tmp_path, node) as running:
         for path in (b"/agent/query", b"/workers"):
             async with client(running) as one:
-                one.send(b"POST %b HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n%b" % (path, hosts, len(body), body))
+                one.send(
+                    b"POST %b HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n%b"
+                    % (path, hosts, len(body), body)
+                )
                 answer = await one.answer()
                 assert answer.status == 400
                 assert b"one Host header" in answer.body
                 assert await one.ended()
 
 
-async def test_offer_of_an_upgrade_is_declined_and_the_query_answered(tmp_path: Path, node: Node) -> None:
-    h2c = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABkAARAAAAAAAIAAAAA"}
-    async with running_agent(tmp_path, node) as running, client(running) as one:
-        one.send(query("first"), query("as curl --http2 asks", **h2c), query("last"))
-        for words in ("first", "as curl --http2 asks", "last"):
-            assert (await one.answer()).results == words
-        one.send(query("in pieces", **h2c)[:-5])
-        await one.writer.drain()
-        await running.ready()  # a round trip: what was sent before it has been read
-        one.send(query("in pieces", **h2c)[-5:])
-        assert (await one.answer()).results == "in pieces"
-        one.send(query("x", connection="upgrade, close", upgrade="websocket"))
-        assert (await one.answer()).results == "x"
-        assert await one.ended()
+@pytest.mark.message_text
+async def test_body_of_a_refused_upgrade_is_not_parsed(tmp_path: Path, node: Node) -> None:
+    h2c = {
+        "connection": "Upgrade, HTTP2-Settings",
+        "upgrade": "h2c",
+        "http2_settings": "AAMAAABkAARAAAAAAAIAAAAA",
+    }
+    async with running_agent(tmp_path, node) as running:
+        async with client(running) as one:
+            one.send(query("as curl --http2 asks", **h2c), query("last"))
+            answer = await one.answer()
+            assert answer.status == 400
+            assert b"send it without Upgrade" in answer.body
+            assert await one.ended()
+        async with client(running) as one:
+            one.send(query("first"), query("as curl --http2 asks", **h2c), query("last"))
+            assert (await one.answer()).results == "first"
+            assert await one.ended()
 
 
-async def test_refusal_of_an_announced_body_closes_the_connection(tmp_path: Path, node: Node) -> None:
-    head = b"POST /agent/query HTTP/1.1\r\nhost: evil.example\r\nexpect: 100-continue\r\ncontent-length: 200\r\n\r\n"
+async def test_refusal_before_an_announced_body_closes_the_connection(
+    tmp_path: Path, node: Node
+) -> None:
+    head = b"POST /agent/query HTTP/1.1\r\nhost: evil.example\r\n"
+    head += b"expect: 100-continue\r\ncontent-length: 200\r\n\r\n"
     async with running_agent(tmp_path, node) as running, client(running) as one:
         one.send(head)
         answer = await one.answer()
         assert (answer.status, answer.headers["connection"]) == (403, "close")
-        assert await one.ended(), "or its next request would be taken for that body"
+        assert await one.ended(), "the server could take its next request for that body"

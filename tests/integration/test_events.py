@@ -1,4 +1,4 @@
-"""GET / and GET /events for those that are no browser, or a hostile one."""
+"""GET / and GET /events for clients that are not browsers, or are hostile."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from disco import Node
-from runner.dashboard import PATHS
-from runner.dashboard.routes import MAX_STREAMS
+from runner.web.dashboard import PATHS
+from runner.web.dashboard.routes import MAX_STREAMS
 from tests.cluster import Cluster, agent, cluster, until
 
 pytestmark = pytest.mark.anyio
@@ -27,45 +27,55 @@ async def events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-async def test_events_tell_the_table_and_then_its_changes(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_first_event_has_the_table_and_later_ones_its_changes(
+    tmp_path: Path, node: Node
+) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), agent("b", ["127.0.0.1:9"])) as running:
         await running.wait_state("a_server", "ready")
         await running.wait_state("b_server", "backoff")
         async with running.http.stream("GET", "/events") as answer:
             assert answer.headers["content-type"].startswith("text/event-stream")
-            told = events(answer)
-            first = await anext(told)
+            stream = events(answer)
+            first = await anext(stream)
             assert [row["name"] for row in first["changed"]] == ["a_server", "b_server"]
             assert first["summary"] == "1 of 2 workers ready"
             assert (await running.ask("x", agent="a")).status_code == 200
-            async for event in told:
+            async for event in stream:
                 changed = {row["name"]: row for row in event["changed"]}
                 if changed.get("a_server", {}).get("queries") == "1":
                     break
-            # Nothing counts but the end: whoever looks on keeps no runner from it.
+            # An open stream must not delay the runner's shutdown.
             assert await running.stop() == 0
-            await until(lambda: running.process.poll() is not None, "it has ended", 5)
-            states = [row["state"] async for event in told for row in event["changed"] if "state" in row]
+            await until(lambda: running.process.poll() is not None, "the runner has exited", 5)
+            states = [
+                row["state"] async for event in stream for row in event["changed"] if "state" in row
+            ]
             assert states[-2:] == ["stopped", "stopped"]
 
 
-async def test_events_tell_only_the_cells_that_changed(tmp_path: Path) -> None:
-    async with cluster(tmp_path, agent("a", ["127.0.0.1:9"]), connection="reconnect_interval_ms = 60000") as running:
+async def test_events_contain_only_the_changed_cells(tmp_path: Path) -> None:
+    async with cluster(
+        tmp_path, agent("a", ["127.0.0.1:9"]), connection="reconnect_interval_ms = 60000"
+    ) as running:
         await running.wait_state("a_server", "backoff")
         async with running.http.stream("GET", "/events") as answer:
-            told = events(answer)
-            (whole,) = (await anext(told))["changed"]
+            stream = events(answer)
+            (whole,) = (await anext(stream))["changed"]
             assert "Connection refused" in whole["last_error"]
-            async for event in told:
+            async for event in stream:
                 for cells in event["changed"]:
                     assert cells["name"] == "a_server"
-                    assert not {"agent", "node", "state", "detail", "spark", "last_error"} & set(cells), cells
+                    assert not {"agent", "node", "state", "detail", "spark", "last_error"} & set(
+                        cells
+                    ), cells
                     whole |= cells
                 if whole["uptime"] == "3s":
                     break
 
 
-async def test_streams_are_bounded_and_given_back(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_number_of_streams_is_limited(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("a", [node.url])) as running:
         await running.wait_ready()
         assert (await running.http.head("/events")).status_code == 200
@@ -78,17 +88,20 @@ async def test_streams_are_bounded_and_given_back(tmp_path: Path, node: Node) ->
                 await anext(kept[-1])
             refused = await running.http.get("/events")
             assert refused.status_code == 503
+            assert refused.json()["code"] == "too_many_streams"
             assert "GET /workers" in refused.json()["error"]
-            assert (await running.results("x"))["properties"]["count"] == 1, "queries are not their concern"
+            assert (await running.results("x"))["properties"]["count"] == 1, (
+                "streams take no places of queries"
+            )
 
         async def free() -> bool:
             async with running.http.stream("GET", "/events") as answer:
                 return answer.status_code == 200
 
-        await until(free, "who has gone leaves a place")
+        await until(free, "the place of a closed stream is free")
 
 
-async def test_page_lets_nothing_else_in(tmp_path: Path, node: Node) -> None:
+async def test_page_forbids_content_of_other_origins(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("a", [node.url])) as running:
         for path in PATHS:
             answer = await running.http.head(path)
@@ -104,7 +117,7 @@ async def test_page_lets_nothing_else_in(tmp_path: Path, node: Node) -> None:
         assert refused.status_code == 403
 
 
-async def test_client_that_reads_no_events_harms_nobody(tmp_path: Path, node: Node) -> None:
+async def test_client_that_reads_no_events_affects_no_other(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("a", [node.url])) as running:
         await running.wait_ready()
         _, writer = await stuck(running)

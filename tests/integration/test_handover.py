@@ -1,4 +1,4 @@
-"""One process takes another's place: whatever happens meanwhile, nothing is lost and nothing old stays."""
+"""Replacements of processes: no query is lost, and no old process or setting remains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from tests.integration.test_reload import configure, reload
 pytestmark = pytest.mark.anyio
 
 
-async def test_queries_that_wait_behind_a_worker_that_leaves_go_to_its_successor(tmp_path: Path, node: Node) -> None:
+async def test_queries_waiting_at_a_draining_worker_go_to_its_successor(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = """
 import time
 def handle(body, memory):
@@ -41,13 +43,15 @@ def handle(body, memory):
                 answers.append(await running.ask("x"))
 
         async with anyio.create_task_group() as tasks:
-            for _ in range(40):  # more than a second's work, four times what the end may take
+            for _ in range(40):  # work of more than a second, four times the shutdown timeout
                 tasks.start_soon(client)
         assert {answer.status_code for answer in answers} == {200}
-        assert sorted(answer.json()["results"] for answer in answers) == list(range(1, len(answers) + 1))
+        assert sorted(answer.json()["results"] for answer in answers) == list(
+            range(1, len(answers) + 1)
+        )
 
 
-async def test_worker_that_dies_while_it_is_replaced_comes_back_by_the_new_configuration(
+async def test_worker_that_dies_during_its_replacement_restarts_with_the_new_configuration(
     tmp_path: Path, node: Node
 ) -> None:
     handlers = """
@@ -62,7 +66,9 @@ class New:
 def old(body, memory):
     return "old", memory
 """
-    async with cluster(tmp_path, agent("a", [node.url], handler="handlers.py:old"), handlers=handlers) as running:
+    async with cluster(
+        tmp_path, agent("a", [node.url], handler="handlers.py:old"), handlers=handlers
+    ) as running:
         await running.wait_ready()
         pid = await running.worker_pid("a_server")
         configure(tmp_path, agent("a", [node.url], handler="handlers.py:New"))
@@ -70,7 +76,10 @@ def old(body, memory):
             tasks.start_soon(reload, running)
             await until((tmp_path / "new").exists, "the replacement starts")
             os.kill(pid, signal.SIGKILL)
-            await until(lambda: running.events("worker_restarting"), "the old one's death is seen")
+            await until(
+                lambda: running.events("worker_restarting"),
+                "the death of the old process is noticed",
+            )
             (tmp_path / "go").touch()
 
         async def renewed() -> bool:
@@ -83,22 +92,30 @@ def old(body, memory):
         assert await running.results("x") == "new"
 
 
-async def test_sigterm_does_not_wait_for_a_reload_that_still_imports(tmp_path: Path, node: Node) -> None:
+async def test_sigterm_does_not_wait_for_the_imports_of_a_reload(
+    tmp_path: Path, node: Node
+) -> None:
     (tmp_path / "slow.py").write_text(
         "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(3600)\n" + COUNTER
     )
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
-        configure(tmp_path, agent("count", [node.url]), agent("late", [node.url], handler="slow.py:handle"))
+        configure(
+            tmp_path,
+            agent("count", [node.url]),
+            agent("late", [node.url], handler="slow.py:handle"),
+        )
         running.process.send_signal(signal.SIGHUP)
-        await until((tmp_path / "importing").exists, "the reload imports")
+        await until((tmp_path / "importing").exists, "the reload is importing")
         began = time.monotonic()
         assert await running.stop() == 0
         assert time.monotonic() - began < 6.0
-        await running.gone(2.0)
+        await running.wait_exited(2.0)
 
 
-async def test_what_a_handler_forks_ends_with_its_worker_and_holds_no_name(tmp_path: Path, node: Node) -> None:
+async def test_processes_forked_by_a_handler_end_with_its_worker(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = """
 import os, time
 def handle(body, memory):
@@ -113,29 +130,38 @@ def handle(body, memory):
         first = await running.results("x")
         assert alive(first)
         os.kill(await running.worker_pid("forks_server"), signal.SIGKILL)
-        await until(lambda: not alive(first), "the child has ended too")
+        await until(lambda: not alive(first), "the child has exited, too")
         await node.wait_gone("forks")
         await node.wait_for("forks", 2.0)
         await running.wait_ready()
         second = await running.results("x")
         running.process.kill()
-        await until(lambda: not alive(second), "the child of the next one ends with the runner", 2.0)
+        await until(
+            lambda: not alive(second), "the child of the next worker exits with the runner", 2.0
+        )
 
 
-async def test_state_folder_cannot_be_changed_by_a_reload(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_reload_cannot_change_the_state_folder(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url], memory="disk")) as running:
         await running.wait_ready()
         assert (await running.results("x"))["properties"]["count"] == 1
         (tmp_path / "token").write_text("secret")
         for _ in range(2):
-            configure(tmp_path, agent("count", [node.url], memory="disk"), runner='http_token_file = "token"')
+            configure(
+                tmp_path,
+                agent("count", [node.url], memory="disk"),
+                runner='http_token_file = "token"',
+            )
             done = await reload(running)
             assert "unchanged: 1" in done.stdout
-            assert "only a restart changes: runner.http_token" in done.stdout, "as long as it is so"
+            assert "only a restart changes: runner.http_token" in done.stdout
         assert (await running.results("x"))["properties"]["count"] == 2
 
 
-async def test_node_is_answered_while_a_long_query_holds_up_the_handover(tmp_path: Path, node: Node) -> None:
+async def test_pings_are_answered_while_a_query_delays_the_handover(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = """
 import asyncio, pathlib
 async def handle(body, memory):
@@ -151,13 +177,17 @@ async def handle(body, memory):
         pid = await running.worker_pid("a_server")
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(running.results, "long")
-            await until((tmp_path / "began").exists, "the handler is at it")
-            configure(tmp_path, agent("a", [node.url], memory="none", concurrency=4, capabilities=["new"]))
+            await until((tmp_path / "began").exists, "the handler has started")
+            configure(
+                tmp_path, agent("a", [node.url], memory="none", concurrency=4, capabilities=["new"])
+            )
             os.kill(running.process.pid, signal.SIGHUP)
-            await until(lambda: running.events("worker_replaced"), "a successor stands by")
+            await until(lambda: running.events("worker_replaced"), "the successor is on standby")
             await running.wait_state("a_server", "draining")
             for number in range(5):
-                assert await node.query(f"{number}") == [{"type": "t", "properties": {"body": f"{number}"}}]
+                assert await node.query(f"{number}") == [
+                    {"type": "t", "properties": {"body": f"{number}"}}
+                ]
             assert (await running.row("a_server"))["pid"] == pid
             (tmp_path / "gate").touch()
         await running.wait_ready()
@@ -165,7 +195,9 @@ async def handle(body, memory):
         assert await node.query("x") == [{"type": "t", "properties": {"body": "x"}}]
 
 
-async def test_deadline_that_a_reload_shortens_holds_at_once(tmp_path: Path, node: Node) -> None:
+async def test_shorter_timeout_of_a_reload_applies_to_running_queries(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = """
 import pathlib, time
 def handle(body, memory):
@@ -183,17 +215,19 @@ def handle(body, memory):
         with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(ask)
-                await until((tmp_path / "began").exists, "the handler is at it")
+                await until((tmp_path / "began").exists, "the handler has started")
                 configure(tmp_path, slow, runner="query_timeout_ms = 200", supervision=short)
                 await reload(running)
                 tasks.start_soon(ask)
         assert [answer.status_code for answer in answers] == [504, 504]
 
 
-REQUEST = b'POST /agent/query HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 13\r\n\r\n{"query":"x"}'
+REQUEST = (
+    b'POST /agent/query HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 13\r\n\r\n{"query":"x"}'
+)
 
 
-async def test_many_waiting_queries_cost_the_runner_nothing(tmp_path: Path, node: Node) -> None:
+async def test_many_waiting_queries_use_no_cpu_in_the_runner(tmp_path: Path, node: Node) -> None:
     import psutil
 
     handlers = "import asyncio\nasync def handle(body, memory):\n    await asyncio.sleep(3600)\n"
@@ -201,23 +235,26 @@ async def test_many_waiting_queries_cost_the_runner_nothing(tmp_path: Path, node
     async with cluster(tmp_path, slow, handlers=handlers, supervision=short) as running:
         await running.wait_ready()
         address = (str(running.http.base_url.host), running.http.base_url.port)
-        waiting = 'em_runner_queries_in_flight{agent="slow",node="%s",transport="http",worker="slow_server"} 300.0'
+        labels = f'agent="slow",node="{node.url}",path="direct",worker="slow_server"'
+        waiting = f"em_runner_queries_in_flight{{{labels}}} 300.0"
 
         async def all_wait() -> bool:
-            return waiting % node.url in (await running.http.get("/metrics")).text
+            return waiting in (await running.http.get("/metrics")).text
 
         async with AsyncExitStack() as stack:
             for _ in range(300):
                 client = await stack.enter_async_context(await anyio.connect_tcp(*address))
                 await client.send(REQUEST)
-            await until(all_wait, "all wait")
+            await until(all_wait, "all queries wait")
             runner = psutil.Process(running.process.pid)
             before, began = sum(runner.cpu_times()[:2]), time.monotonic()
-            await until(lambda: time.monotonic() - began > 2.0, "a while has passed")
+            await until(lambda: time.monotonic() - began > 2.0, "the CPU time was measured")
             assert sum(runner.cpu_times()[:2]) - before < 0.3
 
 
-async def test_closed_terminal_reloads_the_runner_and_ends_nothing(tmp_path: Path, node: Node) -> None:
+async def test_closed_terminal_reloads_the_runner_and_stops_nothing(
+    tmp_path: Path, node: Node
+) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         pid = await running.worker_pid("count_server")

@@ -1,4 +1,4 @@
-"""The routes and every error row of the HTTP interface, against a real runner."""
+"""The routes and every error of the HTTP interface, with a real runner."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def handle(body, memory):
 """
 
 
-async def test_routes_to_the_worker_that_is_named_else_to_the_primary(
+async def test_query_goes_to_the_named_worker_or_the_first_one(
     tmp_path: Path, node: Node, other_node: Node
 ) -> None:
     async with cluster(
@@ -52,60 +52,91 @@ async def test_routes_to_the_worker_that_is_named_else_to_the_primary(
 
         several = await http.post("/agent/query", json={"query": "x"})
         assert several.status_code == 400
+        assert several.json()["code"] == "agent_required"
         assert "a, b" in several.json()["error"]
-        for body, names in (
-            ({"agent": "zz"}, "a, b"),
-            ({"worker": "zz"}, "a_server, a_server_2, b_server"),
-            ({"worker": "b_server", "agent": "a"}, "b_server"),
+        for body, code, names in (
+            ({"agent": "zz"}, "unknown_agent", "a, b"),
+            ({"worker": "zz"}, "unknown_worker", "a_server, a_server_2, b_server"),
+            ({"worker": "b_server", "agent": "a"}, "unknown_worker", "b_server"),
         ):
             unknown = await http.post("/agent/query", json={"query": "x", **body})
-            assert unknown.status_code == 404
+            assert (unknown.status_code, unknown.json()["code"]) == (404, code)
             assert names in unknown.json()["error"]
-        assert (await http.post("/agents/zz/query", json={"query": "x"})).status_code == 404
-        assert (await http.post("/agents/a/query", json={"query": "x", "agent": "b"})).status_code == 400
+        unknown = await http.post("/agents/zz/query", json={"query": "x"})
+        assert (unknown.status_code, unknown.json()["code"]) == (404, "unknown_agent")
+        conflict = await http.post("/agents/a/query", json={"query": "x", "agent": "b"})
+        assert (conflict.status_code, conflict.json()["code"]) == (400, "name_conflict")
 
 
 BAD_BODIES: list[bytes] = [
-    b"", b"nonsense", b"[]", b"{}", b'"x"', b'{"query":1}', b'{"query":null}', b'{"q":"x"}', b'{"query":"\xff"}',
-    b'{"query":"\\ud800"}', b"[" * 60_000, b'{"query":"x","agent":1}',
-]  # fmt: skip
+    b"",
+    b"nonsense",
+    b"[]",
+    b"{}",
+    b'"x"',
+    b'{"query":1}',
+    b'{"query":null}',
+    b'{"q":"x"}',
+    b'{"query":"\xff"}',
+    b'{"query":"\\ud800"}',
+    b"[" * 60_000,
+    b'{"query":"x","agent":1}',
+]
 
 
-async def test_every_wrong_request_gets_its_status_and_a_json_error(tmp_path: Path, node: Node) -> None:
+async def test_every_invalid_request_gets_its_status_and_a_json_error(
+    tmp_path: Path, node: Node
+) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
         await running.wait_ready()
         http = running.http
         for body in BAD_BODIES:
             answer = await http.post("/agent/query", content=body)
             assert answer.status_code == 400, body[:40]
-            assert answer.json() == {"error": "body must be JSON with a 'query' field"}
-        for method, path, status in (
-            ("GET", "/agent/query", 405),
-            ("POST", "/health", 405),
-            ("DELETE", "/workers", 405),
-            ("GET", "/nowhere", 404),
+            assert answer.json()["code"] == "invalid_body"
+        for method, path, status, code in (
+            ("GET", "/agent/query", 405, "method_not_allowed"),
+            ("POST", "/health", 405, "method_not_allowed"),
+            ("DELETE", "/workers", 405, "method_not_allowed"),
+            ("GET", "/nowhere", 404, "unknown_route"),
         ):
             answer = await http.request(method, path)
-            assert answer.status_code == status
-            assert "error" in answer.json()
+            assert (answer.status_code, answer.json()["code"]) == (status, code)
+            assert answer.json()["error"]
         for method in ("GET", "HEAD", "DELETE", "PUT", "OPTIONS", "PROPFIND"):
             for path in ("/agent/query", "/agents/a/query", "/workers/a_server/query"):
                 answer = await http.request(method, path)
-                assert (answer.status_code, answer.headers["allow"]) == (405, "POST"), (method, path)
+                assert (answer.status_code, answer.headers["allow"]) == (405, "POST"), (
+                    method,
+                    path,
+                )
         assert (await http.get("/health")).json() == {"status": "ok"}
         fits = await http.post("/agent/query", json={"query": "x" * 60_000})
         assert fits.status_code == 200
 
 
-async def test_large_body_is_refused_without_being_read(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_error_for_a_body_that_is_not_a_query(tmp_path: Path, node: Node) -> None:
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
+        await running.wait_ready()
+        answer = await running.http.post("/agent/query", content=b"{}")
+        expected = {"error": "body must be JSON with a 'query' field", "code": "invalid_body"}
+        assert answer.json() == expected
+
+
+async def test_too_large_body_is_refused_without_being_read(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
         await running.wait_ready()
         url = running.http.base_url
         async with await anyio.connect_tcp(url.host, url.port or 0) as stream:
-            await stream.send(b"POST /agent/query HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65537\r\n\r\n")
-            answer = b"".join([chunk async for chunk in stream])  # nothing of the body was sent
+            await stream.send(
+                b"POST /agent/query HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65537\r\n\r\n"
+            )
+            answer = b"".join(
+                [chunk async for chunk in stream]
+            )  # the client has sent no part of the body
             assert answer.startswith(b"HTTP/1.1 413 ")
-            assert b"65536" in answer, "the answer is whole, and then the connection is closed"
+            assert b"65536" in answer, "the response is complete before the connection is closed"
 
         async def chunks() -> Any:
             for _ in range(70):
@@ -116,7 +147,7 @@ async def test_large_body_is_refused_without_being_read(tmp_path: Path, node: No
         assert "65536" in answer.json()["error"]
 
 
-async def test_no_answer_before_the_deadline_is_504_and_the_query_is_not_run_later(tmp_path: Path, node: Node) -> None:
+async def test_query_that_expires_is_answered_504_and_never_run(tmp_path: Path, node: Node) -> None:
     handlers = """
 import pathlib, time
 def handle(body, memory):
@@ -128,7 +159,11 @@ def handle(body, memory):
 """
     alive = "liveness_timeout_ms = 1000"
     async with cluster(
-        tmp_path, agent("a", [node.url]), handlers=handlers, runner="query_timeout_ms = 300", supervision=alive
+        tmp_path,
+        agent("a", [node.url]),
+        handlers=handlers,
+        runner="query_timeout_ms = 300",
+        supervision=alive,
     ) as running:
         await running.wait_ready()
         answers: list[httpx.Response] = []
@@ -138,10 +173,12 @@ def handle(body, memory):
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask, "slow")
-            await until((tmp_path / "ran").exists, "the handler is at it")
+            await until((tmp_path / "ran").exists, "the handler has started")
             tasks.start_soon(ask, "behind")
         assert {answer.status_code for answer in answers} == {504}
-        for _ in range(2):  # the second one was sent after the worker was told that nobody waits any longer
+        for _ in range(
+            2
+        ):  # The worker got this query after it was notified that the first one was cancelled.
             await heartbeat(running)
         (tmp_path / "gate").touch()
         assert await running.results("next") == "next"
@@ -149,26 +186,28 @@ def handle(body, memory):
 
 
 async def heartbeat(running: Cluster) -> None:
-    """Wait until the only worker is heard of again."""
-    told = re.compile(r"^em_runner_worker_heartbeat_age_seconds\{.*\} (\S+)$", re.MULTILINE)
+    """Wait for the next heartbeat of the only worker."""
+    age = re.compile(r"^em_runner_worker_heartbeat_age_seconds\{.*\} (\S+)$", re.MULTILINE)
 
     async def silent_s() -> float:
-        found = told.search((await running.http.get("/metrics")).text)
+        found = age.search((await running.http.get("/metrics")).text)
         assert found is not None
         return float(found[1])
 
     before_s = 0.0
 
-    async def heard() -> bool:
+    async def has_reported() -> bool:
         nonlocal before_s
         last_s, before_s = before_s, await silent_s()
         return before_s < last_s
 
-    await until(heard, "a heartbeat")
+    await until(has_reported, "a heartbeat")
 
 
-async def test_full_worker_refuses_at_once_with_retry_after(tmp_path: Path, node: Node) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=GATED, runner="max_in_flight = 4") as running:
+async def test_full_worker_refuses_immediately_with_retry_after(tmp_path: Path, node: Node) -> None:
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=GATED, runner="max_in_flight = 4"
+    ) as running:
         await running.wait_ready()
         answers: list[httpx.Response] = []
 
@@ -178,20 +217,22 @@ async def test_full_worker_refuses_at_once_with_retry_after(tmp_path: Path, node
         async with anyio.create_task_group() as tasks:
             for _ in range(10):
                 tasks.start_soon(ask)
-            await until(lambda: len(answers) == 6, "what does not fit is refused")
+            await until(lambda: len(answers) == 6, "the queries beyond the limit are refused")
             assert {answer.status_code for answer in answers} == {503}
             assert {answer.headers["retry-after"] for answer in answers} == {"1"}
             (tmp_path / "gate").touch()
         assert [answer.status_code for answer in answers[6:]] == [200] * 4
 
 
-async def test_client_that_goes_away_frees_its_place(tmp_path: Path, node: Node) -> None:
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=GATED, runner="max_in_flight = 2") as running:
+async def test_client_that_disconnects_frees_its_place(tmp_path: Path, node: Node) -> None:
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=GATED, runner="max_in_flight = 2"
+    ) as running:
         await running.wait_ready()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(running.ask, "x")
             tasks.start_soon(running.ask, "x")
-            await until((tmp_path / "began").exists, "the handler is at it")
+            await until((tmp_path / "began").exists, "the handler has started")
 
             async def full() -> bool:
                 with anyio.move_on_after(0.05):
@@ -199,26 +240,33 @@ async def test_client_that_goes_away_frees_its_place(tmp_path: Path, node: Node)
                 return False
 
             await until(full, "the worker is full")
-            tasks.cancel_scope.cancel()  # both clients hang up
+            tasks.cancel_scope.cancel()  # both clients disconnect
 
         async def place() -> bool:
             with anyio.move_on_after(0.3):
                 return (await running.ask("free")).status_code == 200
-            return True  # admitted: it waits for the handler rather than being refused
+            return True  # accepted: it waits for the handler
 
-        await until(place, "a place is free")
+        await until(place, "the worker accepts a query")
         (tmp_path / "gate").touch()
         assert await running.results("free") == "free"
 
 
-async def test_bearer_token_guards_every_route_but_health(tmp_path: Path, node: Node) -> None:
+async def test_every_route_except_health_requires_the_token(tmp_path: Path, node: Node) -> None:
     (tmp_path / "token").write_text("let-me-in\n")
     (tmp_path / "token").chmod(0o600)
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO, runner='http_token_file = "token"') as running:
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=ECHO, runner='http_token_file = "token"'
+    ) as running:
         http = running.http
         assert (await http.get("/health")).status_code == 200
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "let-me-in"}):
-            for method, path in (("GET", "/workers"), ("GET", "/ready"), ("POST", "/agent/query"), ("GET", "/zz")):
+            for method, path in (
+                ("GET", "/workers"),
+                ("GET", "/ready"),
+                ("POST", "/agent/query"),
+                ("GET", "/zz"),
+            ):
                 refused = await http.request(method, path, headers=headers)
                 assert refused.status_code == 401
                 assert refused.headers["www-authenticate"] == "Bearer"
@@ -228,7 +276,7 @@ async def test_bearer_token_guards_every_route_but_health(tmp_path: Path, node: 
         assert "let-me-in" not in running.log + str(await running.rows())
 
 
-async def test_port_in_use_is_one_clear_line(tmp_path: Path, node: Node) -> None:
+async def test_error_for_a_port_in_use_is_one_line(tmp_path: Path, node: Node) -> None:
     import subprocess
     import sys
 
@@ -238,10 +286,23 @@ async def test_port_in_use_is_one_clear_line(tmp_path: Path, node: Node) -> None
     (tmp_path / "em-runner.toml").write_text(agent("a", [node.url]))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        command = [sys.executable, "-m", "runner", "run", "-c", str(tmp_path / "em-runner.toml"), "--http", address]
+        command = [
+            sys.executable,
+            "-m",
+            "runner",
+            "run",
+            "-c",
+            str(tmp_path / "em-runner.toml"),
+            "--http",
+            address,
+        ]
         ended = await anyio.to_thread.run_sync(
             lambda: subprocess.run(
-                [*command, "--state-dir", str(tmp_path / "s")], capture_output=True, text=True, cwd=ROOT, timeout=20
+                [*command, "--state-dir", str(tmp_path / "s")],
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                timeout=20,
             )
         )
     assert ended.returncode == 1
@@ -250,11 +311,13 @@ async def test_port_in_use_is_one_clear_line(tmp_path: Path, node: Node) -> None
     assert "--http" in ended.stderr
 
 
-async def test_ready_says_which_worker_is_not(tmp_path: Path, node: Node) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        down = f"ws://127.0.0.1:{nobody.getsockname()[1]}"
-        async with cluster(tmp_path, agent("a", [node.url]), agent("b", [down]), handlers=ECHO) as running:
+async def test_ready_names_the_worker_that_is_not_ready(tmp_path: Path, node: Node) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        down = f"ws://127.0.0.1:{closed.getsockname()[1]}"
+        async with cluster(
+            tmp_path, agent("a", [node.url]), agent("b", [down]), handlers=ECHO
+        ) as running:
             await running.wait_state("a_server", "ready")
             await running.wait_state("b_server", "backoff")
             answer = await running.http.get("/ready")
@@ -263,10 +326,14 @@ async def test_ready_says_which_worker_is_not(tmp_path: Path, node: Node) -> Non
             assert agents["a"] == {"ready": True, "workers": {"a_server": "ready"}}
             assert not agents["b"]["ready"]
             assert "refused" in agents["b"]["workers"]["b_server"]
-            assert await running.results("x", agent="b") == "x", "a worker answers HTTP without its node"
+            assert await running.results("x", agent="b") == "x", (
+                "a worker answers direct queries without its node"
+            )
 
 
-async def test_queries_move_to_the_next_worker_that_is_up(tmp_path: Path, node: Node, other_node: Node) -> None:
+async def test_queries_go_to_the_next_worker_that_is_up(
+    tmp_path: Path, node: Node, other_node: Node
+) -> None:
     handlers = """
 import pathlib, os, sys
 class Agent:
@@ -281,7 +348,9 @@ class Agent:
     import signal
 
     async with cluster(
-        tmp_path, agent("a", [node.url, other_node.url], handler="handlers.py:Agent"), handlers=handlers
+        tmp_path,
+        agent("a", [node.url, other_node.url], handler="handlers.py:Agent"),
+        handlers=handlers,
     ) as running:
         await running.wait_ready()
         await running.wait_state("a_server_2", "ready")
@@ -296,7 +365,7 @@ class Agent:
         assert (await running.ask("x", worker="a_server")).status_code == 503
 
 
-async def test_row_tells_what_happened(tmp_path: Path, node: Node) -> None:
+async def test_row_counts_queries_and_errors(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=ECHO) as running:
         await running.wait_ready()
         await running.results("x")
@@ -311,5 +380,10 @@ async def _check_row(running: Cluster, node: Node) -> None:
     await until(counted, "both queries are counted")
     row = await running.row("a_server")
     assert (row["agent"], row["node"], row["state"]) == ("a", node.url, "ready")
-    assert (row["queries_node"], row["queries_http"], row["errors"], row["restarts"]) == (1, 1, 0, 0)
+    assert (row["queries_node"], row["queries_direct"], row["errors"], row["restarts"]) == (
+        1,
+        1,
+        0,
+        0,
+    )
     assert row["uptime_s"] > 0

@@ -1,4 +1,4 @@
-"""GET /metrics of a real runner: every figure is one that happened, and no counter goes backwards."""
+"""GET /metrics of a real runner: correct counts, and counters that never decrease."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Value = Callable[..., Awaitable[float]]
 
 def values(running: Cluster) -> Value:
     async def value(metric: str, **labels: str) -> float:
-        """The sum of the samples of that name which have these labels."""
+        """Return the sum of the samples with this name and these labels."""
         answer = await running.http.get("/metrics")
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -44,9 +44,7 @@ def values(running: Cluster) -> Value:
     return value
 
 
-async def test_figures_are_those_of_what_happened_and_go_on_after_a_worker_is_replaced(
-    tmp_path: Path, node: Node
-) -> None:
+async def test_metrics_continue_after_a_worker_is_replaced(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
         value = values(running)
         await running.wait_ready()
@@ -58,10 +56,10 @@ async def test_figures_are_those_of_what_happened_and_go_on_after_a_worker_is_re
         async def counted() -> bool:
             return await value("em_runner_queries_total") == 5
 
-        await until(counted, "a heartbeat has told of them")
-        assert await value("em_runner_queries_total", transport="http", outcome="ok") == 3
-        assert await value("em_runner_queries_total", transport="http", outcome="failed") == 1
-        assert await value("em_runner_queries_total", transport="websocket", outcome="ok") == 1
+        await until(counted, "a heartbeat has reported the queries")
+        assert await value("em_runner_queries_total", path="direct", outcome="ok") == 3
+        assert await value("em_runner_queries_total", path="direct", outcome="handler_failed") == 1
+        assert await value("em_runner_queries_total", path="node", outcome="ok") == 1
         assert await value("em_runner_handler_duration_seconds_count") == 5
         assert 4 <= await value("em_runner_handler_duration_seconds_bucket", le="0.016777216") < 5
         assert await value("em_runner_handler_duration_seconds_sum") >= 0.02
@@ -74,9 +72,12 @@ async def test_figures_are_those_of_what_happened_and_go_on_after_a_worker_is_re
         async def replaced() -> bool:
             nonlocal lowest
             lowest = min(lowest, await value("em_runner_queries_total"))
-            return await value("em_runner_worker_restarts_total", reason="killed") == 1 and await running.ready()
+            return (
+                await value("em_runner_worker_restarts_total", reason="killed") == 1
+                and await running.ready()
+            )
 
-        await until(replaced, "another process has taken its place")
+        await until(replaced, "the worker is replaced")
         await running.ask("x")
 
         async def more() -> bool:
@@ -84,11 +85,11 @@ async def test_figures_are_those_of_what_happened_and_go_on_after_a_worker_is_re
             lowest = min(lowest, await value("em_runner_queries_total"))
             return await value("em_runner_queries_total") == 6
 
-        await until(more, "it counts on")
-        assert lowest == 5, "and never went back"
+        await until(more, "the new process counts")
+        assert lowest == 5, "the counter has never decreased"
 
 
-async def test_no_counter_goes_backwards_or_loses_a_query_when_a_worker_is_replaced_in_good_order(
+async def test_graceful_replacement_neither_decreases_counters_nor_loses_queries(
     tmp_path: Path, node: Node
 ) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
@@ -117,20 +118,20 @@ async def test_no_counter_goes_backwards_or_loses_a_query_when_a_worker_is_repla
                 done = len(running.events("reloaded")) == until_number
                 return done and await running.worker_pid("a_server") not in (None, before)
 
-            await until(replaced, "it is replaced")
+            await until(replaced, "the worker is replaced")
         value = values(running)
 
         async def counted() -> bool:
             await scrape()
-            return await value("em_runner_queries_total", transport="http", outcome="ok") >= asked
+            return await value("em_runner_queries_total", path="direct", outcome="ok") >= asked
 
-        await until(counted, "all are counted")
+        await until(counted, "all queries are counted")
         assert await value("em_runner_queries_total") == asked
         assert await value("em_runner_handler_duration_seconds_count") == asked
         assert await value("em_runner_worker_restarts_total") == 0
 
 
-async def test_metrics_ask_for_the_token_where_there_is_one(tmp_path: Path, node: Node) -> None:
+async def test_metrics_require_the_token(tmp_path: Path, node: Node) -> None:
     (tmp_path / "token").write_text("let-me-in\n")
     (tmp_path / "token").chmod(0o600)
     async with cluster(
@@ -149,7 +150,9 @@ def handle(body, memory):
 """
 
 
-async def test_what_clients_were_told_is_counted_whatever_the_worker_did(tmp_path: Path, node: Node) -> None:
+async def test_direct_queries_are_counted_by_the_outcome_for_the_client(
+    tmp_path: Path, node: Node
+) -> None:
     runner = "query_timeout_ms = 300\nmax_in_flight = 2"
     async with cluster(tmp_path, agent("a", [node.url]), handlers=SLOW, runner=runner) as running:
         await running.wait_ready()
@@ -163,13 +166,13 @@ async def test_what_clients_were_told_is_counted_whatever_the_worker_did(tmp_pat
             for _ in range(6):
                 tasks.start_soon(ask, "0.6")
         assert sorted(statuses) == [503] * 4 + [504] * 2
-        assert await value("em_runner_direct_queries_total", outcome="refused") == 4
+        assert await value("em_runner_direct_queries_total", outcome="worker_busy") == 4
         assert await value("em_runner_direct_queries_total", outcome="timed_out") == 2
         assert await value("em_runner_direct_queries_total", outcome="ok") == 0
         assert await value("em_runner_max_in_flight") == 2
 
 
-async def test_requests_that_reach_no_worker_are_counted_and_intruders_told_of_once(tmp_path: Path, node: Node) -> None:
+async def test_refused_requests_are_counted_and_logged_once(tmp_path: Path, node: Node) -> None:
     (tmp_path / "token").write_text("let-me-in\n")
     (tmp_path / "token").chmod(0o600)
     async with cluster(
@@ -178,7 +181,9 @@ async def test_requests_that_reach_no_worker_are_counted_and_intruders_told_of_o
         for number in range(5):
             wrong = {"authorization": f"Bearer guess-{number}"}
             assert (await running.http.get("/workers", headers=wrong)).status_code == 401
-            assert (await running.http.post("/agent/query", headers=wrong, json={"query": "x"})).status_code == 401
+            assert (
+                await running.http.post("/agent/query", headers=wrong, json={"query": "x"})
+            ).status_code == 401
         running.http.headers["authorization"] = "Bearer let-me-in"
         await running.wait_ready()
         assert (await running.http.post("/agents/b/query", json={"query": "x"})).status_code == 404
@@ -187,12 +192,12 @@ async def test_requests_that_reach_no_worker_are_counted_and_intruders_told_of_o
         assert await value("em_runner_requests_refused_total", status="401") == 10
         assert await value("em_runner_requests_refused_total", status="404") == 1
         assert await value("em_runner_requests_refused_total", status="400") == 1
-        (told,) = running.events("request_refused")
-        assert (told["status"], told["client"]) == (401, "127.0.0.1")
+        (logged,) = running.events("request_refused")
+        assert (logged["status"], logged["client"]) == (401, "127.0.0.1")
         assert "guess" not in running.log
 
 
-async def test_what_was_counted_of_one_node_is_not_said_to_be_of_another(
+async def test_counters_restart_when_a_worker_moves_to_another_node(
     tmp_path: Path, node: Node, other_node: Node
 ) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
@@ -204,16 +209,18 @@ async def test_what_was_counted_of_one_node_is_not_said_to_be_of_another(
         async def counted() -> bool:
             return await value("em_runner_queries_total", node=node.url) == 3
 
-        await until(counted, "they are counted")
+        await until(counted, "the queries are counted")
         configure(tmp_path, agent("a", [other_node.url]))
         running.process.send_signal(signal.SIGHUP)
-        await until(lambda: running.events("reloaded"), "it is reloaded")
+        await until(lambda: running.events("reloaded"), "the configuration is reloaded")
         await running.wait_ready()
         await running.ask("x")
 
-        async def anew() -> bool:
+        async def restarted() -> bool:
             return await value("em_runner_queries_total", node=other_node.url) == 1
 
-        await until(anew, "the other node's begin at 0")
-        assert await value("em_runner_queries_total", node=node.url) == 0, "and its own are no more"
+        await until(restarted, "the counters of the other node start at 0")
+        assert await value("em_runner_queries_total", node=node.url) == 0, (
+            "the counters of the old node are gone"
+        )
         assert await value("em_runner_worker_restarts_total") == 0

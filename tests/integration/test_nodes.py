@@ -1,4 +1,4 @@
-"""A worker and its node over time: down and up again, names taken and freed, tokens, TLS."""
+"""A worker and its node: restarts of the node, names in use, tokens, TLS."""
 
 from __future__ import annotations
 
@@ -18,48 +18,45 @@ from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websocket
 
 from disco import Node, NodeSettings, serve
-from shared import tokens
-from shared.config import Agent, WorkerSpec
-from shared.config import Connection as Options
-from shared.handlers import HandlerRef
-from shared.ipc import Counters
-from shared.nodes import NodeAddress
-from shared.tokens import Secret
+from shared.config import tokens
+from shared.config.handlers import HandlerRef
+from shared.config.load import Agent, WorkerSpec
+from shared.config.nodes import NodeAddress
+from shared.config.schema import ConnectionSection
+from shared.config.tokens import Secret
 from tests.cluster import agent, cluster, until
 from tests.integration.wire import AGENT_REGISTERED, REGISTERED
-from worker.connection import Connection
-from worker.dispatchers import dispatcher_for
-from worker.handler import load
-from worker.memory import NoMemory
+from worker.dispatching.choose import create_dispatcher
+from worker.dispatching.handler import load
+from worker.memory.base import Memory
+from worker.node.client import NodeClient
 
 pytestmark = pytest.mark.anyio
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
-async def test_node_that_is_down_then_up_is_joined_within_one_interval_and_nothing_is_restarted(
-    tmp_path: Path, held_port: int
+async def test_worker_joins_a_restarted_node_within_one_interval(
+    tmp_path: Path, reserved_port: int
 ) -> None:
     interval_s = 1.0
-    counting = agent("count", [f"ws://127.0.0.1:{held_port}"])
+    counting = agent("count", [f"ws://127.0.0.1:{reserved_port}"])
     async with cluster(tmp_path, counting, connection="reconnect_interval_ms = 1000") as running:
         before = await running.wait_state("count_server", "backoff")
         assert not await running.ready()
         assert (await running.results("x"))["properties"]["count"] == 1
         for _ in range(2):
-            async with serve(NodeSettings(port=held_port)) as late:
-                with anyio.fail_after(interval_s + 0.3):  # the handshake's own time is not the interval's
+            async with serve(NodeSettings(port=reserved_port)) as late:
+                with anyio.fail_after(interval_s + 0.3):  # plus the time of the handshake
                     await late.wait_for("count", interval_s + 0.3)
                 await running.wait_ready()
             await running.wait_state("count_server", "backoff")
             assert not await running.ready()
         after = await running.row("count_server")
         assert (after["pid"], after["restarts"]) == (before["pid"], 0)
-        assert (await running.results("x"))["properties"]["count"] == 2, "its memory is intact"
+        assert (await running.results("x"))["properties"]["count"] == 2, "the memory is unchanged"
 
 
-async def test_worker_whose_name_is_taken_says_so_stays_up_and_registers_once_it_is_free(
-    tmp_path: Path, node: Node
-) -> None:
+async def test_worker_registers_when_its_name_becomes_free(tmp_path: Path, node: Node) -> None:
     async with connect(f"{node.url}/ws") as holder:
         await holder.send('{"action":"register","name":"count"}')
         await holder.send('{"action":"agent_hello","capabilities":[]}')
@@ -69,7 +66,7 @@ async def test_worker_whose_name_is_taken_says_so_stays_up_and_registers_once_it
             async def refused() -> bool:
                 return "name_taken" in (await running.row("count_server"))["detail"]
 
-            await until(refused, "it says that the name is taken")
+            await until(refused, "the worker reports that the name is in use")
             before = await running.row("count_server")
             assert not await running.ready()
             assert (await running.results("x"))["properties"]["count"] == 1
@@ -80,53 +77,64 @@ async def test_worker_whose_name_is_taken_says_so_stays_up_and_registers_once_it
             assert (after["pid"], after["restarts"]) == (before["pid"], 0)
 
 
-async def test_quiet_worker_is_kept_by_its_pings(tmp_path: Path, anyio_backend: object) -> None:
-    async with serve(NodeSettings(port=0, idle_timeout_ms=300)) as strict:
+async def test_pings_keep_an_idle_worker_registered(tmp_path: Path, anyio_backend: object) -> None:
+    async with serve(NodeSettings(port=0, idle_timeout_ms=2000)) as strict:
         async with cluster(
             tmp_path,
             agent("count", [strict.url]),
-            connection="reconnect_interval_ms = 50\nping_interval_ms = 100",
+            connection="reconnect_interval_ms = 50\nping_interval_ms = 200",
         ) as running:
             await running.wait_ready()
             first = strict.registry.agents()[0].connected_at
             uptime = (await running.row("count_server"))["uptime_s"]
 
-            async def outlived() -> bool:  # five idle time-outs
-                return (await running.row("count_server"))["uptime_s"] > uptime + 1.5
+            async def outlived() -> bool:
+                return (await running.row("count_server"))["uptime_s"] > uptime + 4.5
 
-            await until(outlived, "the worker has been up for a while")
+            await until(outlived, "the worker is still connected after two idle timeouts")
             assert (await running.row("count_server"))["reconnects"] == 0
             assert strict.registry.agents()[0].connected_at == first
 
 
-async def test_token_is_read_afresh_at_each_connect(tmp_path: Path, anyio_backend: object) -> None:
+@pytest.mark.message_text
+async def test_token_is_read_again_on_every_connection_attempt(
+    tmp_path: Path, anyio_backend: object
+) -> None:
     file = tmp_path / "count.jwt"
     expired = tokens.mint(SECRET, "count", ttl_s=-10)
-    other = tokens.mint(SECRET, "somebody", ttl_s=60)
+    other = tokens.mint(SECRET, "other", ttl_s=60)
     good = tokens.mint(SECRET, "count", ttl_s=60)
     file.write_text(expired)
     file.chmod(0o600)
     async with serve(NodeSettings(port=0, secret=Secret(SECRET))) as guarded:
         options = {"jwt_token_file": str(file)}
         async with cluster(tmp_path, agent("count", [guarded.url], **options)) as running:
-            for token, words in ((None, "refused the token (401)"), (other, "name_mismatch"), ("", "is empty")):
+            for token, reason in (
+                (None, "refused the token (401)"),
+                (other, "name_mismatch"),
+                ("", "is empty"),
+            ):
                 if token is not None:
                     file.write_text(token)
 
-                async def told(words: str = words) -> bool:
-                    return words in (await running.row("count_server"))["detail"]
+                async def reported(reason: str = reason) -> bool:
+                    return reason in (await running.row("count_server"))["detail"]
 
-                await until(told, words)
+                await until(reported, reason)
             pid = await running.worker_pid("count_server")
             file.write_text(good)
             await running.wait_ready()
             assert await running.worker_pid("count_server") == pid
-            shown = running.log + str(await running.rows()) + (tmp_path / "em-runner.toml").read_text()
+            shown = (
+                running.log + str(await running.rows()) + (tmp_path / "em-runner.toml").read_text()
+            )
             assert not any(token in shown for token in (expired, other, good))
 
 
 @pytest.mark.parametrize("way", ["value", "file", "secret", "environment"])
-async def test_token_comes_by_each_way_and_is_never_shown(way: str, tmp_path: Path, anyio_backend: object) -> None:
+async def test_token_of_every_source_works_and_is_never_shown(
+    way: str, tmp_path: Path, anyio_backend: object
+) -> None:
     import psutil
 
     token = tokens.mint(SECRET, "count", ttl_s=60)
@@ -144,11 +152,16 @@ async def test_token_comes_by_each_way_and_is_never_shown(way: str, tmp_path: Pa
     async with (
         serve(NodeSettings(port=0, secret=Secret(SECRET))) as guarded,
         cluster(
-            tmp_path, agent("count", [guarded.url], **options), runner='log_level = "debug"', environ=environ
+            tmp_path,
+            agent("count", [guarded.url], **options),
+            runner='log_level = "debug"',
+            environ=environ,
         ) as running,
     ):
         await running.wait_ready()
-        titles = " ".join(" ".join(psutil.Process(pid).cmdline()) for pid in running.note_processes())
+        titles = " ".join(
+            " ".join(psutil.Process(pid).cmdline()) for pid in running.record_processes()
+        )
         shown = running.log + str(await running.rows()) + titles
         assert token not in shown
         assert SECRET not in shown
@@ -172,11 +185,15 @@ async def tls_node(certificate: trustme.LeafCert) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-async def test_tls_node_is_joined_when_its_certificate_verifies(tmp_path: Path, anyio_backend: object) -> None:
+async def test_tls_node_with_a_valid_certificate_is_joined(
+    tmp_path: Path, anyio_backend: object
+) -> None:
     ca = trustme.CA()
     ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     async with tls_node(ca.issue_cert("localhost")) as port:
-        async with cluster(tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")) as running:
+        async with cluster(
+            tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")
+        ) as running:
             await running.wait_ready()
 
 
@@ -184,8 +201,9 @@ def _past(hours: int) -> datetime:
     return datetime.now(UTC) - timedelta(hours=hours)
 
 
+@pytest.mark.message_text
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "reason"),
     [
         ("unknown CA", "unknown CA"),
         ("wrong host", "certificate is not valid for 'localhost'; it is for another host"),
@@ -193,8 +211,8 @@ def _past(hours: int) -> datetime:
         ("self-signed", "self-signed certificate"),
     ],
 )
-async def test_tls_node_is_refused_and_the_reason_is_said(
-    kind: str, words: str, tmp_path: Path, anyio_backend: object
+async def test_invalid_tls_node_is_refused_with_its_reason(
+    kind: str, reason: str, tmp_path: Path, anyio_backend: object
 ) -> None:
     ca = trustme.CA()
     (trustme.CA() if kind == "unknown CA" else ca).cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -205,15 +223,19 @@ async def test_tls_node_is_refused_and_the_reason_is_said(
         "self-signed": lambda: _self_signed(tmp_path),
     }[kind]()
     async with tls_node(leaf) as port:
-        async with cluster(tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")) as running:
+        async with cluster(
+            tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")
+        ) as running:
             row = await running.wait_state("count_server", "backoff")
             assert "the certificate of localhost" in row["detail"]
-            assert words in row["detail"]
-            assert (await running.results("x"))["properties"]["count"] == 1, "direct queries are answered meanwhile"
+            assert reason in row["detail"]
+            assert (await running.results("x"))["properties"]["count"] == 1, (
+                "direct queries are answered without the node"
+            )
 
 
 def _self_signed(folder: Path) -> Any:
-    """A certificate that is its own issuer, and that nobody was told to trust."""
+    """Return a self-signed certificate that no one trusts."""
     lone = trustme.CA()
     lone.private_key_pem.write_to_path(str(folder / "lone.key"))
     lone.cert_pem.write_to_path(str(folder / "lone.pem"))
@@ -229,12 +251,14 @@ def _self_signed(folder: Path) -> Any:
 async def test_wildcard_certificate_verifies(
     tmp_path: Path, anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In this process, and on the loop that asks Python for addresses, so that the name can be given one.
+    # In this process, and without uvloop, so that the test can give the name an address.
     real = socket.getaddrinfo
     monkeypatch.setattr(
         socket,
         "getaddrinfo",
-        lambda host, *rest, **more: real("127.0.0.1" if "node" in str(host) else host, *rest, **more),
+        lambda host, *rest, **more: real(
+            "127.0.0.1" if "node" in str(host) else host, *rest, **more
+        ),
     )
     ca = trustme.CA()
     ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -246,15 +270,18 @@ async def test_wildcard_certificate_verifies(
                 name="a",
                 handler=HandlerRef("worker.echo", None, "handle", tmp_path),
                 nodes=(),
-                connection=Options(tls_ca_file=tmp_path / "ca.pem"),
+                connection=ConnectionSection(tls_ca_file=tmp_path / "ca.pem"),
             ),
             node=NodeAddress("node.disco.example", port, True),
             index=1,
         )
-        dispatcher = dispatcher_for(load(spec.agent.handler), NoMemory(), Counters())
-        connection = Connection(spec, (), dispatcher, Counters(), lambda *state: states.append(state))
+        dispatcher = create_dispatcher(load(spec.agent.handler), Memory())
+        connection = NodeClient(spec, (), dispatcher, lambda *state: states.append(state))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(connection.run)
-            await until(lambda: states[-1:] == [("ready", "")] or "backoff" in dict(states), "it is decided")
+            await until(
+                lambda: states[-1:] == [("ready", None)] or "backoff" in dict(states),
+                "the worker is ready or in backoff",
+            )
             tasks.cancel_scope.cancel()
-    assert states[-1] == ("ready", ""), states
+    assert states[-1] == ("ready", None), states

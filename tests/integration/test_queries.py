@@ -1,4 +1,4 @@
-"""A query's way, by both transports, through real processes."""
+"""Queries over WebSocket and HTTP, through real processes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import anyio
 import pytest
 
 from disco import Node
-from tests.cluster import agent, cluster, direct, until
+from tests.cluster import agent, cluster, keep_alive_connection, until
 from tests.integration.wire import Wire, scripted
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
-async def test_every_query_is_answered_once_with_its_own_id_under_load_from_both_sides(
+async def test_every_query_is_answered_once_under_load_from_both_sides(
     kind: str, tmp_path: Path
 ) -> None:
     handlers = f"""
@@ -55,7 +55,7 @@ async def test_every_query_is_answered_once_with_its_own_id_under_load_from_both
         left = iter(range(total))
 
         async def client() -> None:
-            async with direct(running) as ask:
+            async with keep_alive_connection(running) as ask:
                 for number in left:
                     found = (await ask(f"h{number}"))["properties"]
                     by_http.append((number, found["body"], found["count"]))
@@ -67,11 +67,13 @@ async def test_every_query_is_answered_once_with_its_own_id_under_load_from_both
             await done.wait()
         last = await running.results("last")
     assert last["properties"]["count"] == 2 * total + 1
-    assert {number: f"w{number}" for number in range(total)} == {n: body for n, (body, _) in by_node.items()}
+    assert {number: f"w{number}" for number in range(total)} == {
+        n: body for n, (body, _) in by_node.items()
+    }
     assert sorted(number for number, _, _ in by_http) == list(range(total))
     assert all(body == f"h{number}" for number, body, _ in by_http)
     counts = [count for _, count in by_node.values()] + [count for _, _, count in by_http]
-    assert sorted(counts) == list(range(1, 2 * total + 1)), "each query counted once"
+    assert sorted(counts) == list(range(1, 2 * total + 1)), "each query is counted once"
 
 
 FAILING = """
@@ -92,7 +94,7 @@ def handle(body, memory):
 """
 
 
-async def test_handler_that_raises_costs_one_query_and_nothing_else(tmp_path: Path, node: Node) -> None:
+async def test_exception_of_a_handler_fails_only_its_own_query(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("fail", [node.url]), handlers=FAILING) as running:
         await running.wait_ready()
         pid = await running.worker_pid("fail_server")
@@ -100,7 +102,8 @@ async def test_handler_that_raises_costs_one_query_and_nothing_else(tmp_path: Pa
         for bad in ("raise", "exit", "set", "shape"):
             answer = await running.ask(bad)
             assert answer.status_code == 500
-            assert answer.json() == {"error": "handler_failed"}, "what the handler raised is not for clients"
+            refusal = {"error": "handler_failed", "code": "handler_failed"}
+            assert answer.json() == refusal, "clients do not get the text of the exception"
         assert await node.query("raise") == []
         assert await running.results("two") == {"touched": 2, "nested": ["one", "two"]}
         assert await running.worker_pid("fail_server") == pid
@@ -112,12 +115,12 @@ async def test_handler_that_raises_costs_one_query_and_nothing_else(tmp_path: Pa
         assert "shape" not in (await running.row("fail_server"))["last_error"]
         await running.stop()
         failures = running.events("handler_failed")
-        assert len(failures) == 4, "each kind once; the repeated one is folded"
+        assert len(failures) == 4, "each kind of failure is logged once"
         assert "Traceback" in failures[0]["exception"]
         assert "a secret of the handler" in failures[0]["exception"]
 
 
-async def test_failure_is_null_to_the_node(tmp_path: Path) -> None:
+async def test_node_gets_null_for_a_failed_query(tmp_path: Path) -> None:
     answers: list[Any] = []
 
     async def script(wire: Wire) -> None:
@@ -127,14 +130,17 @@ async def test_failure_is_null_to_the_node(tmp_path: Path) -> None:
             answers.append(await wire.json())
         await wire.until_gone()
 
-    async with scripted(script) as (_, url), cluster(tmp_path, agent("fail", [url]), handlers=FAILING):
-        await until(lambda: len(answers) == 5, "all is answered")
+    async with (
+        scripted(script) as (_, url),
+        cluster(tmp_path, agent("fail", [url]), handlers=FAILING),
+    ):
+        await until(lambda: len(answers) == 5, "all queries are answered")
     for answer, body in zip(answers[:4], ("raise", "exit", "set", "shape"), strict=True):
         assert answer == {"action": "result", "id": body, "data": None}
     assert answers[4]["data"]["touched"] == 1
 
 
-async def test_results_are_embedded_as_the_reference_does(tmp_path: Path) -> None:
+async def test_results_have_the_form_of_em_filter(tmp_path: Path) -> None:
     handlers = """
 RESULTS = {
     "list": [{"type": "t"}], "text": "plain", "json text": '[{"a":1}]', "bytes": b'{"a":[1, 2]}',
@@ -153,10 +159,13 @@ def handle(body, memory):
             to_node[name] = (await wire.json())["data"]
         await wire.until_gone()
 
-    async with scripted(script) as (_, url), cluster(tmp_path, agent("r", [url]), handlers=handlers) as running:
+    async with (
+        scripted(script) as (_, url),
+        cluster(tmp_path, agent("r", [url]), handlers=handlers) as running,
+    ):
         await running.wait_ready()
         by_http = {name: (await running.ask(name)).text for name in names}
-        await until(lambda: len(to_node) == len(names), "the node has its answers")
+        await until(lambda: len(to_node) == len(names), "the node has all results")
     assert by_http == {
         "list": '{"results":[{"type":"t"}]}',
         "text": '{"results":"plain"}',
@@ -164,7 +173,7 @@ def handle(body, memory):
         "bytes": '{"results":{"a":[1, 2]}}',
         "null": '{"results":null}',
         "number": '{"results":1.5}',
-        "bad bytes": '{"error":"handler_failed"}',
+        "bad bytes": '{"error":"handler_failed","code":"handler_failed"}',
     }
     assert to_node == {
         "list": [{"type": "t"}],
@@ -177,7 +186,7 @@ def handle(body, memory):
     }
 
 
-async def test_both_transports_share_one_memory(tmp_path: Path, node: Node) -> None:
+async def test_queries_of_both_transports_share_one_memory(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         counts = []
@@ -187,7 +196,7 @@ async def test_both_transports_share_one_memory(tmp_path: Path, node: Node) -> N
         assert counts == [1, 2, 3, 4, 5, 6]
 
 
-async def test_memory_none_forgets_and_concurrency_runs_queries_side_by_side(tmp_path: Path, node: Node) -> None:
+async def test_concurrent_queries_run_at_once_without_a_memory(tmp_path: Path, node: Node) -> None:
     handlers = """
 import asyncio, threading
 met = asyncio.Event()
@@ -223,7 +232,7 @@ def on_threads(body, memory):
         assert found == [{}] * 8
 
 
-async def test_setup_and_close_run_around_the_queries(tmp_path: Path, node: Node) -> None:
+async def test_setup_runs_before_and_close_after_the_queries(tmp_path: Path, node: Node) -> None:
     handlers = """
 import pathlib, threading
 class Agent:
@@ -236,7 +245,9 @@ class Agent:
     def close(self):
         pathlib.Path("closed").write_text(threading.current_thread().name)
 """
-    async with cluster(tmp_path, agent("a", [node.url], handler="handlers.py:Agent"), handlers=handlers) as running:
+    async with cluster(
+        tmp_path, agent("a", [node.url], handler="handlers.py:Agent"), handlers=handlers
+    ) as running:
         await running.wait_ready()
         assert [found.capabilities for found in node.registry.agents()] == [("own",)]
         here = await running.results("x")
@@ -245,7 +256,7 @@ class Agent:
         assert (tmp_path / "closed").read_text() == here[0]
 
 
-async def test_setup_that_fails_is_told_and_tried_again(tmp_path: Path, node: Node) -> None:
+async def test_failed_setup_is_logged_and_tried_again(tmp_path: Path, node: Node) -> None:
     handlers = """
 import pathlib
 class Agent:
@@ -255,14 +266,16 @@ class Agent:
     def handle(self, body, memory):
         return body, memory
 """
-    async with cluster(tmp_path, agent("a", [node.url], handler="handlers.py:Agent"), handlers=handlers) as running:
+    async with cluster(
+        tmp_path, agent("a", [node.url], handler="handlers.py:Agent"), handlers=handlers
+    ) as running:
 
-        async def told() -> bool:
+        async def is_in_the_row() -> bool:
             return "the database is closed" in (await running.row("a_server"))["last_error"]
 
-        await until(told, "the failure is shown")
+        await until(is_in_the_row, "the failure is shown")
         assert running.events("worker_failed")
-        assert not running.events("worker_crashed"), "a handler that fails is no fault of the worker's"
+        assert not running.events("worker_crashed"), "the failure of a handler is not a crash"
         (tmp_path / "open").touch()
         await running.wait_ready()
         assert await running.results("x") == "x"

@@ -1,4 +1,4 @@
-"""SIGHUP and `em-runner reload`: only what changed is changed."""
+"""SIGHUP and `em-runner reload`: only workers whose configuration changed are replaced."""
 
 from __future__ import annotations
 
@@ -31,12 +31,15 @@ async def reload(running: Cluster) -> Any:
 
 def configure(folder: Path, *agents: str, runner: str = "", supervision: str = "") -> None:
     (folder / "em-runner.toml").write_text(
-        f"[runner]\n{runner}\n[connection]\nreconnect_interval_ms = 100\n[supervision]\n{supervision}\n"
-        + "\n".join(agents)
+        f"[runner]\n{runner}\n"
+        "[connection]\nreconnect_interval_ms = 100\n"
+        f"[supervision]\n{supervision}\n" + "\n".join(agents)
     )
 
 
-async def test_reload_adds_stops_and_replaces_only_what_changed(tmp_path: Path, node: Node) -> None:
+async def test_reload_starts_stops_and_replaces_only_what_changed(
+    tmp_path: Path, node: Node
+) -> None:
     kept, changed, gone = (agent(name, [node.url]) for name in ("kept", "changed", "gone"))
     async with cluster(tmp_path, kept, changed, gone) as running:
         await running.wait_ready()
@@ -44,7 +47,12 @@ async def test_reload_adds_stops_and_replaces_only_what_changed(tmp_path: Path, 
         before = await running.rows()
         sockets = {each.name: each.connected_at for each in node.registry.agents()}
 
-        configure(tmp_path, kept, agent("changed", [node.url], capabilities=["new"]), agent("added", [node.url]))
+        configure(
+            tmp_path,
+            kept,
+            agent("changed", [node.url], capabilities=["new"]),
+            agent("added", [node.url]),
+        )
         done = await reload(running)
         assert done.returncode == 0, done.stderr
         assert "added: added_server" in done.stdout
@@ -59,22 +67,25 @@ async def test_reload_adds_stops_and_replaces_only_what_changed(tmp_path: Path, 
         assert after["kept_server"]["pid"] == before["kept_server"]["pid"]
         assert after["kept_server"]["reconnects"] == 0
         assert after["changed_server"]["pid"] != before["changed_server"]["pid"]
-        assert after["changed_server"]["restarts"] == 0, "a replacement is no restart"
-        await until(lambda: not alive(before["gone_server"]["pid"]), "what was removed is gone")
+        assert after["changed_server"]["restarts"] == 0, "a replacement does not count as a restart"
+        await until(lambda: not alive(before["gone_server"]["pid"]), "the removed worker is gone")
         listed = {each.name: each for each in node.registry.agents()}
         assert set(listed) == {"kept", "changed", "added"}
         assert listed["changed"].capabilities == ("new",)
         assert listed["kept"].connected_at == sockets["kept"]
-        assert (await running.results("x", agent="changed"))["properties"]["count"] == 2, "ram memory is handed over"
+        assert (await running.results("x", agent="changed"))["properties"]["count"] == 2, (
+            "ram memory is handed over"
+        )
         assert (await running.ask("x", agent="gone")).status_code == 404
         assert not running.events("worker_restarting")
 
 
-async def test_bad_file_changes_nothing_and_says_why(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_invalid_file_changes_nothing_and_is_reported(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         pid = await running.worker_pid("count_server")
-        for text, words in (
+        for text, error in (
             ("[[agent]]\nname = 1\n", "agent[0].name"),
             (agent("count", [node.url], handler="handlers.py:nothing"), "nothing"),
             ("nonsense", "is not TOML"),
@@ -82,13 +93,16 @@ async def test_bad_file_changes_nothing_and_says_why(tmp_path: Path, node: Node)
             (tmp_path / "em-runner.toml").write_text(text)
             refused = await reload(running)
             assert refused.returncode == 78
-            assert words in refused.stderr
+            assert error in refused.stderr
             assert len(refused.stderr.splitlines()) == 1
         assert await running.worker_pid("count_server") == pid
         assert await running.ready()
 
 
-async def test_replacement_whose_setup_fails_leaves_the_old_worker_at_work(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_replacement_with_a_failing_setup_leaves_the_old_worker_running(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = (
         COUNTER
         + """
@@ -104,7 +118,7 @@ class Broken:
         pid = await running.worker_pid("count_server")
         configure(tmp_path, agent("count", [node.url], handler="handlers.py:Broken"))
         incomplete = await reload(running)
-        assert incomplete.returncode == 1, "it is no refusal: the rest of the file holds"
+        assert incomplete.returncode == 1, "the rest of the file is applied"
         assert "NOT replaced" in incomplete.stderr
         assert running.events("reload_incomplete")
         (failed,) = running.events("replacement_failed")
@@ -114,7 +128,7 @@ class Broken:
         assert "the database is closed" in running.log
 
 
-async def test_node_that_is_added_or_taken_out_is_no_change_to_the_workers_at_others(
+async def test_adding_or_removing_a_node_leaves_other_workers_unchanged(
     tmp_path: Path, node: Node, other_node: Node
 ) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
@@ -128,7 +142,9 @@ async def test_node_that_is_added_or_taken_out_is_no_change_to_the_workers_at_ot
         assert await running.worker_pid("count_server") == pid
 
 
-async def test_reload_that_is_asked_for_during_another_is_told_of_its_own(tmp_path: Path, node: Node) -> None:
+async def test_each_of_two_concurrent_reloads_gets_its_own_outcome(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = (
         COUNTER
         + """
@@ -151,16 +167,21 @@ class Slow:
         async with anyio.create_task_group() as tasks:
             configure(tmp_path, agent("count", [node.url], handler="handlers.py:Slow"))
             tasks.start_soon(ask, "first")
-            await until(lambda: len(running.events("worker_started")) == 2, "the first one is at it")
+            await until(
+                lambda: len(running.events("worker_started")) == 2, "the first reload has started"
+            )
             configure(tmp_path, agent("count", [node.url], handler="nosuch.py:handle"))
             tasks.start_soon(ask, "second")
-            await anyio.sleep(0.5)  # it has sent its signal; if not, it is told of its own all the more
+            await anyio.sleep(0.5)  # the second command has connected
             (tmp_path / "gate").touch()
         assert (outcomes["first"].returncode, outcomes["second"].returncode) == (0, 78)
         assert "nosuch.py" in outcomes["second"].stderr
 
 
-async def test_reload_of_a_runner_that_dies_meanwhile_is_told_at_once(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_reload_command_reports_the_death_of_the_runner_immediately(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = (
         COUNTER
         + """
@@ -174,7 +195,7 @@ class Slow:
     )
     async with cluster(tmp_path, agent("count", [node.url]), handlers=handlers) as running:
         await running.wait_ready()
-        running.note_processes()
+        running.record_processes()
         configure(tmp_path, agent("count", [node.url], handler="handlers.py:Slow"))
         outcomes: list[subprocess.CompletedProcess[str]] = []
 
@@ -184,18 +205,25 @@ class Slow:
         with anyio.fail_after(20):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(ask)
-                await until(lambda: len(running.events("worker_started")) == 2, "it is at it")
+                await until(
+                    lambda: len(running.events("worker_started")) == 2, "the reload has started"
+                )
                 running.process.kill()
         assert outcomes[0].returncode == 1
-        assert "has ended meanwhile" in outcomes[0].stderr
+        assert "exited before the reload was done" in outcomes[0].stderr
 
 
-async def test_what_only_a_restart_changes_is_said(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_reload_names_settings_that_need_a_restart(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         (tmp_path / "token").write_text("secret")
         (tmp_path / "token").chmod(0o600)
-        configure(tmp_path, agent("count", [node.url]), runner='http_token_file = "token"\nmax_in_flight = 7')
+        configure(
+            tmp_path,
+            agent("count", [node.url]),
+            runner='http_token_file = "token"\nmax_in_flight = 7',
+        )
         done = await reload(running)
         assert done.returncode == 0
         assert "only a restart changes: runner.http_token" in done.stdout
@@ -206,7 +234,9 @@ async def test_what_only_a_restart_changes_is_said(tmp_path: Path, node: Node) -
 async def test_worker_that_reaches_its_limit_is_recycled_without_losing_a_query(
     memory: str, tmp_path: Path, node: Node
 ) -> None:
-    async with cluster(tmp_path, agent("count", [node.url], memory=memory, max_queries=200)) as running:
+    async with cluster(
+        tmp_path, agent("count", [node.url], memory=memory, max_queries=200)
+    ) as running:
         await running.wait_ready()
         first = await running.worker_pid("count_server")
         counts = []
@@ -215,9 +245,9 @@ async def test_worker_that_reaches_its_limit_is_recycled_without_losing_a_query(
             counts.append((await running.results("x"))["properties"]["count"])
             return len(counts) % 50 == 0 and await running.worker_pid("count_server") != first
 
-        await until(replaced, "it is replaced")
-        assert counts == list(range(1, len(counts) + 1)), "every query was answered, and remembered"
-        assert "max_queries" in running.events("worker_replaced")[0]["why"]
+        await until(replaced, "the worker is replaced")
+        assert counts == list(range(1, len(counts) + 1)), "every query was answered and counted"
+        assert "max_queries" in running.events("worker_replaced")[0]["reason"]
         assert (await running.row("count_server"))["restarts"] == 0
 
 
@@ -231,9 +261,7 @@ def handle(body, memory):
 """
 
 
-async def test_nothing_is_kept_of_a_successor_whose_worker_is_taken_out_while_it_starts(
-    tmp_path: Path, node: Node
-) -> None:
+async def test_successor_of_a_removed_worker_leaks_nothing(tmp_path: Path, node: Node) -> None:
     kept, short = agent("kept", [node.url]), agent("short", [node.url], max_queries=1)
     slow = tmp_path / "slow"
     async with cluster(tmp_path, kept, handlers=SLOW_TO_IMPORT) as running:
@@ -246,21 +274,44 @@ async def test_nothing_is_kept_of_a_successor_whose_worker_is_taken_out_while_it
             await running.wait_state("short_server", "ready")
             slow.touch()
             await running.results("x", agent="short")
-            await until(lambda: running.events("worker_started")[-1]["incarnation"] == 2, "a successor starts")
+            await until(
+                lambda: running.events("worker_started")[-1]["incarnation"] == 2,
+                "the successor starts",
+            )
             configure(tmp_path, kept)
             assert (await reload(running)).returncode == 0
             slow.unlink()
-            await until(lambda: len(runner.children(recursive=True)) <= 3, "its processes are gone")
+            await until(
+                lambda: len(runner.children(recursive=True)) <= 3, "its processes have exited"
+            )
+            await running.ready()  # opens a connection if httpx has closed the idle one
             files.append(runner.num_fds())
         assert files[0] == files[1] == files[2]
 
 
-async def test_failed_worker_whose_configuration_is_mended_is_tried_at_once(tmp_path: Path, node: Node) -> None:
-    handlers = "import os\nclass Broken:\n    def setup(self): os._exit(3)\n    def handle(self, b, m): return b, m\n"
-    handlers += "def whole(body, memory): return body, memory\n"
+async def test_failed_worker_starts_immediately_when_its_configuration_is_fixed(
+    tmp_path: Path, node: Node
+) -> None:
+    handlers = """
+import os
+class Broken:
+    def setup(self):
+        os._exit(3)
+    def handle(self, body, memory):
+        return body, memory
+def valid(body, memory):
+    return body, memory
+"""
     broken = agent("a", [node.url], handler="handlers.py:Broken")
-    async with cluster(tmp_path, broken, handlers=handlers, supervision="max_restarts = 1") as running:
+    async with cluster(
+        tmp_path, broken, handlers=handlers, supervision="max_restarts = 1"
+    ) as running:
         await running.wait_state("a_server", "failed")
-        configure(tmp_path, agent("a", [node.url], handler="handlers.py:whole"), supervision="max_restarts = 1")
+        configure(
+            tmp_path,
+            agent("a", [node.url], handler="handlers.py:valid"),
+            supervision="max_restarts = 1",
+        )
         assert (await reload(running)).returncode == 0
-        await running.wait_state("a_server", "ready")  # not in a minute, as without the reload
+        # Without the reload a failed worker would start after 60 s.
+        await running.wait_state("a_server", "ready")

@@ -1,4 +1,4 @@
-"""Nobody gets in: web pages, other users, other processes; and nothing secret gets out."""
+"""Web pages, other users and other processes are refused, and no secret is shown."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ pytestmark = pytest.mark.anyio
         ({"host": "localhost:9600", "origin": "null"}, 403),
     ],
 )
-async def test_requests_that_web_pages_make_are_refused(
+async def test_requests_of_web_pages_are_refused(
     headers: dict[str, str], status: int, shared_cluster: object
 ) -> None:
     http = shared_cluster.http  # type: ignore[attr-defined]
     assert (await http.get("/workers", headers=headers)).status_code == status
-    assert (await http.post("/agent/query", json={"query": "x"}, headers=headers)).status_code == status
+    assert (
+        await http.post("/agent/query", json={"query": "x"}, headers=headers)
+    ).status_code == status
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ async def shared_cluster(tmp_path: Path, node: Node):  # type: ignore[no-untyped
         yield running
 
 
-async def test_private_socket_is_in_a_folder_that_only_this_user_can_enter(tmp_path: Path, node: Node) -> None:
+async def test_private_socket_is_in_a_private_folder(tmp_path: Path, node: Node) -> None:
     (tmp_path / "state").mkdir(mode=0o755)
     async with cluster(tmp_path, agent("count", [node.url], memory="disk")) as running:
         await running.wait_ready()
@@ -59,7 +61,9 @@ async def test_private_socket_is_in_a_folder_that_only_this_user_can_enter(tmp_p
             assert stat.S_IMODE((tmp_path / "state" / folder).stat().st_mode) == 0o700
 
 
-async def test_process_without_the_key_cannot_pose_as_a_worker(tmp_path: Path, node: Node) -> None:
+async def test_process_without_the_key_cannot_impersonate_a_worker(
+    tmp_path: Path, node: Node
+) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         with zmq.Context() as context, ExitStack() as sockets:
@@ -69,7 +73,7 @@ async def test_process_without_the_key_cannot_pose_as_a_worker(tmp_path: Path, n
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.connect(f"ipc://{tmp_path}/state/ipc/router.sock")
                 for message in (
-                    ipc.Hello(b"x" * 32, 1),
+                    ipc.Hello(b"x" * 32),
                     ipc.Status("ready", "", ipc.Counters()),
                     ipc.Replies([(number, 0, b'"forged"') for number in range(1, 200)]),
                     ipc.DrainRequest(),
@@ -80,11 +84,14 @@ async def test_process_without_the_key_cannot_pose_as_a_worker(tmp_path: Path, n
                 assert (await running.results("x"))["properties"]["count"] == number
             row = await running.row("count_server")
             assert (row["state"], row["restarts"]) == ("ready", 0)
-            await until(lambda: running.events("message_ignored"), "it is logged")
+            await until(lambda: running.events("message_ignored"), "the refusal is logged")
 
 
-@pytest.mark.parametrize("key", ["jwt_token_file", "jwt_secret_file", "http_token_file", "jwt_token"])
-async def test_secret_that_others_can_read_is_refused(key: str, tmp_path: Path) -> None:
+@pytest.mark.message_text
+@pytest.mark.parametrize(
+    "key", ["jwt_token_file", "jwt_secret_file", "http_token_file", "jwt_token"]
+)
+async def test_secret_file_that_others_can_read_is_refused(key: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("0123456789abcdef0123456789abcdef")
     secret.chmod(0o640)
@@ -93,7 +100,9 @@ async def test_secret_that_others_can_read_is_refused(key: str, tmp_path: Path) 
     runner = f'[runner]\n{key} = "{value}"\n' if key == "http_token_file" else ""
     own = "" if runner else f'{key} = "{value}"\n'
     config = tmp_path / "em-runner.toml"
-    config.write_text(f'{runner}[[agent]]\nname = "a"\nhandler = "h.py:handle"\nnodes = ["localhost"]\n{own}')
+    config.write_text(
+        f'{runner}[[agent]]\nname = "a"\nhandler = "h.py:handle"\nnodes = ["localhost"]\n{own}'
+    )
     config.chmod(0o644)
     found = await anyio.to_thread.run_sync(
         lambda: subprocess.run(

@@ -1,4 +1,4 @@
-"""What dies is started again, alone; what the runner leaves behind is nothing."""
+"""Restarts of killed processes, and shutdowns that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def handle(body, memory):
 """
 
 
-async def test_killed_worker_is_registered_again_within_a_second_and_its_neighbour_answers_throughout(
+async def test_killed_worker_registers_again_while_its_neighbour_answers(
     tmp_path: Path, node: Node, other_node: Node
 ) -> None:
     async with cluster(tmp_path, agent("count", [node.url, other_node.url])) as running:
@@ -40,7 +40,7 @@ async def test_killed_worker_is_registered_again_within_a_second_and_its_neighbo
         victim = await running.worker_pid("count_server_2")
         answered = 0
 
-        async def ask_the_neighbour(scope: anyio.CancelScope) -> None:
+        async def query_the_neighbour(scope: anyio.CancelScope) -> None:
             nonlocal answered
             while not scope.cancel_called:
                 found = await running.results("n", worker="count_server")
@@ -48,7 +48,7 @@ async def test_killed_worker_is_registered_again_within_a_second_and_its_neighbo
                 assert found["properties"]["count"] == answered + 1
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(ask_the_neighbour, tasks.cancel_scope)
+            tasks.start_soon(query_the_neighbour, tasks.cancel_scope)
             await until(lambda: answered > 5, "the neighbour answers")
             began = time.monotonic()
             os.kill(victim, signal.SIGKILL)
@@ -67,7 +67,9 @@ async def test_killed_worker_is_registered_again_within_a_second_and_its_neighbo
         assert (await running.row("count_server"))["restarts"] == 0
 
 
-async def test_queries_of_a_dead_worker_are_answered_503_at_once(tmp_path: Path, node: Node) -> None:
+async def test_queries_of_a_dead_worker_are_answered_503_immediately(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = HANGS
     async with cluster(tmp_path, agent("slow", [node.url]), handlers=handlers) as running:
         await running.wait_ready()
@@ -81,17 +83,22 @@ async def test_queries_of_a_dead_worker_are_answered_503_at_once(tmp_path: Path,
             for _ in range(20):
                 tasks.start_soon(ask)
             await anyio.wait_all_tasks_blocked()
-            await until(lambda: len(psutil_connections(running.process.pid)) >= 20, "the queries have arrived")
+            await until(
+                lambda: len(established_connections(running.process.pid)) >= 20,
+                "the queries are in flight",
+            )
             os.kill(pid, signal.SIGKILL)
         assert {answer.status_code for answer in answers} == {503}
         assert all("retry-after" in answer.headers for answer in answers)
 
 
-def psutil_connections(pid: int) -> list[object]:
-    return [c for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
+def established_connections(pid: int) -> list[object]:
+    return [
+        c for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED
+    ]
 
 
-async def test_no_worker_outlives_a_killed_runner_whatever_its_handler_does(tmp_path: Path, node: Node) -> None:
+async def test_no_worker_outlives_a_killed_runner(tmp_path: Path, node: Node) -> None:
     handlers = """
 import re, time
 
@@ -116,15 +123,15 @@ def holding_the_lock(body, memory):
         rows = await running.rows()
         async with anyio.create_task_group() as tasks:
             for name in names[1:]:
-                tasks.start_soon(_ask_in_vain, running, name)
-            await until(lambda: _busy(rows[f"{names[-1]}_server"]["pid"]), "the handlers are at it")
+                tasks.start_soon(_ask_and_ignore_failures, running, name)
+            await until(lambda: _busy(rows[f"{names[-1]}_server"]["pid"]), "the handlers are busy")
             running.process.kill()
-            await running.gone(2.0)
+            await running.wait_exited(2.0)
             tasks.cancel_scope.cancel()
         assert not any(alive(row["pid"]) for row in rows.values())
 
 
-async def _ask_in_vain(running: Cluster, name: str) -> None:
+async def _ask_and_ignore_failures(running: Cluster, name: str) -> None:
     with contextlib.suppress(httpx.TransportError):
         await running.ask("x", agent=name)
 
@@ -133,11 +140,11 @@ def _busy(pid: int) -> bool:
     return psutil.Process(pid).cpu_times().user > 0.3
 
 
-async def test_runner_starts_again_after_it_was_killed(tmp_path: Path, node: Node) -> None:
+async def test_killed_runner_can_be_started_again(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         running.process.kill()
-        await running.gone(2.0)
+        await running.wait_exited(2.0)
         assert (tmp_path / "state" / "ipc" / "router.sock").exists()
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
@@ -148,14 +155,14 @@ async def test_sigterm_leaves_no_process_and_no_socket(tmp_path: Path, node: Nod
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         assert await running.stop(signal.SIGTERM, 6.0) == 0
-        await running.gone(2.0)
+        await running.wait_exited(2.0)
         assert not (tmp_path / "state" / "ipc").exists()
         assert not (tmp_path / "state" / "runner.json").exists()
         assert "count" not in node.registry
         assert "Traceback" not in running.log
 
 
-async def test_drain_answers_what_is_in_flight_before_it_ends(tmp_path: Path, node: Node) -> None:
+async def test_drain_answers_the_queries_in_flight(tmp_path: Path, node: Node) -> None:
     handlers = f"""
 import pathlib, time
 gate = pathlib.Path({str(tmp_path / "gate")!r})
@@ -174,16 +181,19 @@ def handle(body, memory):
         async def ask_node(text: str) -> None:
             found.extend(await node.query(text))
 
-        async def http_has_asked() -> bool:
+        async def http_query_has_arrived() -> bool:
             exposed = (await running.http.get("/metrics")).text
-            return re.search(r'in_flight\{.*transport="http".*\} 5\.0$', exposed, re.MULTILINE) is not None
+            return (
+                re.search(r'in_flight\{.*path="direct".*\} 5\.0$', exposed, re.MULTILINE)
+                is not None
+            )
 
         async with anyio.create_task_group() as tasks:
             for number in range(5):
                 tasks.start_soon(ask_http, f"h{number}")
                 tasks.start_soon(ask_node, f"n{number}")
-            await until(lambda: node.in_flight == 5, "the node has asked")
-            await until(http_has_asked, "HTTP has asked")
+            await until(lambda: node.in_flight == 5, "the node has sent a query")
+            await until(http_query_has_arrived, "the HTTP client has sent a query")
             running.process.send_signal(signal.SIGTERM)
             await until(lambda: running.events("draining"), "the runner drains")
             (tmp_path / "gate").touch()
@@ -192,10 +202,15 @@ def handle(body, memory):
         await until(lambda: running.process.poll() == 0, "the runner has ended")
 
 
-async def test_drain_that_takes_too_long_is_cut_short_and_the_exit_status_is_0(tmp_path: Path, node: Node) -> None:
+async def test_drain_timeout_kills_workers_and_exits_with_status_0(
+    tmp_path: Path, node: Node
+) -> None:
     handlers = HANGS
     async with cluster(
-        tmp_path, agent("slow", [node.url]), handlers=handlers, supervision="shutdown_timeout_ms = 300"
+        tmp_path,
+        agent("slow", [node.url]),
+        handlers=handlers,
+        supervision="shutdown_timeout_ms = 300",
     ) as running:
         await running.wait_ready()
         async with anyio.create_task_group() as tasks:
@@ -205,86 +220,95 @@ async def test_drain_that_takes_too_long_is_cut_short_and_the_exit_status_is_0(t
                 answers.append(await running.ask("x"))
 
             tasks.start_soon(ask)
-            await until((tmp_path / "began").exists, "the handler is at it")
+            await until((tmp_path / "began").exists, "the handler has started")
             began = time.monotonic()
-            assert await running.stop(limit_s=2.5) == 0
-            assert time.monotonic() - began < 0.3 + 1.0 + 0.3, "its time-out and a second, and this test's own looks"
+            assert await running.stop(timeout_s=2.5) == 0
+            assert time.monotonic() - began < 0.3 + 1.0 + 0.3, (
+                "the timeout, a second, and the polls of this test"
+            )
         assert answers[0].status_code == 503
-        await running.gone(2.0)
+        await running.wait_exited(2.0)
+
+
+async def exit_by_repeated_signals(running: Cluster, number: signal.Signals) -> None:
+    """Send a signal so that the runner drains, and further ones until it exits."""
+    running.process.send_signal(number)
+    await until(lambda: running.events("draining"), "the runner drains")
+
+    def ended() -> bool:
+        running.process.send_signal(number)
+        return running.process.poll() is not None
+
+    await until(ended, "further signals end the runner", 3.0)
 
 
 async def test_second_signal_skips_the_drain(tmp_path: Path, node: Node) -> None:
     handlers = HANGS
     async with cluster(
-        tmp_path, agent("slow", [node.url]), handlers=handlers, supervision="shutdown_timeout_ms = 60000"
+        tmp_path,
+        agent("slow", [node.url]),
+        handlers=handlers,
+        supervision="shutdown_timeout_ms = 60000",
     ) as running:
         await running.wait_ready()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(running.ask, "x")
-            await until((tmp_path / "began").exists, "the handler is at it")
-            running.process.send_signal(signal.SIGINT)
-            await until(lambda: running.events("draining"), "the runner drains")
-
-            def ended() -> bool:
-                running.process.send_signal(signal.SIGINT)
-                return running.process.poll() is not None
-
-            await until(ended, "further signals end it", 3.0)
+            await until((tmp_path / "began").exists, "the handler has started")
+            await exit_by_repeated_signals(running, signal.SIGINT)
             assert running.process.returncode == 0
             assert len(running.events("killing")) >= 1
-        await running.gone(2.0)
+        await running.wait_exited(2.0)
 
 
-async def test_second_signal_ends_a_worker_that_a_reload_is_taking_out(tmp_path: Path, node: Node) -> None:
+async def test_second_signal_kills_a_worker_that_a_reload_removes(
+    tmp_path: Path, node: Node
+) -> None:
     agents = [agent("kept", [node.url]), agent("slow", [node.url])]
-    async with cluster(tmp_path, *agents, handlers=HANGS, supervision="shutdown_timeout_ms = 60000") as running:
+    async with cluster(
+        tmp_path, *agents, handlers=HANGS, supervision="shutdown_timeout_ms = 60000"
+    ) as running:
         await running.wait_ready()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(running.ask, "x", agent="slow"))
-            await until((tmp_path / "began").exists, "the handler is at it")
+            await until((tmp_path / "began").exists, "the handler has started")
             config = tmp_path / "em-runner.toml"
             config.write_text(config.read_text().replace(agents[1], ""))
             running.process.send_signal(signal.SIGHUP)
-            await until(lambda: _is_taken_out(running), "the reload has begun")
-            running.process.send_signal(signal.SIGTERM)
-            await until(lambda: running.events("draining"), "the runner drains")
-
-            def ended() -> bool:
-                running.process.send_signal(signal.SIGTERM)
-                return running.process.poll() is not None
-
-            await until(ended, "further signals end it", 3.0)
-        await running.gone(2.0)
+            await until(lambda: _is_removed(running), "the reload has removed the worker")
+            await exit_by_repeated_signals(running, signal.SIGTERM)
+        await running.wait_exited(2.0)
 
 
-async def _is_taken_out(running: Cluster) -> bool:
+async def _is_removed(running: Cluster) -> bool:
     return "slow_server" not in await running.rows()
 
 
-async def test_sigterm_to_the_whole_process_group_starts_nothing_again(tmp_path: Path, node: Node) -> None:
+async def test_sigterm_to_the_process_group_restarts_nothing(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
-        running.note_processes()
+        running.record_processes()
         os.killpg(running.process.pid, signal.SIGTERM)
         await until(lambda: running.process.poll() is not None, "the runner has ended")
         assert running.process.returncode == 0
         assert len(running.events("worker_started")) == 1
-        await running.gone(2.0)
+        await running.wait_exited(2.0)
 
 
-async def test_sigterm_to_a_worker_drains_it_and_it_is_started_again(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_sigterm_to_a_worker_drains_and_restarts_it(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         pid = await running.worker_pid("count_server")
         os.kill(pid, signal.SIGTERM)
-        await until(lambda: not alive(pid), "the worker has left")
-        await until(lambda: running.events("worker_restarting"), "its end is logged")
-        assert "exit status 0" in running.events("worker_restarting")[0]["why"]
+        await until(lambda: not alive(pid), "the worker has exited")
+        await until(lambda: running.events("worker_restarting"), "its exit is logged")
+        assert "exit status 0" in running.events("worker_restarting")[0]["reason"]
         row = await running.wait_state("count_server", "ready")
         assert row["pid"] != pid
 
 
-async def test_crash_loop_is_failed_alone(tmp_path: Path, node: Node) -> None:
+@pytest.mark.message_text
+async def test_crash_loop_fails_only_its_own_worker(tmp_path: Path, node: Node) -> None:
     handlers = """
 import os
 def crash(body, memory):
@@ -318,7 +342,7 @@ def handle(body, memory):
         assert "failed" in answer.json()["agents"]["bad"]["workers"]["bad_server"]
 
 
-async def test_fork_server_that_dies_is_started_again_unnoticed(tmp_path: Path, node: Node) -> None:
+async def test_dead_fork_server_is_restarted(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         pid = await running.worker_pid("count_server")
@@ -328,7 +352,9 @@ async def test_fork_server_that_dies_is_started_again_unnoticed(tmp_path: Path, 
         assert (await running.results("x"))["properties"]["count"] == 1
         assert (await running.row("count_server"))["pid"] == pid
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: running.events("worker_restarting"), "the worker's death is seen")
+        await until(
+            lambda: running.events("worker_restarting"), "the death of the worker is noticed"
+        )
         row = await running.wait_state("count_server", "ready")
         assert row["pid"] != pid
         assert row["restarts"] == 1
@@ -341,14 +367,14 @@ def _fork_server(runner: int) -> int:
     raise AssertionError("there is no fork server")
 
 
-async def test_workers_are_titled_for_ps(tmp_path: Path, node: Node) -> None:
+async def test_ps_shows_the_name_of_each_worker(tmp_path: Path, node: Node) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         title = " ".join(psutil.Process(await running.worker_pid("count_server")).cmdline())
         assert title.strip() == f"em-worker count_server {node.url}"
 
 
-async def test_second_runner_on_the_same_state_folder_is_refused_with_the_pid_of_the_first(
+async def test_second_runner_with_the_same_state_folder_is_refused(
     tmp_path: Path, node: Node
 ) -> None:
     async with cluster(tmp_path, agent("count", [node.url])) as running:
@@ -359,6 +385,6 @@ async def test_second_runner_on_the_same_state_folder_is_refused_with_the_pid_of
             lambda: subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
         )
         assert second.returncode == 1
-        assert f"pid {running.process.pid}" in second.stderr
+        assert str(running.process.pid) in second.stderr
         assert len(second.stderr.splitlines()) == 1
         assert await running.ready()

@@ -1,4 +1,4 @@
-"""Traces through real processes to a real collector: whose child each span is, and what they cost nobody."""
+"""Traces through real processes to a real collector: parents of spans, and failures of tracing."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def is_root(span: Span) -> bool:
 
 
 @KINDS
-async def test_direct_query_continues_its_clients_trace_down_to_the_handler(
+async def test_trace_continues_from_the_client_to_the_handler(
     kind: str, tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     async with traced(tmp_path, node, SEES.format(kind=kind), collector.environ) as running:
@@ -87,7 +87,12 @@ async def test_direct_query_continues_its_clients_trace_down_to_the_handler(
         server, worker = await collector.have(SERVER, WORKER)
     assert (server.kind, server.trace_id, server.parent_id) == ("SERVER", TRACE, CLIENT)
     assert (worker.kind, worker.trace_id, worker.parent_id) == ("INTERNAL", TRACE, server.span_id)
-    assert seen == {"trace": TRACE, "span": worker.span_id, "sampled": True, "state": "congo=t61rcWkgMzE"}
+    assert seen == {
+        "trace": TRACE,
+        "span": worker.span_id,
+        "sampled": True,
+        "state": "congo=t61rcWkgMzE",
+    }
     assert not server.failed
     assert not worker.failed
     assert server.attributes == {
@@ -96,7 +101,7 @@ async def test_direct_query_continues_its_clients_trace_down_to_the_handler(
         "http.response.status_code": 200,
         "url.path": "/agent/query",
         "url.scheme": "http",
-        "em_runner.transport": "http",
+        "em_runner.path": "direct",
         "em_runner.worker": "a_server",
         "em_runner.outcome": "ok",
     }
@@ -104,7 +109,7 @@ async def test_direct_query_continues_its_clients_trace_down_to_the_handler(
         "em_runner.agent": "a",
         "em_runner.worker": "a_server",
         "em_runner.node": worker.attributes["em_runner.node"],
-        "em_runner.transport": "http",
+        "em_runner.path": "direct",
         "em_runner.outcome": "ok",
     }
     assert str(node.port) in worker.attributes["em_runner.node"]
@@ -115,7 +120,7 @@ async def test_direct_query_continues_its_clients_trace_down_to_the_handler(
 
 
 @KINDS
-async def test_queries_that_run_at_once_each_see_their_own_trace(
+async def test_concurrent_queries_have_separate_traces(
     kind: str, tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     together = 8
@@ -145,7 +150,9 @@ begun = []
 
 
 @KINDS
-async def test_query_of_a_node_begins_a_trace(kind: str, tmp_path: Path, node: Node, collector: Collector) -> None:
+async def test_query_from_a_node_starts_a_trace(
+    kind: str, tmp_path: Path, node: Node, collector: Collector
+) -> None:
     handlers = (
         SEES.format(kind=kind)
         .replace("return {", "return {'type': 't', 'properties': {")
@@ -158,13 +165,13 @@ async def test_query_of_a_node_begins_a_trace(kind: str, tmp_path: Path, node: N
     assert (worker.kind, worker.parent_id, worker.failed) == ("CONSUMER", ROOT, False)
     assert embryo["properties"]["trace"] == worker.trace_id
     assert embryo["properties"]["span"] == worker.span_id
-    assert worker.attributes["em_runner.transport"] == "node"
+    assert worker.attributes["em_runner.path"] == "node"
     assert worker.attributes["em_runner.outcome"] == "ok"
     assert [span for span in collector.spans if span.name != WORKER] == []
 
 
 @KINDS
-async def test_handler_that_fails_or_takes_too_long_is_an_error_without_its_words(
+async def test_span_of_a_failed_query_has_no_text_of_the_handler(
     kind: str, tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     handlers = f"""
@@ -175,11 +182,13 @@ import asyncio, time
     raise ValueError("secret-text: " + body)
 """
     supervision = "handler_timeout_ms = 300"
-    async with traced(tmp_path, node, handlers, collector.environ, supervision=supervision) as running:
+    async with traced(
+        tmp_path, node, handlers, collector.environ, supervision=supervision
+    ) as running:
         await ask(running, "fails", 500)
         failed = await collector.have(SERVER, WORKER)
         await ask(running, "slow", 504)
-        # The worker of a plain function ends after it: its last span is sent before.
+        # The worker of a plain function exits after the timeout. It first sends its last span.
         late = (await collector.have(SERVER, SERVER, WORKER, WORKER))[1::2]
     assert [span.failed for span in [*failed, *late]] == [True] * 4
     assert [span.attributes["em_runner.outcome"] for span in failed] == ["handler_failed"] * 2
@@ -187,47 +196,58 @@ import asyncio, time
     assert failed[1].attributes["error.type"] == "ValueError"
     assert failed[0].attributes["http.response.status_code"] == 500
     assert [span.attributes["em_runner.outcome"] for span in late] == ["timed_out"] * 2
-    assert late[1].attributes["error.type"] == "timeout"
+    assert late[1].attributes["error.type"] == "timed_out"
     assert not [body for body in collector.bodies if b"secret-text" in body]
 
 
-async def test_refusal_is_a_span_of_its_route_and_no_error_of_ours(
+async def test_span_of_a_refused_request_is_not_an_error(
     tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     async with traced(tmp_path, node, SEES.format(kind="def"), collector.environ) as running:
-        answer = await running.http.post("/agents/nobody/query?token=hidden", json={"query": "q"})
+        answer = await running.http.post("/agents/unknown/query?token=hidden", json={"query": "q"})
         assert answer.status_code == 404
         (span,) = await collector.have("POST /agents/{agent}/query")
     assert span.attributes["http.response.status_code"] == 404
-    assert span.attributes["url.path"] == "/agents/nobody/query"
+    assert span.attributes["url.path"] == "/agents/unknown/query"
     assert not span.failed
     assert not [body for body in collector.bodies if b"hidden" in body]
 
 
-async def test_trace_that_is_not_sampled_is_passed_on_and_not_sent(
+async def test_unsampled_trace_is_propagated_but_not_exported(
     tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     async with traced(tmp_path, node, SEES.format(kind="def"), collector.environ) as running:
         seen = await ask(running, "q", traceparent=PARENT[:-2] + "00")
         assert isinstance(seen, dict)
         assert (seen["trace"], seen["sampled"]) == (TRACE, False)
-        await ask(running, "q")  # and this one is
+        await ask(running, "q")  # a sampled query
         await collector.have(SERVER, WORKER)
         await running.stop()
     assert len(collector.spans) == 2
 
 
-async def test_headers_that_are_wrong_or_come_as_trailers_begin_a_new_trace(
+async def test_invalid_headers_and_trailers_start_a_new_trace(
     tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     async with traced(tmp_path, node, SEES.format(kind="async def"), collector.environ) as running:
-        for wrong in ("nonsense", "0" * 40_000, f"ff-{TRACE}-{CLIENT}-01", f"00-{'0' * 32}-{CLIENT}-01"):
+        for wrong in (
+            "nonsense",
+            "0" * 40_000,
+            f"ff-{TRACE}-{CLIENT}-01",
+            f"00-{'0' * 32}-{CLIENT}-01",
+        ):
             await ask(running, "q", traceparent=wrong)
         url = running.http.base_url
         reader, writer = await asyncio.open_connection(url.host, url.port)
         lines = f"traceparent: {PARENT}\r\n".encode()
         head = b"POST /agent/query HTTP/1.1\r\nhost: localhost\r\n"
-        writer.write(head + b"transfer-encoding: chunked\r\n\r\nd\r\n" + b'{"query":"q"}\r\n0\r\n' + lines + b"\r\n")
+        writer.write(
+            head
+            + b"transfer-encoding: chunked\r\n\r\nd\r\n"
+            + b'{"query":"q"}\r\n0\r\n'
+            + lines
+            + b"\r\n"
+        )
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
         writer.close()
         await ask(running, "q", traceparent=PARENT, tracestate="," * 30_000)
@@ -237,7 +257,7 @@ async def test_headers_that_are_wrong_or_come_as_trailers_begin_a_new_trace(
     assert "Traceback" not in running.log
 
 
-async def test_query_that_waits_for_a_successor_keeps_its_trace(
+async def test_query_waiting_for_a_successor_keeps_its_trace(
     tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     handlers = """
@@ -260,71 +280,85 @@ def handle(body, memory):
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask, running, "first")
-            await until((tmp_path / "began").exists, "the handler has begun")
+            await until((tmp_path / "began").exists, "the handler has started")
             tasks.start_soon(one)
             await until(lambda: two_in_flight(running), "both queries are in flight")
             config = tmp_path / "em-runner.toml"
             config.write_text(config.read_text() + 'capabilities = ["new"]\n')
             running.process.send_signal(1)
-            await until(lambda: "returned" in outcomes(collector), "the old worker has given it back")
+            await until(
+                lambda: "returned" in outcomes(collector), "the old worker has returned the query"
+            )
             (tmp_path / "gate").touch()
         (second,) = found
-        await until(lambda: outcomes(collector) == ["ok", "returned"], "both workers' spans have come")
+        await until(
+            lambda: outcomes(collector) == ["ok", "returned"],
+            "the spans of both workers have arrived",
+        )
     assert isinstance(second, dict)
     assert second["pid"] != before
     assert second["trace"] == TRACE
 
 
 def outcomes(collector: Collector) -> list[str]:
-    """What the workers say became of the client's query."""
-    of_workers = [span for span in collector.spans if span.name == WORKER and span.trace_id == TRACE]
+    """Return the outcomes of the client's query in the spans of the workers."""
+    of_workers = [
+        span for span in collector.spans if span.name == WORKER and span.trace_id == TRACE
+    ]
     return sorted(span.attributes["em_runner.outcome"] for span in of_workers)
 
 
 async def two_in_flight(running: Cluster) -> bool:
     metrics = (await running.http.get("/metrics")).text
     return any(
-        line.endswith(" 2.0") for line in metrics.splitlines() if line.startswith("em_runner_queries_in_flight{")
+        line.endswith(" 2.0")
+        for line in metrics.splitlines()
+        if line.startswith("em_runner_queries_in_flight{")
     )
 
 
 @pytest.mark.parametrize("collector_is", ["gone", "hanging"])
-async def test_collector_that_takes_nothing_costs_no_query_and_holds_up_no_end(
+async def test_unresponsive_collector_delays_neither_queries_nor_shutdown(
     collector_is: str, tmp_path: Path, node: Node, collector: Collector
 ) -> None:
     environ = collector.environ
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and nobody listens
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # not listening
         if collector_is == "gone":
-            there = f"127.0.0.1:{taken.getsockname()[1]}/v1/traces?api_key=s3cr3t%20key"
+            there = f"127.0.0.1:{closed.getsockname()[1]}/v1/traces?api_key=s3cr3t%20key"
             environ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = f"http://op:p4ssw0rd@{there}"
         collector.open.clear()
-        # So small a queue that most spans find it full.
+        # With this small queue, most spans are dropped.
         environ |= {"OTEL_BSP_MAX_QUEUE_SIZE": "16", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "8"}
         async with traced(tmp_path, node, SEES.format(kind="def"), environ) as running:
             for number in range(200):
                 await ask(running, f"q{number}")
             if collector_is == "hanging":
-                await until(collector.asked.is_set, "the collector was asked")
+                await until(collector.asked.is_set, "the collector has a request")
             else:
-                await until(lambda: running.events("tracing_trouble"), "the log says it")
+                await until(lambda: running.events("tracing_trouble"), "the failure is logged")
             began = time.monotonic()
             assert await running.stop() == 0
             took_s = time.monotonic() - began
-            await running.gone()
-    assert took_s < 4, "two flushes of a second at the most, and what an end takes"
+            await running.wait_exited()
+    assert took_s < 4, "at most two flushes of a second, and the shutdown"
     trouble = running.events("tracing_trouble")
-    assert len(trouble) <= 2 * 3, "a line for each part of the library in each of two processes"
+    assert len(trouble) <= 2 * 3, "one line for each part of the library in each of two processes"
     assert {line.get("worker") for line in trouble} <= {None, "a_server"}
     assert not running.events("worker_killed")
     assert not running.events("drain_timed_out")
     assert "Traceback" not in running.log
     for secret in ("s3cr3t", "p4ssw0rd"):
-        assert secret not in running.log, "what the collector's address holds of secrets"
+        assert secret not in running.log
 
 
-async def test_spans_that_wait_are_sent_when_the_cluster_ends(tmp_path: Path, node: Node, collector: Collector) -> None:
-    environ = collector.environ | {"OTEL_BSP_SCHEDULE_DELAY": "3600000", "OTEL_SERVICE_NAME": "mine"}
+async def test_queued_spans_are_sent_at_shutdown(
+    tmp_path: Path, node: Node, collector: Collector
+) -> None:
+    environ = collector.environ | {
+        "OTEL_BSP_SCHEDULE_DELAY": "3600000",
+        "OTEL_SERVICE_NAME": "mine",
+    }
     async with traced(tmp_path, node, SEES.format(kind="def"), environ) as running:
         await ask(running, "q")
         assert collector.spans == []
@@ -333,14 +367,14 @@ async def test_spans_that_wait_are_sent_when_the_cluster_ends(tmp_path: Path, no
     assert {span.resource["service.name"] for span in collector.spans} == {"mine"}
 
 
-async def test_without_it_nothing_of_opentelemetry_is_imported(tmp_path: Path, node: Node) -> None:
-    told = tmp_path / "modules"
+async def test_opentelemetry_is_not_imported_without_tracing(tmp_path: Path, node: Node) -> None:
+    record = tmp_path / "modules"
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, sys\n"
-        "def tell():\n"
+        "def write():\n"
         "    if 'runner.app' in sys.modules:\n"
-        f"        open({str(told)!r}, 'w').write(' '.join(sys.modules))\n"
-        "atexit.register(tell)\n"
+        f"        open({str(record)!r}, 'w').write(' '.join(sys.modules))\n"
+        "atexit.register(write)\n"
     )
     handlers = """
 import sys
@@ -348,15 +382,21 @@ def handle(body, memory):
     return sorted(sys.modules), memory
 """
     environ = {"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"}
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=handlers, environ=environ) as running:
+    async with cluster(
+        tmp_path, agent("a", [node.url]), handlers=handlers, environ=environ
+    ) as running:
         await running.wait_ready()
         in_worker = await running.results("q")
         await running.stop()
-    in_runner = told.read_text().split()
+    in_runner = record.read_text().split()
     assert "worker.main" in in_worker
-    assert "runner.router" in in_runner
+    assert "runner.routing.router" in in_runner
     for modules in (in_worker, in_runner):
-        assert [name for name in modules if name.startswith("opentelemetry") or name.endswith(".tracing")] == []
+        assert [
+            name
+            for name in modules
+            if name.startswith("opentelemetry") or name.endswith(".tracing")
+        ] == []
 
 
 def em_runner(folder: Path, command: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -364,14 +404,24 @@ def em_runner(folder: Path, command: str, **environ: str) -> subprocess.Complete
     (folder / "em-runner.toml").write_text(
         '[runner]\nhttp = "127.0.0.1:0"\ntracing = true\n' + agent("a", ["localhost:1"])
     )
-    env = os.environ | {"HOME": str(folder), "PYTHONPATH": str(CHECKOUT), "COLUMNS": "300"} | environ
+    env = (
+        os.environ | {"HOME": str(folder), "PYTHONPATH": str(CHECKOUT), "COLUMNS": "300"} | environ
+    )
     return subprocess.run(
-        [sys.executable, "-m", "runner", command], cwd=folder, env=env, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "runner", command],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
+@pytest.mark.message_text
 @pytest.mark.parametrize("command", ["check", "run"])
-async def test_without_the_extra_the_error_says_what_to_install(command: str, home: Path) -> None:
+async def test_error_without_the_extra_names_the_package_to_install(
+    command: str, home: Path
+) -> None:
     (home / "none" / "opentelemetry").mkdir(parents=True)
     (home / "none" / "opentelemetry" / "__init__.py").touch()
     ended = em_runner(home, command, PYTHONPATH=f"{home / 'none'}:{CHECKOUT}")
@@ -381,16 +431,21 @@ async def test_without_the_extra_the_error_says_what_to_install(command: str, ho
     assert "pip install 'em-runner[otel]'" in ended.stderr
 
 
+@pytest.mark.message_text
 @pytest.mark.parametrize("command", ["check", "run"])
-async def test_variable_that_cannot_be_is_an_error_before_a_worker_runs(command: str, home: Path) -> None:
+async def test_invalid_variable_is_an_error_before_a_worker_starts(
+    command: str, home: Path
+) -> None:
     ended = em_runner(home, command, OTEL_BSP_MAX_QUEUE_SIZE="0")
     assert ended.returncode == 78
-    assert "tracing cannot begin" in ended.stderr
+    assert "tracing cannot start" in ended.stderr
     assert "max_queue_size" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-async def test_header_that_the_library_cannot_read_is_told_without_its_secret(tmp_path: Path) -> None:
+async def test_error_for_an_unreadable_header_does_not_contain_its_secret(
+    tmp_path: Path,
+) -> None:
     ended = em_runner(tmp_path, "check", OTEL_EXPORTER_OTLP_HEADERS="s3cr3t")
     assert ended.returncode == 0
     (line,) = ended.stderr.splitlines()
@@ -398,7 +453,7 @@ async def test_header_that_the_library_cannot_read_is_told_without_its_secret(tm
     assert "s3cr3t" not in ended.stderr + ended.stdout
 
 
-async def test_check_is_content_with_tracing_and_no_collector(tmp_path: Path) -> None:
+async def test_check_succeeds_with_tracing_and_no_collector(tmp_path: Path) -> None:
     ended = em_runner(tmp_path, "check")
     assert ended.returncode == 0, ended.stderr
     assert json.dumps(ended.stderr) == '""'

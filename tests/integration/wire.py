@@ -1,4 +1,4 @@
-"""A node that follows a script, byte by byte: for what an honest node never does."""
+"""A node that follows a script, for tests of what a correct node never does."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class Wire:
         await self.flush()
 
     async def frame(self, *opcodes: Opcode) -> Frame:
-        """The client's next frame of these kinds (any, without)."""
+        """Return the client's next frame of one of these kinds, or of any kind if none is given."""
         while True:
             event = await self._event()
             if not opcodes or event.opcode in opcodes:
                 return event  # type: ignore[no-any-return]
 
     async def json(self) -> Any:
-        """The client's next text frame."""
+        """Return the client's next text frame, decoded."""
         return json.loads((await self.frame(Opcode.TEXT)).data)
 
     async def send(self, value: Any) -> None:
@@ -78,7 +78,7 @@ class Wire:
         await self.writer.drain()
 
     async def register(self) -> None:
-        """Upgrade and take the registration, as an honest node does."""
+        """Upgrade the connection and accept the registration, as a correct node does."""
         await self.upgrade()
         assert (await self.json())["action"] == "register"
         await self.send(REGISTERED)
@@ -86,7 +86,7 @@ class Wire:
         await self.send(AGENT_REGISTERED)
 
     async def until_gone(self) -> None:
-        """Read (and answer pings) until the client leaves."""
+        """Read, and answer pings, until the client disconnects."""
         with contextlib.suppress(ConnectionError):
             while True:
                 await self._event()
@@ -96,13 +96,13 @@ Script = Callable[[Wire], Awaitable[None]]
 
 
 async def polite(wire: Wire) -> None:
-    """What an honest node does for an agent to which it has nothing to say."""
+    """Register the agent and send nothing else, as a correct node without queries does."""
     await wire.register()
     await wire.until_gone()
 
 
 class ScriptedNode:
-    """Plays `first` to its first connection, `polite` to the next ones."""
+    """Runs the script `first` for the first connection, and `polite` for the others."""
 
     def __init__(self, first: Script, then: Script = polite) -> None:
         self.first = first

@@ -1,4 +1,4 @@
-"""`shared.frames`: the exact bytes of what a client sends, and both forms of what nodes answer."""
+"""`shared.frames`: the exact bytes that a client sends, and both forms of a node's answers."""
 
 from __future__ import annotations
 
@@ -13,27 +13,19 @@ from hypothesis import strategies as st
 from shared import frames
 
 
-def test_register_is_the_bytes_of_the_protocol() -> None:
-    assert frames.encode(frames.Register("echo")) == b'{"action":"register","name":"echo"}'
-
-
-def test_agent_hello_is_the_bytes_of_the_protocol_also_without_capabilities() -> None:
-    assert frames.encode(frames.AgentHello(("a", "b"))) == b'{"action":"agent_hello","capabilities":["a","b"]}'
-    assert frames.encode(frames.AgentHello(())) == b'{"action":"agent_hello","capabilities":[]}'
-
-
-def test_query_is_the_bytes_of_the_protocol() -> None:
-    assert frames.encode(frames.Query("YQ==", "é")) == '{"action":"query","id":"YQ==","body":"é"}'.encode()
+def test_query_is_encoded_as_the_protocol_requires() -> None:
+    expected = '{"action":"query","id":"YQ==","body":"é"}'.encode()
+    assert frames.encode(frames.Query("YQ==", "é")) == expected
 
 
 @pytest.mark.parametrize("query_id", [b'"YQ=="', b"17", b'{"a" : 1.50}', b"null"])
-def test_result_holds_id_and_data_untouched(query_id: bytes) -> None:
+def test_result_contains_id_and_data_unchanged(query_id: bytes) -> None:
     expected = b'{"action":"result","id":' + query_id + b',"data":[1.10, 2]}'
     assert frames.result(query_id, b"[1.10, 2]") == expected
     assert frames.result(msgspec.Raw(query_id), b"[1.10, 2]") == expected
 
 
-def test_result_may_hold_percent_signs() -> None:
+def test_result_may_contain_percent_signs() -> None:
     assert frames.result(b'"%s"', b'"%d %%"') == b'{"action":"result","id":"%s","data":"%d %%"}'
 
 
@@ -48,7 +40,7 @@ def test_result_may_hold_percent_signs() -> None:
         ("{}", {}),
     ],
 )
-def test_node_frame_is_read_whatever_the_types_of_its_fields(text: str, expected: dict[str, Any]) -> None:
+def test_node_frame_is_decoded_with_fields_of_any_type(text: str, expected: dict[str, Any]) -> None:
     frame = frames.decode_node_frame(text.encode())
     nothing = {"action": None, "body": msgspec.UNSET, "status": None, "reason": None, "error": None}
     assert {name: getattr(frame, name) for name in nothing} == nothing | expected
@@ -72,7 +64,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
-fields = st.sampled_from(["action", "id", "body", "status", "reason", "error", "name", "capabilities", "data", "more"])
+fields = st.sampled_from(
+    ["action", "id", "body", "status", "reason", "error", "name", "capabilities", "data", "more"]
+)
 
 
 @given(st.text() | st.builds(json.dumps, json_values | st.dictionaries(fields, json_values)))
@@ -89,7 +83,7 @@ def test_any_text_is_a_frame_or_a_decoding_error(text: str) -> None:
 
 
 @given(st.dictionaries(fields, json_values))
-def test_any_object_of_json_is_a_frame_with_its_fields(value: dict[str, Any]) -> None:
+def test_any_json_object_is_a_frame_with_its_fields(value: dict[str, Any]) -> None:
     frame = frames.decode_node_frame(json.dumps(value).encode())
     for name in ("action", "status", "reason", "error"):
         assert getattr(frame, name) == value.get(name)

@@ -1,4 +1,4 @@
-"""`shared.memory_files`: what a memory on disk is called, and how it gets another name."""
+"""`shared.memory_files`: the names of memories on disk."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.memory_files import SIDE_FILES, memory_file, memory_files, memory_name, move_memory
-from shared.nodes import parse_node
+from shared.config.nodes import parse_node
+from shared.memory_files import SIDE_FILES, memory_file, memory_name
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_memory_is_named_by_agent_and_node(node: str, name: str) -> None:
     assert memory_name("echo", parse_node(node)) == name
 
 
-def test_name_of_the_longest_host_is_a_files_name_and_no_other_hosts(tmp_path: Path) -> None:
+def test_longest_hosts_have_distinct_and_valid_file_names(tmp_path: Path) -> None:
     hosts = [".".join(["x" * 63, "y" * 63, "z" * 60, last * 50]) for last in "ab"]
     names = {memory_name("a" * 64, parse_node(f"{host}:65535")) for host in hosts}
     assert len(names) == 2
@@ -31,17 +31,3 @@ def test_name_of_the_longest_host_is_a_files_name_and_no_other_hosts(tmp_path: P
         file.parent.mkdir(exist_ok=True)
         for suffix in SIDE_FILES:
             file.with_name(file.name + suffix).touch()
-
-
-def test_memory_moves_with_its_log_and_onto_no_other(tmp_path: Path) -> None:
-    old, new, other = (memory_file(tmp_path, f"a@{node}") for node in ("old", "new", "other"))
-    old.parent.mkdir()
-    assert not move_memory(old, new), "there is none"
-    for file in (old, old.with_name(f"{old.name}-wal"), other):
-        file.write_text(file.name)
-    assert not move_memory(old, other)
-    assert other.read_text() == other.name
-    assert move_memory(old, new)
-    assert sorted(file.name for file in old.parent.iterdir()) == ["a@new.sqlite", "a@new.sqlite-wal", "a@other.sqlite"]
-    assert memory_files(tmp_path, "a") == {new, other}
-    assert memory_files(tmp_path, "b") == set()

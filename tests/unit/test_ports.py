@@ -1,4 +1,4 @@
-"""Ports that tests hold for servers that come later."""
+"""`tests.ports`: ports that tests reserve for servers that start later."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ import socket
 
 import pytest
 
-from shared.http_server import listen, resolve
-from tests.ports import HOST, held_ports
+from shared.http.server import Address
+from tests.ports import HOST, reserved_ports
 
 
-def test_server_may_listen_again_and_again_where_nobody_else_may_bind() -> None:
-    with held_ports(2) as ports:
-        assert ports[1] == ports[0] + 1
+def test_server_can_listen_on_a_reserved_port_repeatedly() -> None:
+    with reserved_ports(2) as ports:
         for port in ports:
             for _ in range(2):
-                listen(resolve(HOST, port, hint=""), hint="").close()
-                with socket.socket() as other, pytest.raises(OSError, match="in use"):
-                    other.bind((HOST, port))
-                with socket.socket() as caller:
-                    assert caller.connect_ex((HOST, port)) != 0, "nobody listens"
+                Address.resolve(HOST, port, hint="").listen().close()
+
+
+def test_no_other_program_can_bind_a_reserved_port() -> None:
+    with reserved_ports(2) as ports:
+        for port in ports:
+            with socket.socket() as other, pytest.raises(OSError, match="in use"):
+                other.bind((HOST, port))
+
+
+def test_reserved_port_refuses_connections_until_a_server_listens() -> None:
+    with reserved_ports(2) as ports, socket.socket() as client:
+        assert client.connect_ex((HOST, ports[0])) != 0
+
+
+def test_reserved_ports_are_consecutive() -> None:
+    with reserved_ports(2) as ports:
+        assert ports[1] == ports[0] + 1

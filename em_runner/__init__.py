@@ -1,0 +1,1 @@
+"""The public interface for authors of handlers. The other packages are internal."""

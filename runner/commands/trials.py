@@ -1,0 +1,102 @@
+"""`em-runner try`: calls a handler once, and shows the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from runner.supervision.fork_server import ForkServer
+from runner.supervision.probes import Probes
+from shared.config.handlers import parse_handler
+from shared.config.schema import ConnectionSection
+from shared.embryos import objection
+from shared.errors import ConfigError
+from shared.logs.logger import printable_json
+from shared.trial import EncodingFault, Trial
+
+_MIB: Final = 2**20
+
+_HINTS: Final = {
+    EncodingFault.NOT_AWAITED: "'await' it before you return it",
+    EncodingFault.LONE_SURROGATE: "a string contains half a character; "
+    "decode it with errors='replace'",
+    EncodingFault.TOO_DEEP: "the result contains itself, or is nested too deeply",
+    EncodingFault.NOT_JSON: "return what JSON supports: strings, numbers, lists, "
+    "dicts with string keys",
+}
+
+
+def try_out(
+    handler: str,
+    text: str,
+    memory: str,
+    timeout_s: float,
+    report: Callable[[str], None],
+) -> tuple[list[str], str]:
+    """Call a handler once, in a separate process.
+
+    Args:
+        handler: the handler, as in the configuration.
+        text: the query.
+        memory: the memory before the query, a JSON object.
+        timeout_s: the handler's timeout.
+        report: is called with messages for the user while the handler is running.
+
+    Returns:
+        The lines to print, and the error, which is empty if there was none.
+
+    Raises:
+        ConfigError: if the handler cannot be loaded, or `memory` is not a JSON object.
+    """
+    try:
+        before = msgspec.json.decode(memory, type=dict[str, Any])
+    except msgspec.DecodeError:
+        raise ConfigError(
+            f"--memory: found {memory!r}, expected a JSON object, such as '{{}}'"
+        ) from None
+    ref = parse_handler(handler, Path.cwd(), "HANDLER")
+    # Not in this process: the handler may hang, crash or call `exit`.
+    fork_server = ForkServer()
+    fork_server.start()
+    trial = Probes(fork_server).try_out(
+        ref,
+        text,
+        before,
+        timeout_s,
+        report,
+    )
+    hint = "" if trial.fault is None else f"; {_HINTS[trial.fault]}"
+    return _lines(trial), trial.error + hint
+
+
+def _lines(trial: Trial) -> list[str]:
+    lines = []
+    if trial.result is not None:
+        result = printable_json(msgspec.json.format(trial.result).decode())
+        indented = result.replace("\n", "\n        ")
+        lines.append(f"result  {indented}")
+    lines.append(f"memory  {printable_json(trial.memory)}")
+    if trial.seconds is not None:
+        ms = trial.seconds * 1000
+        # From 999.5 on, ".3g" would write 1e+03.
+        lines.append(f"time    {ms:.3g} ms" if ms < 100 else f"time    {ms:.0f} ms")
+    if trial.result is not None:
+        # A node may refuse a result that a direct query would get: notes, not errors.
+        notes = (
+            objection(msgspec.json.decode(trial.result)),
+            _too_large(trial.result),
+            *trial.notes,
+        )
+        lines += [f"note    {note}" for note in notes if note]
+    return lines
+
+
+def _too_large(result: bytes) -> str:
+    limit = ConnectionSection().max_frame_bytes
+    if len(result) < limit:
+        return ""
+    size = f"the result has {len(result) / _MIB:.1f} MiB as JSON"
+    return f"{size}; a node accepts {limit / _MIB:g} MiB, and closes the connection at more"

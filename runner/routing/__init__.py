@@ -1,0 +1,1 @@
+"""Carrying direct queries to workers, and their replies back."""

@@ -1,0 +1,232 @@
+"""One worker: restarts its process after an unplanned end, and has it replaced or drained."""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+from anyio.abc import TaskGroup
+
+from runner.routing.peers import UNANSWERED
+from runner.routing.router import Router
+from runner.supervision._lineage import Lineage
+from runner.supervision._succession import START_TIMEOUT_S, Replacement, Succession
+from runner.supervision.fork_server import ForkServer
+from runner.supervision.recent import Recent
+from runner.supervision.restarts import Failure, RestartHistory, RestartPolicy
+from runner.supervision.sample import Sample
+from runner.table import ChildState, WorkerRow, last_errors
+from shared.config.load import WorkerSpec
+from shared.errors import StartError
+from shared.ipc import LastError
+
+
+class Child:
+    """One worker.
+
+    Attributes:
+        succession: the planned replacements of its process.
+        history: its restarts, with their policy.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        policy: RestartPolicy,
+        fork_server: ForkServer,
+        router: Router,
+    ) -> None:
+        self._lineage = Lineage(spec, fork_server, router)
+        self.succession = Succession(self._lineage, router)
+        self.history = RestartHistory(policy)
+        self._router = router
+        self._state: ChildState = "starting"  # while no process is current
+        self._ended = anyio.Event()
+
+    @property
+    def spec(self) -> WorkerSpec:
+        """The spec of the worker's next process."""
+        return self._lineage.spec
+
+    # --- what operators and monitoring see ---
+
+    @property
+    def row(self) -> WorkerRow:
+        """The worker as operators see it now."""
+        lineage = self._lineage
+        spec = lineage.spec
+        record = lineage.record
+        counted = lineage.counted
+        failure = record.last_failure
+        current = lineage.current
+        state: ChildState
+        if current is not None:
+            state = current.state
+            detail = current.detail
+            pid = current.process.pid
+            incarnation = current.launch.incarnation
+            uptime_s = time.monotonic() - current.started_s
+        else:
+            state = self._state
+            pid = None
+            uptime_s = 0.0
+            # A new process that is still being forked has nothing to do with the last failure.
+            is_down = state in ("restarting", "failed")
+            detail = failure.text if failure and is_down else ""
+            incarnation = lineage.incarnation_count
+        errors = last_errors(
+            counted.handler_error,
+            counted.connection_error,
+            failure,
+        )
+        outcomes = self._router.outcomes_of(spec.name)
+        return WorkerRow(
+            name=spec.name,
+            agent=spec.agent.name,
+            node=str(spec.node),
+            state=state,
+            detail=detail,
+            pid=pid,
+            incarnation=incarnation,
+            uptime_s=round(uptime_s, 3),
+            restarts=record.restarts.total(),
+            queries=counted.queries_node + counted.queries_direct,
+            queries_node=counted.queries_node,
+            queries_direct=counted.queries_direct,
+            queries_per_s=round(record.recent.rate, 3),
+            p50_s=record.recent.quantile(0.5),
+            p99_s=record.recent.quantile(0.99),
+            errors=counted.errors,
+            reconnects=counted.reconnects,
+            ignored=counted.ignored,
+            unanswered=sum(outcomes.get(each, 0) for each in UNANSWERED),
+            last_error=errors[0].error if errors else "",
+            last_errors=errors,
+        )
+
+    @property
+    def sample(self) -> Sample:
+        """The worker as monitoring sees it now."""
+        name = self.spec.name
+        record = self._lineage.record
+        current = self._lineage.current
+        return Sample(
+            row=self.row,
+            counted=self._lineage.counted,
+            restarts=record.restarts,
+            in_flight=self._router.in_flight_at(name),
+            silent_s=0.0 if current is None else current.silent_s,
+            outcomes=self._router.outcomes_of(name),
+            replacements=record.replacements,
+        )
+
+    @property
+    def recent(self) -> Recent:
+        """The last five minutes of the worker at its node."""
+        return self._lineage.record.recent
+
+    def record_counts(self) -> None:
+        """Record in `recent` what the worker has counted until now."""
+        self.recent.record(time.monotonic(), self._lineage.counted)
+
+    # --- restarts ---
+
+    async def run(self) -> None:
+        """Keep the worker running until it is stopped."""
+        stopping = self._lineage.stopping
+        try:
+            async with anyio.create_task_group() as tasks:
+                while not stopping.is_set():
+                    started_s = time.monotonic()
+                    failure = await self._run_until_failure(tasks)
+                    up_s = time.monotonic() - started_s
+                    if not stopping.is_set():
+                        await self._wait_for_restart(failure, up_s)
+                tasks.cancel_scope.cancel()
+        finally:
+            # A successor may still be starting. It is reaped even if this task is cancelled, since
+            # a process that no one reaps would keep its descriptors and its process group.
+            with anyio.CancelScope(shield=True):
+                await self._lineage.reap_all()
+            self._state = "stopped"
+            self._router.refuse_held(self.spec.name)
+            self._ended.set()
+
+    async def _run_until_failure(self, tasks: TaskGroup) -> Failure:
+        """Run a process and its planned successors until one ends unplanned. Return why."""
+        lineage = self._lineage
+        self._state = "starting"
+        try:
+            current = await lineage.fork(lineage.spec, standby=False)
+        except StartError as exc:
+            return Failure("not_started", str(exc))
+        self._state = "crashed"  # what operators see once no process is current
+        while True:
+            lineage.current = current
+            # A replacement finds no process to replace while one is being forked. It then changes
+            # only the spec, so the process must be checked once it is current.
+            if lineage.is_stale(current, lineage.spec):
+                text = "its configuration or its handler changed while it was being started"
+                stale = Replacement(
+                    "configuration",
+                    text,
+                    only_if_stale=True,
+                )
+                tasks.start_soon(self.succession.replace, stale)
+            async with anyio.create_task_group() as watching:
+                watching.start_soon(self.succession.replace_on_request, current, tasks)
+                liveness_timeout_s = self.spec.liveness_timeout_ms / 1000
+                await current.watch_until_ended(START_TIMEOUT_S, liveness_timeout_s)
+                watching.cancel_scope.cancel()
+            failure = await lineage.reap(current)
+            if current.successor is None:
+                return failure
+            current = current.successor
+
+    async def _wait_for_restart(self, failure: Failure, up_s: float) -> None:
+        """Decide when to restart after an unplanned end, and wait until then."""
+        lineage = self._lineage
+        decision = self.history.record_end(time.monotonic(), up_s)
+        lineage.record.restarts[failure.reason] += 1
+        lineage.record.last_failure = LastError.now(failure.text)
+        fields = {
+            "reason": failure.text,
+            "again_in_s": decision.delay_s,
+        }
+        if decision.failed:
+            self._state = "failed"
+            # Queries wait for a worker that restarts soon, but not for one that may not recover.
+            self._router.refuse_held(self.spec.name)
+            lineage.log.error("worker_failed", **fields)
+        else:
+            self._state = "restarting"
+            lineage.log.warning("worker_restarting", **fields)
+        # A new event for each wait: an earlier request must not skip this delay.
+        lineage.restart_now = anyio.Event()
+        with anyio.move_on_after(decision.delay_s):
+            await lineage.restart_now.wait()
+
+    # --- the end ---
+
+    def stop_restarting(self) -> None:
+        """Do not restart the worker when it next exits."""
+        self._lineage.stopping.set()
+        self._lineage.restart_now.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Have the worker finish its queries in flight and exit. Kill it after `timeout_s`."""
+        self.stop_restarting()
+        current = self._lineage.current
+        if current is not None:
+            # During a hand-over, `Succession` promotes the successor when this process has ended,
+            # so the successor is killed only after that.
+            self._lineage.kill(spared=(current, current.successor))
+            current.successor = None
+            await current.drain(timeout_s)
+        self._lineage.kill()
+        await self._ended.wait()
+
+    def kill(self) -> None:
+        """Kill the worker's processes, and do not restart it."""
+        self.stop_restarting()
+        self._lineage.kill()

@@ -1,0 +1,7 @@
+"""The status page for operators. It also works in a browser without scripts."""
+
+from typing import Final
+
+ASSETS: Final = ("dashboard.css", "dashboard.js", "icon.svg")
+PATHS: Final = frozenset({"/", "/events", *(f"/assets/{name}" for name in ASSETS)})
+"""The paths that a browser requests. If a token is needed, it asks its user for it there."""

@@ -1,0 +1,1 @@
+"""An HTTP server with limits that protect it from hostile clients."""

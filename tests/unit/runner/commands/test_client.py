@@ -1,0 +1,34 @@
+"""`runner.commands.client`: the code of an error response decides what it means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runner.commands import client
+from shared.errors import StartError
+from shared.http.errors import ErrorCode
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_error_response_with_a_code_is_the_runners_with_any_text(code: ErrorCode) -> None:
+    answer = client.Answer(code.status, {"error": "reworded", "code": str(code)}, None)
+    failure = client.failure_of("http://127.0.0.1:1", answer)
+    assert (failure.code, failure.error) == (code, "reworded")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": "there is no agent 'a'"},
+        {"error": "there is no agent 'a'", "code": "no_such_code"},
+        {"error": "there is no agent 'a'", "code": 404},
+        {"error": None, "code": "unknown_agent"},
+        ["unknown_agent"],
+        None,
+    ],
+)
+def test_error_response_without_a_known_code_is_from_another_server(body: Any) -> None:
+    with pytest.raises(StartError):
+        client.failure_of("http://127.0.0.1:1", client.Answer(404, body, None))

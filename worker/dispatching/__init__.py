@@ -1,0 +1,1 @@
+"""Running queries through the agent's handler."""

@@ -1,0 +1,1 @@
+"""What one query leaves for the next one."""

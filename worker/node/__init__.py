@@ -1,0 +1,1 @@
+"""One worker's connection to its node."""
