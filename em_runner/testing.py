@@ -74,7 +74,7 @@ class AgentUnderTest:
         self._one_query = anyio.Lock()
         self._job: Job | None = None
         self._answer: Answer | None = None
-        self._hang_reason = ""
+        self._hang_reason: str | None = None
         self._query_scope = anyio.CancelScope()
 
     @property
@@ -132,14 +132,14 @@ class AgentUnderTest:
                 raise HandlerFailed(payload.decode("utf-8", "replace"))
             result = msgspec.json.decode(payload)
             problem = objection(result)
-            if problem:
+            if problem is not None:
                 raise HandlerFailed(problem)
             if result and not embryos:
                 raise HandlerFailed("the answer did not reach the node; is it too large?")
             return embryos
 
     def _check_not_hung(self) -> None:
-        if self._hang_reason:
+        if self._hang_reason is not None:
             raise HandlerFailed(f"{self._hang_reason}; the runner would replace a worker for this")
 
     def _on_hung(self, reason: str) -> None:

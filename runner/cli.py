@@ -352,7 +352,7 @@ def _try(
     print_note = partial(print, file=sys.stderr)
     lines, error = trials.try_out(handler, text, memory, timeout_s, print_note)
     print("\n".join(lines))
-    if error:
+    if error is not None:
         _fail(error, EXIT_HANDLER_FAILED)
 
 

@@ -169,12 +169,13 @@ def _state(row: WorkerRow) -> str:
     return f"{row.state}: {row.detail}" if row.detail else row.state
 
 
-def reason(row: WorkerRow) -> str:
-    """Return why a worker is in its state, empty if there is nothing to explain."""
+def reason(row: WorkerRow) -> str | None:
+    """Return why a worker is in its state; None if there is nothing to explain."""
     if row.state != "failed":
-        return row.detail
+        return row.detail or None
     # "failed" reads as final, but it is not.
-    return f"{row.detail}; it is tried again within a minute".removeprefix("; ")
+    retried = "it is tried again within a minute"
+    return f"{row.detail}; {retried}" if row.detail else retried
 
 
 def summary(states: Sequence[str]) -> str:

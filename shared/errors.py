@@ -24,6 +24,11 @@ class StartError(Exception):
     """
 
 
+def with_hint(text: str, hint: str | None) -> str:
+    """Return a message, followed by a hint if there is one."""
+    return text if hint is None else f"{text}; {hint}"
+
+
 def text_of(exc: BaseException) -> str:
     """Return an exception's message. It may be of a user's class, whose `__str__` may raise."""
     try:

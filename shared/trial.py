@@ -29,15 +29,15 @@ class Trial(NamedTuple):
         result: the result as JSON, which a node would receive; None if the handler failed.
         memory: the `repr` of the memory that the next query would get.
         seconds: the time from the query to the answer; None without an answer.
-        error: why the call failed; empty if it succeeded.
+        error: why the call failed; None if it succeeded.
         fault: why the result is not JSON, if that is why the call failed.
         notes: what may surprise the handler's author, although the call succeeded.
     """
 
     result: bytes | None
     memory: str
-    seconds: float | None
-    error: str
+    seconds: float | None = None
+    error: str | None = None
     fault: EncodingFault | None = None
     notes: tuple[str, ...] = ()
 

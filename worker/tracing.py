@@ -120,7 +120,7 @@ class WorkerTracing(Tracing):
             error_type = outcome.label
             # A handler's thread may raise just before the timeout settles the job. Then the error
             # is the timeout.
-            if outcome is Outcome.HANDLER_FAILED and open_span.error_type:
+            if outcome is Outcome.HANDLER_FAILED and open_span.error_type is not None:
                 error_type = open_span.error_type
             attributes["error.type"] = error_type
         self.end(open_span.span, attributes, failed=failed)
@@ -134,4 +134,4 @@ class _OpenSpan:
     def __init__(self, span: Span) -> None:
         self.span = span
         self.context = set_span_in_context(span, _NO_CONTEXT)
-        self.error_type = ""
+        self.error_type: str | None = None

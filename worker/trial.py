@@ -93,7 +93,7 @@ async def _ask(
     options = DispatcherOptions(timeout_s=timeout_s)
     dispatcher = create_dispatcher(handler, memory, options)
     source = _TrialSource()
-    trial = Trial(None, repr(before), None, "")
+    trial = Trial(None, repr(before))
     async with dispatcher.running():
         try:
             report(Phase.SETTING_UP)

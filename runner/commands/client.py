@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit
 import msgspec
 
 from runner.state_dir import ReloadOutcome, StateDir, read_address
-from shared.errors import StartError
+from shared.errors import StartError, with_hint
 from shared.http.errors import ErrorCode, Failure
 from shared.logs.logger import printable_line
 
@@ -263,5 +263,5 @@ def describe_failure(base: str, answer: Answer) -> str:
     failure = failure_of(base, answer)
     worker = f" ({answer.worker})" if answer.worker else ""
     # The other errors' texts contain their hint already.
-    hint = f"; {_HINTS[failure.code]}" if failure.code in _HINTS else ""
-    return f"{answer.status}: {failure.error}{worker}{hint}"
+    hint = _HINTS.get(failure.code)
+    return with_hint(f"{answer.status}: {failure.error}{worker}", hint)

@@ -112,7 +112,7 @@ def grid(rows: Sequence[WorkerRow], wide: bool = False) -> Grid:
     grid.add_column("reason")
     for row in _ready_last(rows):
         cells = [Text(column.cell(row)) for column in columns]
-        reason = Text(_reason(row), no_wrap=True, overflow="ellipsis")
+        reason = Text(_reason(row) or "", no_wrap=True, overflow="ellipsis")
         grid.add_row(*cells, reason, style=_STYLES.get(row.state))
     return grid
 
@@ -123,7 +123,7 @@ def reasons(rows: Sequence[WorkerRow]) -> Text:
     names: dict[str, list[str]] = {}
     for row in rows:
         reason = _reason(row)
-        if row.state != "ready" and reason:
+        if row.state != "ready" and reason is not None:
             names.setdefault(reason, []).append(row.name)
     paragraphs = [f"{_shortened(workers)}: {reason}\n" for reason, workers in names.items()]
     more = len(paragraphs) - _MAX_REASONS
@@ -159,10 +159,12 @@ def _folded(text: str, style: str = "") -> Text:
     )
 
 
-def _reason(row: WorkerRow) -> str:
-    """Return why a worker is in its state, else its last error, else an empty text."""
+def _reason(row: WorkerRow) -> str | None:
+    """Return why a worker is in its state, else its last error, else None."""
     reason = table.reason(row)
-    if not reason and row.last_errors:
+    if reason is None:
+        if not row.last_errors:
+            return None
         # An error of the connection is the least important one, even if it is the newest: the
         # worker has reconnected since.
         error = max(row.last_errors, key=lambda each: (each.source != "connection", each.at))
@@ -191,7 +193,7 @@ def watch(
     screen = Live(console=console, auto_refresh=False, screen=True) if redraws else nullcontext()
     with screen as live:
         while True:
-            problem = ""
+            problem: str | None = None
             try:
                 # The address each time: after a restart the runner may have another port.
                 base, token = find()
@@ -208,17 +210,17 @@ def watch(
 
 def view(
     rows: Sequence[WorkerRow],
-    problem: str = "",
+    problem: str | None = None,
     wide: bool = False,
 ) -> Group:
     """Return what `--watch` shows. The most important is on top, because a screen cuts the rest.
 
     Args:
         rows: the last table of the runner.
-        problem: why there is no newer one; empty if there is.
+        problem: why there is no newer one; None if there is.
         wide: whether to show all columns.
     """
-    if not problem:
+    if problem is None:
         return Group(summary(rows), reasons(rows), grid(rows, wide))
     if not rows:
         return Group(_folded(problem, "bold red"))

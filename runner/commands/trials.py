@@ -13,7 +13,7 @@ from runner.supervision.probes import Probes
 from shared.config.handlers import parse_handler
 from shared.config.schema import ConnectionSection
 from shared.embryos import objection
-from shared.errors import ConfigError
+from shared.errors import ConfigError, with_hint
 from shared.logs.logger import printable_json
 from shared.trial import EncodingFault, Trial
 
@@ -35,7 +35,7 @@ def try_out(
     memory: str,
     timeout_s: float,
     report: Callable[[str], None],
-) -> tuple[list[str], str]:
+) -> tuple[list[str], str | None]:
     """Call a handler once, in a separate process.
 
     Args:
@@ -46,7 +46,7 @@ def try_out(
         report: is called with messages for the user while the handler is running.
 
     Returns:
-        The lines to print, and the error, which is empty if there was none.
+        The lines to print, and why the call failed; None if it succeeded.
 
     Raises:
         ConfigError: if the handler cannot be loaded, or `memory` is not a JSON object.
@@ -68,8 +68,14 @@ def try_out(
         timeout_s,
         report,
     )
-    hint = "" if trial.fault is None else f"; {_HINTS[trial.fault]}"
-    return _lines(trial), trial.error + hint
+    return _lines(trial), _error(trial)
+
+
+def _error(trial: Trial) -> str | None:
+    if trial.error is None:
+        return None
+    hint = None if trial.fault is None else _HINTS[trial.fault]
+    return with_hint(trial.error, hint)
 
 
 def _lines(trial: Trial) -> list[str]:
@@ -90,13 +96,13 @@ def _lines(trial: Trial) -> list[str]:
             _too_large(trial.result),
             *trial.notes,
         )
-        lines += [f"note    {note}" for note in notes if note]
+        lines += [f"note    {note}" for note in notes if note is not None]
     return lines
 
 
-def _too_large(result: bytes) -> str:
+def _too_large(result: bytes) -> str | None:
     limit = ConnectionSection().max_frame_bytes
     if len(result) < limit:
-        return ""
+        return None
     size = f"the result has {len(result) / _MIB:.1f} MiB as JSON"
     return f"{size}; a node accepts {limit / _MIB:g} MiB, and closes the connection at more"

@@ -88,7 +88,7 @@ class Probes:
         """
         # What is known so far. It is the result if the process ends without a further message.
         phase = Phase.IMPORTING
-        latest = Trial(None, repr(memory), None, "")
+        latest = Trial(None, repr(memory))
         with self._running(trial, ref, text, memory, timeout_s) as (process, receiver):
             try:
                 while _has_message(receiver, phase, timeout_s, report):

@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.config.tokens import Secret
-from shared.errors import ConfigError
+from shared.errors import ConfigError, with_hint
 from shared.logs.logger import LogFormat, LogLevel
 
 # At most a day: a larger number is a mistake of the unit.
@@ -258,7 +258,7 @@ def _convert(value: Any, hint: Any, key: str, name: str) -> Any:
         # A secret of the wrong type is still a secret, such as a password of digits alone.
         found = "a value that is not shown" if name in HIDDEN_KEYS else show(value)
         problem = f"{key}: found {found}, expected {expected(hint)}"
-        raise ConfigError(problem + _near_choice(value, hint)) from None
+        raise ConfigError(with_hint(problem, _near_choice(value, hint))) from None
 
 
 def _from_text(kind: type, value: Any) -> Any:
@@ -271,12 +271,12 @@ def _from_text(kind: type, value: Any) -> Any:
     return kind(value)
 
 
-def _near_choice(value: Any, hint: Any) -> str:
+def _near_choice(value: Any, hint: Any) -> str | None:
     is_choice = typing.get_origin(hint) is Literal
     if not is_choice or not isinstance(value, str):
-        return ""
+        return None
     near = difflib.get_close_matches(value, typing.get_args(hint), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"did you mean {near[0]!r}?" if near else None
 
 
 def expected(hint: Any) -> str:

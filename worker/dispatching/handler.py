@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from shared.config.handlers import HandlerRef
-from shared.errors import ConfigError, kind_of, text_of
+from shared.errors import ConfigError, kind_of, text_of, with_hint
 from shared.logs.logger import LogLevel, get_logger, shortened
 
 LONGEST_QUERY_CHARS: Final = 200
@@ -90,8 +90,8 @@ def load(ref: HandlerRef) -> Handler:
     except ConfigError:
         raise
     except BaseException as exc:  # noqa: BLE001 - an import may raise anything, SystemExit, too
-        text = f"the handler {ref} cannot be imported: {_describe(exc)}{_hint(exc, ref)}"
-        raise ConfigError(text) from without_internal_frames(exc)
+        text = f"the handler {ref} cannot be imported: {_describe(exc)}"
+        raise ConfigError(with_hint(text, _hint(exc, ref))) from without_internal_frames(exc)
 
 
 def without_internal_frames(exc: BaseException) -> BaseException:
@@ -131,27 +131,27 @@ def _attribute(module: ModuleType, ref: HandlerRef) -> Any:
     found: Any = module
     for name in ref.attribute.split("."):
         if not hasattr(found, name):
-            hint = _alternatives(found, name)
-            raise ConfigError(f"the handler {ref} does not exist: it has no {name!r}{hint}")
+            text = f"the handler {ref} does not exist: it has no {name!r}"
+            raise ConfigError(with_hint(text, _alternatives(found, name)))
         found = getattr(found, name)
     return found
 
 
-def _alternatives(found: Any, missing: str) -> str:
-    """Return a hint at a similar name, or at what the module or class defines."""
+def _alternatives(found: Any, missing: str) -> str | None:
+    """Return a hint at a similar name, or at what the module or class defines, if anything."""
     functions = {
         name: value
         for name, value in getattr(found, "__dict__", {}).items()
         if not name.startswith("_") and callable(value)
     }
     if close := difflib.get_close_matches(missing, functions, n=1):
-        return f"; did you mean {close[0]!r}?"
+        return f"did you mean {close[0]!r}?"
     # Names that a module only imports are not suggested.
     module = getattr(found, "__module__", None) or getattr(found, "__name__", None)
     own = sorted(
         name for name, value in functions.items() if getattr(value, "__module__", None) == module
     )
-    return f"; it has {', '.join(own[:8])}" if own else ""
+    return f"it has {', '.join(own[:8])}" if own else None
 
 
 def _check_arguments(handle: Callable[..., Any], ref: HandlerRef) -> None:
@@ -206,12 +206,12 @@ def _describe(exc: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _hint(exc: BaseException, ref: HandlerRef) -> str:
+def _hint(exc: BaseException, ref: HandlerRef) -> str | None:
     is_relative = isinstance(exc, ImportError) and "relative import" in text_of(exc)
     if ref.file is None or not is_relative:
-        return ""
+        return None
     name = f"package.{ref.file.stem}:{ref.attribute}"
-    return f"; relative imports need a package: name the handler as a module, {name}"
+    return f"relative imports need a package: name the handler as a module, {name}"
 
 
 def _is_internal(filename: str) -> bool:

@@ -320,10 +320,10 @@ class Session:
             self.ignored["error_frame"] += 1
             return
         reason = frame.error if frame.reason is None else frame.reason
-        self._end(*self._registration_loss("" if reason is None else str(reason)))
+        self._end(*self._registration_loss(None if reason is None else str(reason)))
         self.close(CloseCode.NORMAL_CLOSURE)
 
-    def _registration_loss(self, reason: str) -> Loss:
+    def _registration_loss(self, reason: str | None) -> Loss:
         if reason in _REGISTRATION_LOSSES:
             return _REGISTRATION_LOSSES[reason]
         quoted = self._quote(reason) if reason else "it gave no reason"

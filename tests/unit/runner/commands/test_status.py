@@ -272,7 +272,7 @@ def test_exit_status_is_zero_only_if_all_workers_are_ready() -> None:
     assert exit_status([]) == 1
 
 
-def watched(*rows: WorkerRow, problem: str = "", width: int = 120) -> list[str]:
+def watched(*rows: WorkerRow, problem: str | None = None, width: int = 120) -> list[str]:
     console = Console(width=width, record=True, file=StringIO())
     console.print(view(rows, problem))
     return [line.rstrip() for line in console.export_text().splitlines()]
