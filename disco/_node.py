@@ -17,7 +17,7 @@ import anyio
 from disco import _embryos
 from disco._http import application
 from disco._hub import Hub
-from disco._registry import Registry
+from disco._registry import Peer, Registry
 from disco._settings import NodeSettings
 from disco._socket import AgentSocket
 from shared.config.tokens import require_strong
@@ -106,6 +106,27 @@ class Node:
             TimeoutError: after `timeout_s`.
         """
         await self._wait_until(lambda: name not in self.registry, timeout_s)
+
+    async def wait_replaced(
+        self,
+        name: str,
+        former: Peer | None,
+        timeout_s: float = 5.0,
+    ) -> None:
+        """Wait until `name` is registered by another connection than `former`.
+
+        For an agent that reconnects: `wait_gone` can miss the short time between its two
+        connections.
+
+        Args:
+            name: the agent's name.
+            former: what `registry.peer(name)` returned before.
+            timeout_s: the longest wait.
+
+        Raises:
+            TimeoutError: after `timeout_s`.
+        """
+        await self._wait_until(lambda: self.registry.peer(name) not in (None, former), timeout_s)
 
     def drop(self, name: str) -> bool:
         """Cut an agent's socket without a close frame. Returns whether it was registered."""

@@ -50,15 +50,12 @@ async def test_killed_worker_registers_again_while_its_neighbour_answers(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(query_the_neighbour, tasks.cancel_scope)
             await until(lambda: answered > 5, "the neighbour answers")
-            began = time.monotonic()
+            connection = other_node.registry.peer("count")
             os.kill(victim, signal.SIGKILL)
-            await other_node.wait_gone("count", 1.0)
-            await other_node.wait_for("count", 1.0)
-            took = time.monotonic() - began
+            await other_node.wait_replaced("count", connection)
             before = answered
             await until(lambda: answered > before + 5, "the neighbour still answers")
             tasks.cancel_scope.cancel()
-        assert took < 1.0
         row = await running.row("count_server_2")
         assert row["restarts"] == 1
         assert row["incarnation"] == 2
