@@ -40,8 +40,8 @@ def run(launch: Launch) -> None:
     _arm_exit_with_runner()
     from worker.main import Worker
 
-    spec = launch.spec
-    logs.configure(spec.log_level, spec.log_format, **launch.log_context)
+    options = launch.spec.runner
+    logs.configure(options.log_level, options.log_format, **launch.log_context)
     output.redirect_stdio()
     status = EXIT_FAILED
     try:

@@ -50,8 +50,10 @@ class Worker:
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
         self._spec = launch.spec
-        self._shutdown_timeout_s = launch.spec.shutdown_timeout_ms / 1000
-        self._liveness_timeout_s = launch.spec.liveness_timeout_ms / 1000
+        supervision = launch.spec.agent.supervision
+        self._shutdown_timeout_s = supervision.shutdown_timeout_ms / 1000
+        self._liveness_timeout_s = supervision.liveness_timeout_ms / 1000
+        self._handler_timeout_s = supervision.handler_timeout_ms / 1000
         self._link = Link(
             launch,
             on_drain=self._on_drain,
@@ -74,10 +76,10 @@ class Worker:
         # The link comes first, so that the runner learns why a worker cannot start.
         self._link.open()
         try:
-            if self._spec.tracing:
+            if self._spec.runner.tracing:
                 self._start_tracing()
             handler = load(self._spec.agent.handler)
-            handler = handler.with_query_logging(self._spec.log_level)
+            handler = handler.with_query_logging(self._spec.runner.log_level)
             return await self._serve(handler)
         except ConfigError as exc:
             self._report_failure(exc)
@@ -139,13 +141,13 @@ class Worker:
         self._memory = create_memory(
             agent.memory,
             name,
-            spec.state_dir,
+            spec.runner.state_dir,
         )
         if self._tracing is not None:
             handler = self._tracing.within_span(handler)
         options = DispatcherOptions(
             concurrency=agent.concurrency,
-            timeout_s=agent.handler_timeout_ms / 1000,
+            timeout_s=self._handler_timeout_s,
             on_hung=self._on_hung,
             observer=self._tracing,
         )
@@ -248,8 +250,7 @@ class Worker:
             # The memory is complete only after the query that still runs, and the successor needs
             # it. The runner waits for the handler's timeout before it kills a worker that is
             # replaced.
-            handler_timeout_s = self._spec.agent.handler_timeout_ms / 1000
-            with anyio.move_on_after(handler_timeout_s):
+            with anyio.move_on_after(self._handler_timeout_s):
                 await self._finish()
 
     async def _finish(self) -> None:

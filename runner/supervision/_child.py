@@ -175,7 +175,7 @@ class Child:
                 tasks.start_soon(self.succession.replace, stale)
             async with anyio.create_task_group() as watching:
                 watching.start_soon(self.succession.replace_on_request, current, tasks)
-                liveness_timeout_s = self.spec.liveness_timeout_ms / 1000
+                liveness_timeout_s = self.spec.agent.supervision.liveness_timeout_ms / 1000
                 await current.watch_until_ended(START_TIMEOUT_S, liveness_timeout_s)
                 watching.cancel_scope.cancel()
             failure = await lineage.reap(current)

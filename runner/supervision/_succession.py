@@ -227,8 +227,8 @@ class Succession:
         # A shutdown has to be over soon, a replacement has not: a running query may use its
         # handler's whole timeout.
         longest_ms = max(
-            after.shutdown_timeout_ms,
-            before.agent.handler_timeout_ms,
+            after.agent.supervision.shutdown_timeout_ms,
+            before.agent.supervision.handler_timeout_ms,
         )
         timeout_s = longest_ms / 1000 + KILL_GRACE_S
         await old.drain(timeout_s, hand_over=True)

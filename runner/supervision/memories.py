@@ -113,7 +113,7 @@ def report_unused(specs: Iterable[WorkerSpec]) -> None:
 
 
 def _file(spec: WorkerSpec) -> Path:
-    return memory_file(spec.state_dir, memory_name(spec.agent.name, spec.node))
+    return memory_file(spec.runner.state_dir, memory_name(spec.agent.name, spec.node))
 
 
 def _names(files: Iterable[Path]) -> list[str]:

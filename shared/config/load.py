@@ -25,7 +25,9 @@ from shared.config.schema import (
     AgentOptions,
     AgentSection,
     ConnectionSection,
+    RunnerOptions,
     RunnerSection,
+    SupervisionOptions,
     SupervisionSection,
     check_keys,
     read_section,
@@ -33,7 +35,6 @@ from shared.config.schema import (
 )
 from shared.config.tokens import Secret, TokenError, TokenSource, read_secret_file, require_private
 from shared.errors import ConfigError
-from shared.logs.logger import LogFormat, LogLevel
 
 _AGENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 # The modules that `shared.tracing` imports from the extra.
@@ -44,27 +45,26 @@ _CONNECTION_KEYS = ConnectionSection.__struct_fields__
 
 
 class Agent(AgentOptions, frozen=True, kw_only=True):
-    """One agent, with all defaults filled in.
+    """One agent, with what its section refers to and what it inherits from other sections.
+
+    It is not an `AgentSection`, because that one has the names of a handler and of nodes, and None
+    for what other sections or the environment define.
 
     Attributes:
-        name: the agent's name, unique in the configuration.
         handler: where its handler is.
         nodes: at least one node.
         nodes_origin: where the nodes were found, for messages.
-        capabilities: None if the handler names them.
-        connection: how its workers reach the nodes, without the tokens.
+        connection: `[connection]` with the agent's own keys, without the tokens.
+        supervision: `[supervision]` with the agent's own key.
         token: where its token comes from.
-        handler_timeout_ms: how long a query may take, in ms.
     """
 
-    name: str
     handler: HandlerRef
     nodes: tuple[NodeAddress, ...]
     nodes_origin: str = OWN_NODES
-    capabilities: tuple[str, ...] | None = None
     connection: ConnectionSection = ConnectionSection()
+    supervision: SupervisionOptions = SupervisionOptions()
     token: TokenSource = TokenSource()
-    handler_timeout_ms: int = SupervisionSection().handler_timeout_ms
 
 
 class HttpAddress(msgspec.Struct, frozen=True):
@@ -112,12 +112,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     agent: Agent
     node: NodeAddress
     index: int
-    state_dir: Path = RunnerSection().state_dir
-    shutdown_timeout_ms: int = SupervisionSection().shutdown_timeout_ms
-    liveness_timeout_ms: int = SupervisionSection().liveness_timeout_ms
-    log_level: LogLevel = RunnerSection().log_level
-    log_format: LogFormat = RunnerSection().log_format
-    tracing: bool = RunnerSection().tracing
+    runner: RunnerOptions = RunnerOptions()
 
 
 def worker_name(agent: str, index: int) -> str:
@@ -127,7 +122,7 @@ def worker_name(agent: str, index: int) -> str:
 
 def worker_specs(config: Config) -> tuple[WorkerSpec, ...]:
     """Return one spec for each agent and node, in the order of the file."""
-    runner, supervision = config.runner, config.supervision
+    runner = RunnerOptions(**_values_of(config.runner, RunnerOptions))
     return tuple(
         WorkerSpec(
             name=worker_name(agent.name, index),
@@ -135,16 +130,16 @@ def worker_specs(config: Config) -> tuple[WorkerSpec, ...]:
             agent=msgspec.structs.replace(agent, nodes=(node,)),
             node=node,
             index=index,
-            state_dir=runner.state_dir,
-            shutdown_timeout_ms=supervision.shutdown_timeout_ms,
-            liveness_timeout_ms=supervision.liveness_timeout_ms,
-            log_level=runner.log_level,
-            log_format=runner.log_format,
-            tracing=runner.tracing,
+            runner=runner,
         )
         for agent in config.agents
         for index, node in enumerate(agent.nodes, start=1)
     )
+
+
+def _values_of(section: msgspec.Struct, base: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the values of a section's keys that are defined in a base of its Struct."""
+    return {name: getattr(section, name) for name in base.__struct_fields__}
 
 
 def load(
@@ -292,21 +287,23 @@ def _agent(table: Any, key: str, defaults: _Defaults) -> Agent:
     connection_table = _without(section.__struct_fields__, table)
     connection = read_section(connection_table, ConnectionSection, key)
     nodes, origin = _nodes(section, key, defaults)
-    timeout_ms = section.handler_timeout_ms
-    if timeout_ms is None:
-        timeout_ms = defaults.supervision.handler_timeout_ms
-    capabilities = section.capabilities
     return Agent(
-        name=section.name,
+        **_values_of(section, AgentOptions),
         handler=parse_handler(section.handler, defaults.folder, f"{key}.handler"),
         nodes=nodes,
         nodes_origin=origin,
-        capabilities=None if capabilities is None else tuple(capabilities),
         connection=_connection(connection, frozenset(connection_table), key, defaults),
+        supervision=_supervision(section, defaults.supervision),
         token=_token_source(connection, key, defaults),
-        handler_timeout_ms=timeout_ms,
-        **{name: getattr(section, name) for name in AgentOptions.__struct_fields__},
     )
+
+
+def _supervision(agent: AgentSection, supervision: SupervisionSection) -> SupervisionOptions:
+    """Return `[supervision]`, overridden by the agent's own key."""
+    values = _values_of(supervision, SupervisionOptions)
+    if agent.handler_timeout_ms is not None:
+        values["handler_timeout_ms"] = agent.handler_timeout_ms
+    return SupervisionOptions(**values)
 
 
 def _check_agent(section: AgentSection, key: str) -> None:

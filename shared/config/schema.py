@@ -1,10 +1,12 @@
 """The sections of the configuration file as Structs.
 
 A section's Struct defines its keys, their types and their defaults, and no other place does. The
-same Struct is used from the TOML file to the worker's process. The Struct's docstring has the
-meaning of each key under `Attributes:`; the documentation's reference is made from it. The last
-sentence of a meaning may be `Default: ...`: what applies if the key is not set. Keys that have a
-fixed default do not need it.
+same Struct is used from the TOML file to the worker's process. If a worker needs only some of the
+keys, these are in a base of the Struct, such as `RunnerOptions`, and the worker gets the base.
+
+The Struct's docstring has the meaning of each key under `Attributes:`; the documentation's
+reference is made from it. The last sentence of a meaning may be `Default: ...`: what applies if the
+key is not set. Keys that have a fixed default do not need it.
 
 An error names the key's path, the value found, what is expected, and the nearest known key.
 `shared.config.load` checks how the values fit together.
@@ -40,7 +42,16 @@ HIDDEN_KEYS: Final = frozenset({"jwt_token", "http_token"})
 _Section = TypeVar("_Section", bound=msgspec.Struct)
 
 
-class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
+class RunnerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of `[runner]` that its workers need, too."""
+
+    state_dir: Path = Path(DEFAULT_STATE_DIR)
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+    tracing: bool = False
+
+
+class RunnerSection(RunnerOptions, frozen=True, kw_only=True):
     """`[runner]`: the parent process.
 
     Attributes:
@@ -65,13 +76,9 @@ class RunnerSection(msgspec.Struct, frozen=True, kw_only=True):
     http: str = DEFAULT_HTTP
     http_token: Secret | None = None
     http_token_file: Path | None = None
-    state_dir: Path = Path(DEFAULT_STATE_DIR)
     query_timeout_ms: _Milliseconds = 30_000
     max_in_flight: Annotated[int, Meta(ge=1, le=65_536)] = 1024
     max_in_flight_total: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
-    log_level: LogLevel = "info"
-    log_format: LogFormat = "auto"
-    tracing: bool = False
 
 
 class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,7 +115,15 @@ class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
     jwt_secret_file: Path | None = None
 
 
-class SupervisionSection(msgspec.Struct, frozen=True, kw_only=True):
+class SupervisionOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """The keys of `[supervision]` that a worker needs."""
+
+    shutdown_timeout_ms: _Milliseconds = 5000
+    liveness_timeout_ms: Annotated[int, Meta(ge=100, le=86_400_000)] = 10_000
+    handler_timeout_ms: _Milliseconds = 30_000
+
+
+class SupervisionSection(SupervisionOptions, frozen=True, kw_only=True):
     """`[supervision]`: when a worker is restarted, and how long it may take to stop.
 
     Attributes:
@@ -126,14 +141,13 @@ class SupervisionSection(msgspec.Struct, frozen=True, kw_only=True):
 
     max_restarts: Annotated[int, Meta(ge=0, le=1000)] = 10
     restart_window_s: Annotated[int, Meta(ge=1, le=86_400)] = 60
-    shutdown_timeout_ms: _Milliseconds = 5000
-    liveness_timeout_ms: Annotated[int, Meta(ge=100, le=86_400_000)] = 10_000
-    handler_timeout_ms: _Milliseconds = 30_000
 
 
 class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The keys of an agent that are used as they are written."""
+    """The keys of `[[agent]]` that a worker uses as they are written."""
 
+    name: str
+    capabilities: tuple[str, ...] | None = None
     memory: MemoryKind = "ram"
     concurrency: Annotated[int, Meta(ge=1, le=1024)] = 1
     max_queries: Annotated[int, Meta(ge=1, le=1 << 53)] | None = None
@@ -164,11 +178,9 @@ class AgentSection(AgentOptions, frozen=True, kw_only=True):
             `~/.config/emergence/emergence.conf`, else `localhost:8080`.
     """
 
-    name: str
     handler: str
-    capabilities: list[str] | None = None
     handler_timeout_ms: _Milliseconds | None = None
-    nodes: list[str] | None = None
+    nodes: tuple[str, ...] | None = None
 
 
 def meanings(section: type[msgspec.Struct]) -> dict[str, str]:
@@ -288,7 +300,7 @@ def expected(hint: Any) -> str:
         return f"a whole number from {bounds.ge} to {bounds.le}"
     if origin is Literal:
         return "one of " + ", ".join(f'"{choice}"' for choice in arguments)
-    if origin is list:
+    if origin is tuple:
         return "a list of strings"
     if origin is not None:
         # A union with None: the key may be omitted, but TOML has no value that means None.

@@ -28,7 +28,7 @@ from runner.supervision.supervisor import Supervisor
 from shared.config.load import Agent as AgentConfig
 from shared.config.load import WorkerSpec, parse_handler
 from shared.config.nodes import parse_node
-from shared.config.schema import RunnerSection
+from shared.config.schema import RunnerOptions, RunnerSection
 from tests.chaos.load import ECHO, Response, all_ready, ask_once, http_load, node_load, report
 from tests.cluster import ACCEPTS_QUERIES, Cluster, agent, alive, cluster, until
 
@@ -546,8 +546,7 @@ class Agent:
         agent=AgentConfig(name="e", handler=handler, nodes=(parse_node(node.url),)),
         node=parse_node(node.url),
         index=1,
-        state_dir=tmp_path,
-        log_level="error",
+        runner=RunnerOptions(state_dir=tmp_path, log_level="error"),
     )
     router, fork_server = Router(tmp_path / "router.sock", RunnerSection()), ForkServer()
     fork_server.start()

@@ -11,6 +11,7 @@ import pytest
 from runner.supervision.memories import move_file
 from shared.config.load import WorkerSpec
 from shared.config.nodes import parse_node
+from shared.config.schema import RunnerOptions
 from shared.memory_files import memory_file
 from tests.unit.runner.supervision.processes import AGENT, SPEC
 
@@ -18,7 +19,8 @@ from tests.unit.runner.supervision.processes import AGENT, SPEC
 def on_disk(node: str, state_dir: Path) -> tuple[WorkerSpec, Path]:
     """Return the spec of a worker with a memory on disk, and the memory's file."""
     agent = msgspec.structs.replace(AGENT, memory="disk")
-    spec = msgspec.structs.replace(SPEC, agent=agent, node=parse_node(node), state_dir=state_dir)
+    runner = RunnerOptions(state_dir=state_dir)
+    spec = msgspec.structs.replace(SPEC, agent=agent, node=parse_node(node), runner=runner)
     return spec, memory_file(state_dir, f"a@{spec.node.authority.replace(':', '_')}")
 
 

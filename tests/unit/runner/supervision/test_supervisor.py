@@ -113,7 +113,7 @@ def test_new_worker_is_added_and_missing_one_is_removed() -> None:
 
 def test_worker_with_another_spec_is_replaced() -> None:
     after = specs("a", "b")
-    after["a"] = msgspec.structs.replace(after["a"], shutdown_timeout_ms=1)
+    after["a"] = msgspec.structs.replace(after["a"], index=2)
     assert Changes.between(specs("a", "b"), after) == Changes(replaced=("a",), unchanged=1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -906,7 +907,16 @@ def test_each_agent_and_node_has_a_worker_in_file_order(folder: Path) -> None:
         ("echo_server_2", "ws://h:9", 2),
         ("b_server", "ws://localhost:8080", 1),
     ]
-    assert {(spec.shutdown_timeout_ms, spec.log_level) for spec in specs} == {(7, "debug")}
+    assert {spec.agent.supervision.shutdown_timeout_ms for spec in specs} == {7}
+    assert {spec.runner.log_level for spec in specs} == {"debug"}
+
+
+def test_token_of_the_runner_is_not_sent_to_a_worker(folder: Path) -> None:
+    (folder / "token").write_text(SECRET)
+    (folder / "token").chmod(0o600)
+    config = read(folder, with_agent("[runner]", 'http_token_file = "token"'))
+    assert SECRET.encode() in pickle.dumps(config.runner)
+    assert SECRET.encode() not in pickle.dumps(worker_specs(config))
 
 
 def test_workers_are_numbered_as_in_the_reference() -> None:
