@@ -12,22 +12,17 @@ from runner.routing.router import Router
 from runner.supervision._lineage import Lineage
 from runner.supervision._succession import START_TIMEOUT_S, Replacement, Succession
 from runner.supervision.fork_server import ForkServer
-from runner.supervision.recent import Recent
 from runner.supervision.restarts import Failure, RestartHistory, RestartPolicy
 from runner.supervision.sample import Sample
 from runner.table import ChildState, WorkerRow, last_errors
+from shared.config.handlers import HandlerRef
 from shared.config.load import WorkerSpec
 from shared.errors import StartError
 from shared.ipc import LastError
 
 
 class Child:
-    """One worker.
-
-    Attributes:
-        succession: the planned replacements of its process.
-        history: its restarts, with their policy.
-    """
+    """One worker."""
 
     def __init__(
         self,
@@ -37,8 +32,8 @@ class Child:
         router: Router,
     ) -> None:
         self._lineage = Lineage(spec, fork_server, router)
-        self.succession = Succession(self._lineage, router)
-        self.history = RestartHistory(policy)
+        self._succession = Succession(self._lineage, router)
+        self._history = RestartHistory(policy)
         self._router = router
         self._state: ChildState = "starting"  # while no process is current
         self._ended = anyio.Event()
@@ -121,13 +116,14 @@ class Child:
         )
 
     @property
-    def recent(self) -> Recent:
-        """The last five minutes of the worker at its node."""
-        return self._lineage.record.recent
+    def rates(self) -> list[float]:
+        """The worker's queries per second in the steps of the last five minutes."""
+        return self._lineage.record.recent.rates
 
     def record_counts(self) -> None:
-        """Record in `recent` what the worker has counted until now."""
-        self.recent.record(time.monotonic(), self._lineage.counted)
+        """Record what the worker has counted until now, for `rates` and for its row."""
+        recent = self._lineage.record.recent
+        recent.record(time.monotonic(), self._lineage.counted)
 
     # --- restarts ---
 
@@ -172,9 +168,9 @@ class Child:
                     text,
                     only_if_stale=True,
                 )
-                tasks.start_soon(self.succession.replace, stale)
+                tasks.start_soon(self._succession.replace, stale)
             async with anyio.create_task_group() as watching:
-                watching.start_soon(self.succession.replace_on_request, current, tasks)
+                watching.start_soon(self._succession.replace_on_request, current, tasks)
                 liveness_timeout_s = self.spec.agent.supervision.liveness_timeout_ms / 1000
                 await current.watch_until_ended(START_TIMEOUT_S, liveness_timeout_s)
                 watching.cancel_scope.cancel()
@@ -186,7 +182,7 @@ class Child:
     async def _wait_for_restart(self, failure: Failure, up_s: float) -> None:
         """Decide when to restart after an unplanned end, and wait until then."""
         lineage = self._lineage
-        decision = self.history.record_end(time.monotonic(), up_s)
+        decision = self._history.record_end(time.monotonic(), up_s)
         lineage.record.restarts[failure.reason] += 1
         lineage.record.last_failure = LastError.now(failure.text)
         fields = {
@@ -205,6 +201,41 @@ class Child:
         lineage.restart_now = anyio.Event()
         with anyio.move_on_after(decision.delay_s):
             await lineage.restart_now.wait()
+
+    def set_policy(self, policy: RestartPolicy) -> None:
+        """Restart the worker by another policy from now on. Its recent restarts still count."""
+        self._history.policy = policy
+
+    # --- replacements ---
+
+    async def reconfigure(self, spec: WorkerSpec, *, moves_memory: bool) -> Failure | None:
+        """Replace the process by one with another spec. Without a process, restart the worker now.
+
+        Args:
+            spec: the worker's new spec.
+            moves_memory: the memory moves to the spec's node, because the old node is gone.
+
+        Returns:
+            Why the old process stays; None if the worker runs with the new spec, or will.
+        """
+        replacement = Replacement(
+            "configuration",
+            "its configuration has changed",
+            spec,
+            moves_memory=moves_memory,
+        )
+        return await self._succession.replace(replacement)
+
+    async def renew(self, text: str) -> Failure | None:
+        """Replace the process because its handler changed. Without a process, start one now.
+
+        Returns why the old process stays, which the caller logs; None if it was replaced.
+        """
+        return await self._succession.renew(text)
+
+    def outdate(self, handler: HandlerRef) -> None:
+        """Give up a new process that is still loading this handler, because the handler changed."""
+        self._succession.outdate(handler)
 
     # --- the end ---
 

@@ -14,7 +14,7 @@ import msgspec
 
 from runner.routing.router import Router
 from runner.supervision._child import Child
-from runner.supervision._succession import KILL_GRACE_S, Replacement
+from runner.supervision._succession import KILL_GRACE_S
 from runner.supervision.fork_server import ForkServer
 from runner.supervision.recent import STEP_S
 from runner.supervision.restarts import Failure, RestartPolicy
@@ -102,7 +102,7 @@ class Supervisor:
     @property
     def rates(self) -> dict[str, list[float]]:
         """The workers' queries per second in the steps of the last five minutes, by name."""
-        return {name: child.recent.rates for name, child in self._children.items()}
+        return {name: child.rates for name, child in self._children.items()}
 
     @property
     def stopping(self) -> bool:
@@ -143,19 +143,16 @@ class Supervisor:
         moving = _memory_movers(before, after)
         # Also for workers that are not replaced: a process does not depend on the policy.
         for child in self._children.values():
-            child.history.policy = policy
+            child.set_policy(policy)
         slots = anyio.CapacityLimiter(_REPLACED_AT_ONCE)
         failures: dict[str, Failure | None] = {}
         async with anyio.create_task_group() as tasks:
             for name in changes.replaced:
-                replacement = Replacement(
-                    "configuration",
-                    "its configuration has changed",
+                replace = partial(
+                    self._children[name].reconfigure,
                     after[name],
                     moves_memory=name in moving,
                 )
-                succession = self._children[name].succession
-                replace = partial(succession.replace, replacement)
                 tasks.start_soon(
                     _replace_in_slot,
                     name,
@@ -199,7 +196,7 @@ class Supervisor:
             for name, child in self._children.items():
                 if child.spec.agent.handler != handler:
                     continue
-                renew = partial(child.succession.renew, text)
+                renew = partial(child.renew, text)
                 tasks.start_soon(
                     _replace_in_slot,
                     name,
@@ -225,7 +222,7 @@ class Supervisor:
     def outdate(self, handler: HandlerRef) -> None:
         """Give up new processes that are still loading this handler, because it changed again."""
         for child in self._children.values():
-            child.succession.outdate(handler)
+            child.outdate(handler)
 
     async def _remove(self, child: Child) -> None:
         # It is in no table any more, but a second signal must still kill it (see `kill`).

@@ -8,7 +8,6 @@ import anyio
 import pytest
 
 from runner.supervision._child import Child
-from runner.supervision._succession import Replacement
 from runner.supervision.restarts import RestartPolicy
 from tests.unit.runner.supervision.processes import SPEC, ForkServer, Router
 
@@ -23,7 +22,7 @@ async def test_successor_that_exits_with_its_worker_is_released() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(child.run)
             await anyio.wait_all_tasks_blocked()
-            tasks.start_soon(child.succession.replace, Replacement("limit", "a limit is reached"))
+            tasks.start_soon(child.renew, "its handler changed")
             await anyio.wait_all_tasks_blocked()
             first, second = server.forked
             for process in server.forked:
