@@ -159,11 +159,12 @@ class Router:
         """Return whether a worker can be given a query now."""
         return self._queries.accepts(name)
 
-    def silent_for_s(self, launch: Launch) -> float:
-        """Return the time since an incarnation's last message."""
-        # If the runner was busy, newer messages may wait in the socket. Without reading them, it
-        # would kill a healthy worker.
+    def receive(self) -> None:
+        """Process the messages that wait in the socket, without waiting for the event loop."""
         self._read()
+
+    def silent_for_s(self, launch: Launch) -> float:
+        """Return the time since the last message of an incarnation that was processed."""
         peer = self._peers.get(launch.routing_id)
         return 0.0 if peer is None else self._loop.time() - peer.last_message_s
 

@@ -116,7 +116,7 @@ class Incarnation:
                 return
         with anyio.move_on_after(limit_s):
             while self.state != "stopped":
-                self._router.silent_for_s(self.launch)  # reads what has arrived
+                self._router.receive()
                 await anyio.sleep(_LAST_MESSAGES_POLL_S)
 
     async def _check_alive(self, start_timeout_s: float, liveness_timeout_s: float) -> None:
@@ -137,6 +137,9 @@ class Incarnation:
             wait_s = max(liveness_timeout_s - silent_s, _MIN_CHECK_S)
             due_s = time.monotonic() + wait_s
             await anyio.sleep(wait_s)
+            # If the runner was busy, newer messages may wait in the socket. If they were not read,
+            # the runner would kill a healthy worker.
+            self._router.receive()
             silent_s = self.silent_s
             check_late_s = time.monotonic() - due_s
             # If the check itself is late, the runner was busy or suspended. Then the worker may

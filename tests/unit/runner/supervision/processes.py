@@ -58,20 +58,22 @@ class ForkServer:
 
 
 class Router:
-    """A router that receives from its worker while `alive`. It counts the checks of its silence."""
+    """A router whose worker sends while `alive`. It counts how often its messages are read."""
 
     endpoint = ""
 
     def __init__(self) -> None:
         self.heard_s = time.monotonic()
-        self.checks = 0
+        self.reads = 0
         self.resets = 0
         self.alive = False
 
-    def silent_for_s(self, launch: Launch) -> float:
-        self.checks += 1
+    def receive(self) -> None:
+        self.reads += 1
         if self.alive:
             self.heard_s = time.monotonic()
+
+    def silent_for_s(self, launch: Launch) -> float:
         return time.monotonic() - self.heard_s
 
     def reset_timer(self, launch: Launch) -> None:

@@ -49,7 +49,7 @@ async def test_worker_that_sends_is_not_killed() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(worker.watch_until_ended, 60, LIVENESS_S)
         with anyio.fail_after(5):
-            while router.checks < 8:  # noqa: ASYNC110 - a check sets no event
+            while router.reads < 8:  # noqa: ASYNC110 - a read sets no event
                 await anyio.sleep(0.01)
         process.kill()
     assert worker.failure is None
@@ -63,13 +63,13 @@ async def test_blocked_event_loop_resets_the_liveness_timer() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(worker.watch_until_ended, 60, LIVENESS_S)
         with anyio.fail_after(5):
-            while router.checks < 1:  # noqa: ASYNC110 - as above
+            while router.reads < 1:  # noqa: ASYNC110 - as above
                 await anyio.sleep(0.001)
         router.alive = False
         before = router.resets
         time.sleep(3 * LIVENESS_S)  # noqa: ASYNC251 - blocks the loop
         with anyio.fail_after(5):
-            while router.checks < 2:  # noqa: ASYNC110 - as above
+            while router.reads < 2:  # noqa: ASYNC110 - as above
                 await anyio.sleep(0.001)
         assert router.resets == before + 1
         assert worker.failure is None, "the runner caused the delay"
@@ -105,6 +105,6 @@ async def test_worker_needs_no_heartbeats_while_it_imports_its_handler() -> None
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(worker.watch_until_ended, 60, 0.02)
         await anyio.sleep(0.1)
-        assert router.checks == 0
+        assert router.reads == 0
         process.kill()
     assert worker.failure is None
