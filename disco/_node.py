@@ -24,6 +24,9 @@ from shared.config.tokens import require_strong
 from shared.errors import ConfigError
 from shared.http.server import Address, HttpServer
 
+_WAIT_TIMEOUT_S: Final = 5.0
+"""How long a test waits for an agent."""
+
 _GRACE_S: Final = 0.25
 """How long clients may take to disconnect when the node stops. The node then cuts them."""
 
@@ -86,7 +89,7 @@ class Node:
     async def wait_for(
         self,
         name: str,
-        timeout_s: float = 5.0,
+        timeout_s: float = _WAIT_TIMEOUT_S,
     ) -> None:
         """Wait until an agent is registered as `name`.
 
@@ -98,7 +101,7 @@ class Node:
     async def wait_gone(
         self,
         name: str,
-        timeout_s: float = 5.0,
+        timeout_s: float = _WAIT_TIMEOUT_S,
     ) -> None:
         """Wait until no agent is registered as `name`.
 
@@ -111,7 +114,7 @@ class Node:
         self,
         name: str,
         former: Peer | None,
-        timeout_s: float = 5.0,
+        timeout_s: float = _WAIT_TIMEOUT_S,
     ) -> None:
         """Wait until `name` is registered by another connection than `former`.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from shared.config.nodes import DEFAULT_HOST, DEFAULT_PORT
+from shared.config.schema import ConnectionSection
 from shared.config.tokens import Secret
 
 _KIB = 1024
@@ -30,12 +32,13 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
             address.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8080
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
     secret: Secret | None = None
     idle_timeout_ms: int = 60_000
     query_timeout_ms: int = 5_000
-    max_frame_bytes: int = 16 * _MIB
+    # As much as a worker accepts. `em-runner try` reports a result that is larger.
+    max_frame_bytes: int = ConnectionSection().max_frame_bytes
     max_unsent_bytes: int = 8 * _MIB
     max_body_bytes: int = 64 * _KIB
     queries_per_s: float | None = None

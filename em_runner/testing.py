@@ -27,7 +27,7 @@ from disco import Node, NodeSettings, serve
 from shared.config.handlers import HandlerRef, parse_handler
 from shared.config.load import Agent, WorkerSpec
 from shared.config.nodes import NodeAddress
-from shared.config.schema import ConnectionSection, MemoryKind
+from shared.config.schema import DEFAULT_MEMORY, ConnectionSection, MemoryKind
 from shared.embryos import objection
 from shared.errors import ConfigError
 from shared.ipc import Outcome
@@ -47,6 +47,10 @@ __all__ = ["AgentUnderTest", "ConfigError", "HandlerFailed", "HandlerFault", "Ru
 
 _NAME: Final = "agent_under_test"
 _REF: Final = HandlerRef("the handler under test", None, "handle", Path())
+
+# Shorter than a runner's: a test should fail soon.
+_TIMEOUT_S: Final = 5.0
+_SETUP_TIMEOUT_S: Final = 30.0
 
 _NODE_TIMEOUT_S: Final = 10.0
 """How long the node may take, apart from the handler."""
@@ -177,11 +181,11 @@ class RunAgent:
         self,
         handler: object,
         *,
-        memory: MemoryKind = "ram",
+        memory: MemoryKind = DEFAULT_MEMORY,
         folder: Path | None = None,
         state_dir: Path | None = None,
-        timeout_s: float = 5.0,
-        setup_timeout_s: float = 30.0,
+        timeout_s: float = _TIMEOUT_S,
+        setup_timeout_s: float = _SETUP_TIMEOUT_S,
     ) -> AgentUnderTest:
         """Run a handler until the test ends, as `running` does.
 
@@ -207,11 +211,11 @@ class RunAgent:
 def running(
     handler: object,
     *,
-    memory: MemoryKind = "ram",
+    memory: MemoryKind = DEFAULT_MEMORY,
     folder: Path | None = None,
     state_dir: Path | None = None,
-    timeout_s: float = 5.0,
-    setup_timeout_s: float = 30.0,
+    timeout_s: float = _TIMEOUT_S,
+    setup_timeout_s: float = _SETUP_TIMEOUT_S,
 ) -> Iterator[AgentUnderTest]:
     """Run a handler at an embedded node until the end of the `with`.
 

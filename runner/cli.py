@@ -21,8 +21,13 @@ from runner import version
 from runner.commands import client
 from shared.config import tokens
 from shared.config.load import Config, HttpAddress, load, parse_http_address
-from shared.config.nodes import NodeAddress
-from shared.config.schema import DEFAULT_HTTP, DEFAULT_STATE_DIR
+from shared.config.nodes import DEFAULT_HOST, DEFAULT_PORT, NodeAddress
+from shared.config.schema import (
+    DEFAULT_HTTP,
+    DEFAULT_STATE_DIR,
+    RunnerSection,
+    SupervisionSection,
+)
 from shared.config.tokens import Secret, TokenError
 from shared.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_HANDLER_FAILED, ConfigError, StartError
 from shared.logs import logger as logs
@@ -66,6 +71,10 @@ def _check_url(text: str | None) -> str | None:
         raise typer.BadParameter(str(exc)) from None
 
 
+_DEFAULT_CONFIG: Final = Path("em-runner.toml")
+# The runner answers 504 after its own timeout. That answer should arrive.
+_QUERY_TIMEOUT_S: Final = RunnerSection().query_timeout_ms / 1000 + 5
+
 # The options that several commands have.
 _ConfigFile = Annotated[
     Path,
@@ -80,7 +89,7 @@ _RunnerUrl = Annotated[
     typer.Option(
         "--url",
         callback=_check_url,
-        help="The runner's address, such as http://127.0.0.1:9600.",
+        help=f"The runner's address, such as {client.EXAMPLE_URL}.",
     ),
 ]
 _TokenFile = Annotated[
@@ -155,7 +164,7 @@ def _options(
 
 @cli.command("run")
 def _run(
-    config: _ConfigFile = Path("em-runner.toml"),
+    config: _ConfigFile = _DEFAULT_CONFIG,
     http: Annotated[
         str | None,
         typer.Option(help="Listen at this HOST:PORT instead; port 0 takes any free port."),
@@ -207,7 +216,7 @@ def _reload(state_dir: _StateDir = Path(DEFAULT_STATE_DIR)) -> None:
 
 
 @cli.command("check")
-def _check(config: _ConfigFile = Path("em-runner.toml")) -> None:
+def _check(config: _ConfigFile = _DEFAULT_CONFIG) -> None:
     """Load a configuration, import its handlers, check its tokens, and print its workers.
 
     Exit status: 0 on success, 1 if a token would be refused, 78 if the configuration is invalid.
@@ -236,7 +245,7 @@ def _demo(
             max=65535,
             help="The first node's port; the others follow. 0 takes free ports.",
         ),
-    ] = 8080,
+    ] = DEFAULT_PORT,
     http: Annotated[
         str,
         typer.Option(
@@ -266,8 +275,8 @@ def _demo(
 def _disco(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="The port; 0 takes any free port.")
-    ] = 8080,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    ] = DEFAULT_PORT,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = DEFAULT_HOST,
     jwt_secret_file: Annotated[
         Path | None, typer.Option(help="A file with the secret that signs the tokens.")
     ] = None,
@@ -277,8 +286,10 @@ def _disco(
     log_level: Annotated[
         LogLevel,
         typer.Option(help="The least severe level that is logged."),
-    ] = "info",
-    log_format: Annotated[LogFormat, typer.Option(help="The format of the log.")] = "auto",
+    ] = logs.DEFAULT_LEVEL,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="The format of the log.")
+    ] = logs.DEFAULT_FORMAT,
 ) -> None:
     """Run an embedded em_disco node alone, for development.
 
@@ -339,7 +350,7 @@ def _try(
     memory: Annotated[str, typer.Option(help="The memory before the query, a JSON object.")] = "{}",
     timeout_s: Annotated[
         float, typer.Option(min=0.01, max=3600, help="The handler's timeout, in seconds.")
-    ] = 30.0,
+    ] = SupervisionSection().handler_timeout_ms / 1000,
 ) -> None:
     """Call a handler once, without a node or a runner, and print its result, memory and time.
 
@@ -381,7 +392,7 @@ def _query(
     worker: Annotated[str | None, typer.Option(help="The worker.")] = None,
     timeout_s: Annotated[
         float, typer.Option(min=0.1, max=86_400, help="How long to wait, in seconds.")
-    ] = 35.0,
+    ] = _QUERY_TIMEOUT_S,
     url: _RunnerUrl = None,
     token_file: _TokenFile = None,
     state_dir: _StateDir = Path(DEFAULT_STATE_DIR),

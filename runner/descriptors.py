@@ -6,6 +6,7 @@ import resource
 from typing import Final
 
 from shared.errors import StartError
+from shared.http.limits import HttpLimits
 
 _BASE: Final = 64
 """For the runner without workers and clients: sockets, ZeroMQ, the fork server, and a reserve."""
@@ -13,7 +14,7 @@ _BASE: Final = 64
 _PER_WORKER: Final = 4
 """For one worker: its pidfd, the two pipes of its fork, and its ZeroMQ connection."""
 
-CLIENTS: Final = 4096
+_CLIENTS: Final = HttpLimits().max_connections
 """For HTTP clients, if the hard limit allows that many."""
 
 
@@ -37,7 +38,7 @@ def require(workers: int) -> None:
             f"only {hard} files may be open at once, and {workers} workers need {least}; "
             "raise the limit with ulimit -n, or LimitNOFILE in a systemd unit"
         )
-    wanted = least + CLIENTS
+    wanted = least + _CLIENTS
     if not unlimited:
         wanted = min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

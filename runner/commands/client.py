@@ -14,9 +14,12 @@ from urllib.parse import urljoin, urlsplit
 import msgspec
 
 from runner.state_dir import ReloadOutcome, StateDir, read_address
+from shared.config.schema import DEFAULT_HTTP
 from shared.errors import StartError, with_hint
 from shared.http.errors import ErrorCode, Failure
 from shared.logs.logger import printable_line
+
+EXAMPLE_URL: Final = f"http://{DEFAULT_HTTP}"
 
 _UP_HINT: Final = "is the runner up?"
 _HINTS: Final = {
@@ -73,9 +76,7 @@ def parse_url(text: str) -> str:
         # Without a scheme, "nonsense" would be a host.
         valid = valid and (has_port or url == text)
     if not valid:
-        raise ValueError(
-            f"found {text!r}, expected the runner's address, such as http://127.0.0.1:9600"
-        )
+        raise ValueError(f"found {text!r}, expected the runner's address, such as {EXAMPLE_URL}")
     return url.rstrip("/")
 
 
@@ -102,7 +103,7 @@ def call(
     body: dict[str, Any] | None = None,
     *,
     token: str | None = None,
-    timeout_s: float = 35.0,
+    timeout_s: float,
     timeout_hint: str = _UP_HINT,
 ) -> Answer:
     """Send one request: POST with `body` as JSON, or GET without a body.

@@ -25,11 +25,13 @@ from shared.config.schema import (
     AgentOptions,
     AgentSection,
     ConnectionSection,
+    Milliseconds,
     RunnerOptions,
     RunnerSection,
     SupervisionOptions,
     SupervisionSection,
     check_keys,
+    expected,
     read_section,
     show,
 )
@@ -369,12 +371,15 @@ def _reconnect_interval_ms(environ: Mapping[str, str], default: int) -> int:
     text = environ.get("EM_FILTER_RECONNECT_MS", "").strip()
     if not text:
         return default
-    if not (re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= 86_400_000):
+    # Digits only: `int` accepts signs and underscores, too.
+    value = int(text) if re.fullmatch("[0-9]{1,9}", text) else text
+    try:
+        return msgspec.convert(value, Milliseconds)
+    except msgspec.ValidationError:
         raise ConfigError(
             f"EM_FILTER_RECONNECT_MS (environment): found {show(text)}, "
-            "expected a whole number from 1 to 86400000"
-        )
-    return int(text)
+            f"expected {expected(Milliseconds)}"
+        ) from None
 
 
 def _token_source(own: ConnectionSection, key: str, defaults: _Defaults) -> TokenSource:

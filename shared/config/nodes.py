@@ -22,8 +22,13 @@ LOOPBACK_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 OWN_NODES: Final = "nodes"
 """The origin of the nodes in an agent's own list."""
 
-_DEFAULT_NODE: Final = "localhost:8080"
-_LOOPBACK_PORT: Final = 8080
+DEFAULT_HOST: Final = "127.0.0.1"
+"""Where an embedded node listens."""
+
+DEFAULT_PORT: Final = 8080
+"""em_disco's port: that of a node on a loopback host, and of an embedded node."""
+
+_DEFAULT_NODE: Final = f"localhost:{DEFAULT_PORT}"
 _PLAIN_PORT: Final = 80
 _TLS_PORT: Final = 443
 # Labels of at most 63 characters (RFC 1035, 2.3.4), with `_`, which container networks use.
@@ -103,7 +108,7 @@ def parse_node(text: str) -> NodeAddress:
     else:
         loopback = host in LOOPBACK_HOSTS
         tls = port in (None, _TLS_PORT) and not loopback
-        default = _LOOPBACK_PORT if loopback else _TLS_PORT
+        default = DEFAULT_PORT if loopback else _TLS_PORT
     return NodeAddress(host, port or default, tls)
 
 

@@ -27,15 +27,17 @@ from msgspec import Meta
 
 from shared.config.tokens import Secret
 from shared.errors import ConfigError, with_hint
-from shared.logs.logger import LogFormat, LogLevel
+from shared.logs.logger import DEFAULT_FORMAT, DEFAULT_LEVEL, LogFormat, LogLevel
 
 # At most a day: a larger number is a mistake of the unit.
-_Milliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
+_DAY_MS: Final = 86_400_000
+Milliseconds = Annotated[int, Meta(ge=1, le=_DAY_MS)]
 _FrameBytes = Annotated[int, Meta(ge=1024, le=1 << 30)]
 MemoryKind = Literal["none", "ram", "disk"]
 
 DEFAULT_STATE_DIR: Final = "~/.local/state/em-runner"
 DEFAULT_HTTP: Final = "127.0.0.1:9600"
+DEFAULT_MEMORY: Final[MemoryKind] = "ram"
 HIDDEN_KEYS: Final = frozenset({"jwt_token", "http_token"})
 """The keys that contain a secret. No error shows their values."""
 
@@ -46,8 +48,8 @@ class RunnerOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The keys of `[runner]` that its workers need, too."""
 
     state_dir: Path = Path(DEFAULT_STATE_DIR)
-    log_level: LogLevel = "info"
-    log_format: LogFormat = "auto"
+    log_level: LogLevel = DEFAULT_LEVEL
+    log_format: LogFormat = DEFAULT_FORMAT
     tracing: bool = False
 
 
@@ -76,7 +78,7 @@ class RunnerSection(RunnerOptions, frozen=True, kw_only=True):
     http: str = DEFAULT_HTTP
     http_token: Secret | None = None
     http_token_file: Path | None = None
-    query_timeout_ms: _Milliseconds = 30_000
+    query_timeout_ms: Milliseconds = 30_000
     max_in_flight: Annotated[int, Meta(ge=1, le=65_536)] = 1024
     max_in_flight_total: Annotated[int, Meta(ge=1, le=1 << 20)] = 16_384
 
@@ -102,11 +104,11 @@ class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
             uses the variable `EM_FILTER_JWT_TOKEN`.
     """
 
-    reconnect_interval_ms: _Milliseconds = 5000
-    connect_timeout_ms: _Milliseconds = 5000
-    upgrade_timeout_ms: _Milliseconds = 5000
+    reconnect_interval_ms: Milliseconds = 5000
+    connect_timeout_ms: Milliseconds = 5000
+    upgrade_timeout_ms: Milliseconds = 5000
     # em_disco closes a connection after 60 s of silence, so a ping may be 40 s late.
-    ping_interval_ms: _Milliseconds = 20_000
+    ping_interval_ms: Milliseconds = 20_000
     # It bounds the memory that one message of a node takes. em_disco itself has no limit.
     max_frame_bytes: _FrameBytes = 16 * 1024 * 1024
     tls_ca_file: Path | None = None
@@ -118,9 +120,9 @@ class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
 class SupervisionOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The keys of `[supervision]` that a worker needs."""
 
-    shutdown_timeout_ms: _Milliseconds = 5000
-    liveness_timeout_ms: Annotated[int, Meta(ge=100, le=86_400_000)] = 10_000
-    handler_timeout_ms: _Milliseconds = 30_000
+    shutdown_timeout_ms: Milliseconds = 5000
+    liveness_timeout_ms: Annotated[int, Meta(ge=100, le=_DAY_MS)] = 10_000
+    handler_timeout_ms: Milliseconds = 30_000
 
 
 class SupervisionSection(SupervisionOptions, frozen=True, kw_only=True):
@@ -148,7 +150,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     capabilities: tuple[str, ...] | None = None
-    memory: MemoryKind = "ram"
+    memory: MemoryKind = DEFAULT_MEMORY
     concurrency: Annotated[int, Meta(ge=1, le=1024)] = 1
     max_queries: Annotated[int, Meta(ge=1, le=1 << 53)] | None = None
     max_rss_mb: Annotated[int, Meta(ge=16, le=1 << 20)] | None = None
@@ -179,7 +181,7 @@ class AgentSection(AgentOptions, frozen=True, kw_only=True):
     """
 
     handler: str
-    handler_timeout_ms: _Milliseconds | None = None
+    handler_timeout_ms: Milliseconds | None = None
     nodes: tuple[str, ...] | None = None
 
 

@@ -21,7 +21,6 @@ from typing import (
 import httptools
 import msgspec
 
-from shared.http._limits import HttpLimits
 from shared.http.errors import INTERNAL_ERROR_TEXT, ErrorCode
 from shared.http.exchange import (
     STATUS_LINES,
@@ -35,6 +34,7 @@ from shared.http.head import (
     offers_websocket,
     resolve_target,
 )
+from shared.http.limits import HttpLimits
 
 _LINGER_S: Final = 1.0
 """How long a connection stays open after an early response, so that its client can read it."""

@@ -25,9 +25,9 @@ from starlette.types import ASGIApp
 from shared.errors import StartError
 from shared.http._asgi import AsgiResponder
 from shared.http._connection import HttpConnection
-from shared.http._limits import HttpLimits
 from shared.http.exchange import Channel, Responder
 from shared.http.head import RequestHead
+from shared.http.limits import HttpLimits
 
 _BACKLOG: Final = 2048
 

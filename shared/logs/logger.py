@@ -26,6 +26,8 @@ from shared.logs._sink import MAX_LINE_BYTES, Sink
 
 LogFormat = Literal["auto", "console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+DEFAULT_FORMAT: Final[LogFormat] = "auto"
+DEFAULT_LEVEL: Final[LogLevel] = "info"
 
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 # A key may contain what a peer sent, so the number of keys must have a limit.
@@ -282,7 +284,11 @@ def printable_line(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in line)
 
 
-def configure(level: LogLevel = "info", style: LogFormat = "auto", **bound: Any) -> None:
+def configure(
+    level: LogLevel = DEFAULT_LEVEL,
+    style: LogFormat = DEFAULT_FORMAT,
+    **bound: Any,
+) -> None:
     """Set up this process's logging.
 
     Args:

@@ -18,9 +18,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from shared.http._connection import PIECE_BYTES, HttpConnection
-from shared.http._limits import HttpLimits
 from shared.http.exchange import Channel, Responder
 from shared.http.head import RequestHead
+from shared.http.limits import HttpLimits
 from shared.http.server import Address, HttpServer
 from tests.cluster import until
 

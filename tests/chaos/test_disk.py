@@ -24,9 +24,7 @@ import anyio.to_thread
 import pytest
 
 from disco import Node
-from runner import descriptors
 from runner.state_dir import read_address
-from shared.http._limits import HttpLimits
 from shared.http.server import Address, HttpServer
 from tests.chaos.load import ECHO, Client, all_ready, ask_once, http_load, report
 from tests.cluster import COUNTER, ROOT, Cluster, agent, alive, cluster, until
@@ -369,7 +367,3 @@ def test_some_clients_are_admitted_even_if_all_descriptors_are_reserved(
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     server.reserve(soft + 20)
     assert server.admitted_connections > 0
-
-
-def test_runner_plans_descriptors_for_as_many_clients_as_the_server_admits() -> None:
-    assert HttpLimits().max_connections == descriptors.CLIENTS

@@ -23,8 +23,8 @@ from shared.config.schema import (
     SupervisionSection,
     meanings,
 )
-from shared.http._limits import HttpLimits
 from shared.http.errors import ErrorCode
+from shared.http.limits import HttpLimits
 from tests.docs.markdown import PAGES, ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
