@@ -216,7 +216,7 @@ class Runner:
             self._stopping_since_s = time.monotonic()
             self._supervisor.stop_restarting()
             self._service_manager.report_stopping()
-            self._log.info("draining", reason=number.name)
+            self._log.info("draining", signal=number.name)
             tasks.start_soon(self._drain)
         elif time.monotonic() - self._stopping_since_s > _SAME_SIGNAL_S:
             # A second signal that comes sooner is the same request: some senders signal the process

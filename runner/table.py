@@ -60,7 +60,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     agent: Annotated[str, Meta(description="Its agent's name.")]
     node: Annotated[str, Meta(description="Its node's address.")]
     state: Annotated[ChildState, Meta(description="Its state.")]
-    detail: Annotated[
+    reason: Annotated[
         str,
         Meta(description="Why it is in this state; empty if there is nothing to explain."),
     ]
@@ -96,7 +96,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     reconnects: Annotated[
         int, Meta(description="Connections to the node that were lost or failed.")
     ]
-    ignored: Annotated[dict[str, int], Meta(description="Ignored frames of the node, by reason.")]
+    ignored: Annotated[dict[str, int], Meta(description="Ignored frames of the node, by kind.")]
     last_error: Annotated[str, Meta(description="Its last error; empty if there was none.")]
     last_errors: Annotated[
         list[ErrorRow],
@@ -140,7 +140,7 @@ def last_errors(
         if error is not None:
             # Milliseconds, because the microseconds of a float are noise.
             at = datetime.fromtimestamp(round(error.at_s, 3), UTC)
-            found.append(ErrorRow(source=source, at=at, error=error.text))
+            found.append(ErrorRow(source=source, at=at, error=error.error))
     return sorted(found, key=lambda row: row.at, reverse=True)
 
 
@@ -166,16 +166,16 @@ def readiness(
 
 
 def _state(row: WorkerRow) -> str:
-    return f"{row.state}: {row.detail}" if row.detail else row.state
+    return f"{row.state}: {row.reason}" if row.reason else row.state
 
 
-def reason(row: WorkerRow) -> str | None:
+def displayed_reason(row: WorkerRow) -> str | None:
     """Return why a worker is in its state; None if there is nothing to explain."""
     if row.state != "failed":
-        return row.detail or None
+        return row.reason or None
     # "failed" reads as final, but it is not.
     retried = "it is tried again within a minute"
-    return f"{row.detail}; {retried}" if row.detail else retried
+    return f"{row.reason}; {retried}" if row.reason else retried
 
 
 def summary(states: Sequence[str]) -> str:

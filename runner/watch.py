@@ -196,7 +196,7 @@ class Watcher:
                 agents=agents,
                 workers=renewed,
             )
-        failed = {worker: failure.text for worker, failure in failures.items() if failure}
+        failed = {worker: failure.reason for worker, failure in failures.items() if failure}
         if failed:
             # Workers of one handler usually fail for the same reason, which is reported once.
             errors = "; ".join(dict.fromkeys(failed.values()))

@@ -128,7 +128,7 @@ class Replies(msgspec.Struct, array_like=True, tag=2):
 BUCKETS: Final = 64
 """The length of `Counters.durations`: 2**63 nanoseconds are 292 years."""
 
-IGNORED: Final = (
+IGNORED_KINDS: Final = (
     "binary",
     "not_utf8",
     "malformed",
@@ -137,19 +137,19 @@ IGNORED: Final = (
     "query_without_body",
     "error_frame",
 )
-"""The reasons why a worker ignores a frame of its node."""
+"""The kinds of frames of its node that a worker ignores."""
 
 
 class LastError(msgspec.Struct, frozen=True, array_like=True):
     """The most recent error of one part of a worker, with its time in seconds since 1970."""
 
     at_s: float
-    text: str
+    error: str
 
     @classmethod
-    def now(cls, text: str) -> LastError:
+    def now(cls, error: str) -> LastError:
         """Return an error that happens now."""
-        return cls(time.time(), text)
+        return cls(time.time(), error)
 
 
 class Counters(msgspec.Struct, kw_only=True):
@@ -161,7 +161,7 @@ class Counters(msgspec.Struct, kw_only=True):
         errors: handlers that failed or took too long.
         late: answers that came after their connection was lost.
         reconnects: connections that were lost or failed.
-        ignored: frames without a meaning, by reason (see `IGNORED`).
+        ignored: invalid or unknown frames, by kind (see `IGNORED_KINDS`).
         durations: how long handlers took. Index n counts the durations in [2**(n-1), 2**n)
             nanoseconds: n is the duration's `bit_length`.
         busy_s: the sum of these durations. It is updated less often, so it may lack the last ones.
@@ -217,11 +217,11 @@ def _latest(*errors: LastError | None) -> LastError | None:
 class Status(msgspec.Struct, array_like=True, tag=3):
     """A worker's state, sent at each change and as its heartbeat (see `heartbeat_interval_s`).
 
-    `detail` says why it is in this state, for operators. It may be empty.
+    `reason` says why it is in this state, for operators. It may be empty.
     """
 
     state: WorkerState
-    detail: str
+    reason: str
     counters: Counters
 
 

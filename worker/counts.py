@@ -12,7 +12,7 @@ class NodeCounts:
         answers: answers by `Outcome`.
         late: answers that came after their connection was lost.
         reconnects: connections that were lost or failed.
-        ignored: invalid or unknown frames, by reason.
+        ignored: invalid or unknown frames, by kind.
     """
 
     __slots__ = ("answers", "ignored", "late", "reconnects")

@@ -53,7 +53,7 @@ class Link:
         self._jobs: dict[int, Job] = {}
         self._replies: list[tuple[int, Outcome, bytes]] = []
         self._state: WorkerState = "starting"
-        self._detail = ""
+        self._reason = ""
         self._last_status = b""
 
     def open(self) -> None:
@@ -101,17 +101,17 @@ class Link:
     def report_state(
         self,
         state: WorkerState,
-        detail: str,
+        reason: str,
     ) -> None:
         """Report a change of state."""
         self._state = state
-        self._detail = detail
+        self._reason = reason
         if state == "stopped":
             # The replies go first, because the runner reads nothing from this worker after this
             # state.
             self.send_answers()
         if state == "backoff":
-            self._connection_error = LastError.now(detail)
+            self._connection_error = LastError.now(reason)
         self.send_status()
 
     def send_status(self) -> bool:
@@ -119,7 +119,7 @@ class Link:
         status = ipc.encode(
             ipc.Status(
                 self._state,
-                self._detail,
+                self._reason,
                 self.counters(),
             )
         )

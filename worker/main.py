@@ -327,6 +327,6 @@ class Worker:
         state: WorkerState,
         loss: Loss | None = None,
     ) -> None:
-        detail = "" if loss is None else loss.text
-        self._link.report_state(state, detail)
+        reason = "" if loss is None else loss.reason
+        self._link.report_state(state, reason)
         self._states.record(state, loss)

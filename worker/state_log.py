@@ -47,7 +47,7 @@ class StateLog:
         state: WorkerState,
         loss: Loss | None,
     ) -> None:
-        """Record a change of state. `loss` is the reason for `backoff`."""
+        """Record a change of state. `loss` is why it is in `backoff`."""
         self._state = state
         self._loss = loss
         self._since_s = self._clock()
@@ -57,8 +57,8 @@ class StateLog:
         elif throttle is None:
             self._log.debug(state)
         else:
-            # By kind, not by text: the text may quote the node. A hostile node could send another
-            # text each time, and cause a line for each connection.
+            # By kind, not by reason: the reason may quote the node. A hostile node could send
+            # another one each time, and cause a line for each connection.
             kind = "" if loss is None else loss.kind
             suppressed = throttle.admit(kind)
             if suppressed is not None:
@@ -80,6 +80,6 @@ class StateLog:
             self._log.warning(
                 self._state,
                 kind=loss.kind,
-                reason=loss.text,
+                reason=loss.reason,
                 **suppressed,
             )

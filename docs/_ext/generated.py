@@ -105,7 +105,7 @@ def _collected() -> Iterator[Metric]:
         "agent": "echo",
         "node": "ws://localhost:8080",
         "state": "ready",
-        "detail": "",
+        "reason": "",
     }
     worker = msgspec.convert(
         row | {"pid": os.getpid(), "ignored": {}, "last_error": "", "last_errors": []}, WorkerRow

@@ -161,7 +161,7 @@ def _folded(text: str, style: str = "") -> Text:
 
 def _reason(row: WorkerRow) -> str | None:
     """Return why a worker is in its state, else its last error, else None."""
-    reason = table.reason(row)
+    reason = table.displayed_reason(row)
     if reason is None:
         if not row.last_errors:
             return None

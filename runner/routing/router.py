@@ -379,12 +379,12 @@ class Router:
         peer.accepting = False
         peer.draining = True
 
-    def _ignore(self, reason: str, routing_id: bytes) -> None:
-        suppressed = self._ignored.admit(reason)
+    def _ignore(self, kind: str, routing_id: bytes) -> None:
+        suppressed = self._ignored.admit(kind)
         if suppressed is not None:
             self._log.warning(
                 "message_ignored",
-                reason=reason,
+                kind=kind,
                 # Another process may claim a name of any length.
                 sender=repr(routing_id[:80]),
                 **suppressed,

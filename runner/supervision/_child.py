@@ -57,7 +57,7 @@ class Child:
         state: ChildState
         if current is not None:
             state = current.state
-            detail = current.detail
+            reason = current.reason
             pid = current.process.pid
             incarnation = current.launch.incarnation
             uptime_s = time.monotonic() - current.started_s
@@ -67,7 +67,7 @@ class Child:
             uptime_s = 0.0
             # A new process that is still being forked has nothing to do with the last failure.
             is_down = state in ("restarting", "failed")
-            detail = failure.text if failure and is_down else ""
+            reason = failure.error if failure and is_down else ""
             incarnation = lineage.incarnation_count
         errors = last_errors(
             counted.handler_error,
@@ -80,7 +80,7 @@ class Child:
             agent=spec.agent.name,
             node=str(spec.node),
             state=state,
-            detail=detail,
+            reason=reason,
             pid=pid,
             incarnation=incarnation,
             uptime_s=round(uptime_s, 3),
@@ -162,10 +162,10 @@ class Child:
             # A replacement finds no process to replace while one is being forked. It then changes
             # only the spec, so the process must be checked once it is current.
             if lineage.is_stale(current, lineage.spec):
-                text = "its configuration or its handler changed while it was being started"
+                reason = "its configuration or its handler changed while it was being started"
                 stale = Replacement(
                     "configuration",
-                    text,
+                    reason,
                     only_if_stale=True,
                 )
                 tasks.start_soon(self._succession.replace, stale)
@@ -183,10 +183,10 @@ class Child:
         """Decide when to restart after an unplanned end, and wait until then."""
         lineage = self._lineage
         decision = self._history.record_end(time.monotonic(), up_s)
-        lineage.record.restarts[failure.reason] += 1
-        lineage.record.last_failure = LastError.now(failure.text)
+        lineage.record.restarts[failure.kind] += 1
+        lineage.record.last_failure = LastError.now(failure.reason)
         fields = {
-            "reason": failure.text,
+            "reason": failure.reason,
             "again_in_s": decision.delay_s,
         }
         if decision.failed:
@@ -226,12 +226,12 @@ class Child:
         )
         return await self._succession.replace(replacement)
 
-    async def renew(self, text: str) -> Failure | None:
+    async def renew(self, reason: str) -> Failure | None:
         """Replace the process because its handler changed. Without a process, start one now.
 
         Returns why the old process stays, which the caller logs; None if it was replaced.
         """
-        return await self._succession.renew(text)
+        return await self._succession.renew(reason)
 
     def outdate(self, handler: HandlerRef) -> None:
         """Give up a new process that is still loading this handler, because the handler changed."""

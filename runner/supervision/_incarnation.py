@@ -53,7 +53,7 @@ class Incarnation:
         self.renewals = renewals
         self.counters = Counters()
         self.state: WorkerState = "starting"
-        self.detail = ""
+        self.reason = ""
         self.failure: Failure | None = None
         self.recycle_reason: str | None = None
         self.handover: ipc.HandoverState | None = None
@@ -69,12 +69,12 @@ class Incarnation:
     def on_message(self, message: ipc.Report) -> None:
         """Record what the process reports."""
         match message:
-            case ipc.Status(state, detail, counters):
+            case ipc.Status(state, reason, counters):
                 self.counters = counters
                 # Most are heartbeats, which change nothing that anyone waits for.
-                if (state, detail) != (self.state, self.detail):
+                if (state, reason) != (self.state, self.reason):
                     self.state = state
-                    self.detail = detail
+                    self.reason = reason
                     self._wake()
             case ipc.Failed(reason):
                 self.failure = Failure("gave_up", reason)
@@ -112,7 +112,7 @@ class Incarnation:
         if not self.draining and self.state != "draining":
             limit_s = _LAST_REASON_S
             failure = await self.process.exit_failure()
-            if failure.reason != "exited":
+            if failure.kind != "exited":
                 return
         with anyio.move_on_after(limit_s):
             while self.state != "stopped":
@@ -178,7 +178,7 @@ class Incarnation:
             self.log.error(
                 "worker_killed",
                 pid=self.process.pid,
-                reason=failure.text,
+                reason=failure.reason,
             )
         # What the process reported itself is closer to the cause than what the runner noticed.
         self.failure = self.failure or failure

@@ -12,7 +12,7 @@ from runner.routing.router import Router
 from runner.supervision._incarnation import Incarnation
 from runner.supervision.fork_server import ForkServer
 from runner.supervision.recent import Recent
-from runner.supervision.restarts import Failure, ReplacementReason, RestartReason
+from runner.supervision.restarts import Failure, FailureKind, ReplacementKind
 from shared import ipc
 from shared.config.load import WorkerSpec
 from shared.errors import StartError
@@ -26,15 +26,15 @@ class _Record:
     Attributes:
         ended: the counters of all processes that have ended.
         recent: the last five minutes.
-        restarts, replacements: how many, by reason.
+        restarts, replacements: how many, by kind.
         last_failure: why the last process that ended unplanned did so.
     """
 
     def __init__(self) -> None:
         self.ended = Counters()
         self.recent = Recent(time.monotonic())
-        self.restarts: Counter[RestartReason] = Counter()
-        self.replacements: Counter[ReplacementReason] = Counter()
+        self.restarts: Counter[FailureKind] = Counter()
+        self.replacements: Counter[ReplacementKind] = Counter()
         self.last_failure: LastError | None = None
 
 
@@ -169,9 +169,9 @@ class Lineage:
         self._router.drop(incarnation.launch, lost)
         # No one else has a reference to the process, so it is released even if this is cancelled.
         with anyio.CancelScope(shield=True):
-            reason, text = await incarnation.process.exit_failure()
+            kind, reason = await incarnation.process.exit_failure()
         incarnation.process.release()
-        ended = Failure(reason, f"the process ended: {text}")
+        ended = Failure(kind, f"the process ended: {reason}")
         return incarnation.failure or ended
 
     def kill(self, *, spared: tuple[Incarnation | None, ...] = ()) -> None:

@@ -14,7 +14,7 @@ from runner.routing.router import Router
 from runner.supervision._incarnation import Incarnation
 from runner.supervision._lineage import Lineage
 from runner.supervision.memories import hand_over, move_file
-from runner.supervision.restarts import Failure, ReplacementReason
+from runner.supervision.restarts import Failure, ReplacementKind
 from shared.config.handlers import HandlerRef
 from shared.config.load import WorkerSpec
 from shared.errors import StartError
@@ -33,16 +33,16 @@ class Replacement(msgspec.Struct, frozen=True):
     """A request to replace a worker's running process.
 
     Attributes:
-        reason: why, for metrics.
-        text: why, for the log.
+        kind: why, for metrics.
+        reason: why, for the log.
         spec: the worker's new spec; None keeps the spec that it has when the replacement starts.
         only_if_stale: replace only a process that has another spec or an older handler.
         instead_of: replace only this process.
         moves_memory: the memory moves to the new spec's node, because the old node is gone.
     """
 
-    reason: ReplacementReason
-    text: str
+    kind: ReplacementKind
+    reason: str
     spec: WorkerSpec | None = None
     only_if_stale: bool = False
     instead_of: Incarnation | None = None
@@ -70,7 +70,7 @@ class Succession:
         self._starting: WorkerSpec | None = None
         self._one_at_a_time = anyio.Lock()
 
-    async def renew(self, text: str) -> Failure | None:
+    async def renew(self, reason: str) -> Failure | None:
         """Replace the process because its handler changed. Without a process, start one now.
 
         Returns why the old process stays, which the caller logs; None if it was replaced.
@@ -78,7 +78,7 @@ class Succession:
         self._lineage.renewals += 1
         self._lineage.restart_now.set()
         try:
-            return await self._replace(Replacement("handler", text, only_if_stale=True))
+            return await self._replace(Replacement("handler", reason, only_if_stale=True))
         except Exception as exc:  # noqa: BLE001 - see `_report_internal_error`
             return self._report_internal_error(exc)
 
@@ -95,7 +95,7 @@ class Succession:
         except Exception as exc:  # noqa: BLE001 - see `_report_internal_error`
             return self._report_internal_error(exc)
         if failure is not None:
-            self._lineage.log.error("replacement_failed", reason=failure.text)
+            self._lineage.log.error("replacement_failed", reason=failure.reason)
         return failure
 
     def _report_internal_error(self, exc: Exception) -> Failure:
@@ -181,7 +181,7 @@ class Succession:
         # handler already, the watcher replaces the worker. If a reload gives it this handler, the
         # worker still has its old one, and nothing repeats the reload. So this replacement is
         # retried.
-        if self._outdated.is_set() and replacement.reason == "configuration":
+        if self._outdated.is_set() and replacement.kind == "configuration":
             return _Result.RETRY
         return failure
 
@@ -214,7 +214,7 @@ class Succession:
         lineage = self._lineage
         old.log.info(
             "worker_replaced",
-            reason=replacement.text,
+            reason=replacement.reason,
             pid=old.process.pid,
             by=new.process.pid,
         )
@@ -223,7 +223,7 @@ class Succession:
         before = old.launch.spec
         after = new.launch.spec
         lineage.adopt(after)
-        lineage.record.replacements[replacement.reason] += 1
+        lineage.record.replacements[replacement.kind] += 1
         # A shutdown has to be over soon, a replacement has not: a running query may use its
         # handler's whole timeout.
         longest_ms = max(
@@ -250,14 +250,14 @@ class Succession:
     async def replace_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
         """Replace a process whenever it asks for that, until cancelled."""
         while True:
-            while (text := incarnation.recycle_reason) is None:
+            while (reason := incarnation.recycle_reason) is None:
                 await incarnation.changed.wait()
             incarnation.recycle_reason = None
             # In the child's task group, because this task is cancelled when the incarnation ends,
             # and that is in the middle of the replacement.
             recycling = Replacement(
                 "limit",
-                text,
+                reason,
                 instead_of=incarnation,
             )
             tasks.start_soon(self.replace, recycling)

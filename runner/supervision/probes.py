@@ -180,7 +180,7 @@ def _late(phase: Phase, timeout_s: float) -> str:
 
 def _status(process: ForkServerProcess) -> str:
     process.join()
-    return Failure.from_exit(process.exitcode).text
+    return Failure.from_exit(process.exitcode).reason
 
 
 def _unwrap(found: Any, error: str | None) -> Any:

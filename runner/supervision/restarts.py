@@ -10,7 +10,7 @@ import msgspec
 
 from shared.config.schema import SupervisionSection
 
-RestartReason = Literal[
+FailureKind = Literal[
     "killed",
     "exited",
     "silent",
@@ -21,11 +21,11 @@ RestartReason = Literal[
 ]
 """How a process ended unplanned. `unknown`: the fork server died before it sent the exit status."""
 
-ReplacementReason = Literal["configuration", "handler", "limit"]
+ReplacementKind = Literal["configuration", "handler", "limit"]
 """Why a new process replaces another one."""
 
-REPLACEMENT_REASONS: Final = get_args(ReplacementReason)
-RESTART_REASONS: Final = get_args(RestartReason)
+REPLACEMENT_KINDS: Final = get_args(ReplacementKind)
+FAILURE_KINDS: Final = get_args(FailureKind)
 
 _LOST_STATUS: Final = 255
 """What multiprocessing reports if the fork server died before it sent the real exit status."""
@@ -34,10 +34,10 @@ _MAX_DOUBLINGS: Final = 30
 
 
 class Failure(NamedTuple):
-    """Why a process ended unplanned, or did not start. `text` is for operators."""
+    """Why a process ended unplanned, or did not start. `reason` is for operators."""
 
-    reason: RestartReason
-    text: str
+    kind: FailureKind
+    reason: str
 
     @classmethod
     def from_exit(cls, status: int | None) -> Failure:

@@ -184,7 +184,7 @@ class Supervisor:
     async def renew(
         self,
         handler: HandlerRef,
-        text: str,
+        reason: str,
     ) -> dict[str, Failure | None]:
         """Replace all workers of a handler, because it changed.
 
@@ -196,7 +196,7 @@ class Supervisor:
             for name, child in self._children.items():
                 if child.spec.agent.handler != handler:
                     continue
-                renew = partial(child.renew, text)
+                renew = partial(child.renew, reason)
                 tasks.start_soon(
                     _replace_in_slot,
                     name,

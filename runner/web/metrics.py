@@ -5,7 +5,7 @@ aggregates at scrape time. A counter continues where that of the worker's last p
 that it never decreases.
 """
 
-# Series with known reasons, outcomes and states exist from the start with the value 0, because
+# Series with known kinds, outcomes and states exist from the start with the value 0, because
 # `increase()` does not see the first event of a new series.
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from runner import version
-from runner.supervision.restarts import REPLACEMENT_REASONS, RESTART_REASONS
+from runner.supervision.restarts import FAILURE_KINDS, REPLACEMENT_KINDS
 from runner.supervision.sample import Sample
 from runner.table import STATES, WorkerRow
-from shared.ipc import IGNORED, Outcome
+from shared.ipc import IGNORED_KINDS, Outcome
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -139,13 +139,13 @@ def _buckets(counts: Sequence[int]) -> list[tuple[str, float]]:
 def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
     restarts = CounterMetricFamily(
         "em_runner_worker_restarts",
-        "Processes that ended unexpectedly, by reason.",
-        labels=(*_WORKER, "reason"),
+        "Processes that ended unexpectedly, by kind.",
+        labels=(*_WORKER, "kind"),
     )
     replacements = CounterMetricFamily(
         "em_runner_worker_replacements",
-        "Processes that were replaced gracefully, by reason.",
-        labels=(*_WORKER, "reason"),
+        "Processes that were replaced gracefully, by kind.",
+        labels=(*_WORKER, "kind"),
     )
     reconnects = CounterMetricFamily(
         "em_runner_reconnects",
@@ -159,19 +159,19 @@ def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
     )
     ignored = CounterMetricFamily(
         "em_runner_frames_ignored",
-        "Invalid or unknown frames from the node, by reason.",
-        labels=(*_WORKER, "reason"),
+        "Invalid or unknown frames from the node, by kind.",
+        labels=(*_WORKER, "kind"),
     )
     for sample in samples:
         labels, counted = _labels(sample.row), sample.counted
-        for reason in RESTART_REASONS:
-            restarts.add_metric((*labels, reason), sample.restarts.get(reason, 0))
-        for occasion in REPLACEMENT_REASONS:
-            replacements.add_metric((*labels, occasion), sample.replacements.get(occasion, 0))
+        for failure in FAILURE_KINDS:
+            restarts.add_metric((*labels, failure), sample.restarts.get(failure, 0))
+        for replacement in REPLACEMENT_KINDS:
+            replacements.add_metric((*labels, replacement), sample.replacements.get(replacement, 0))
         reconnects.add_metric(labels, counted.reconnects)
         late.add_metric(labels, counted.late)
-        for why in IGNORED:
-            ignored.add_metric((*labels, why), counted.ignored.get(why, 0))
+        for frame in IGNORED_KINDS:
+            ignored.add_metric((*labels, frame), counted.ignored.get(frame, 0))
     yield from (restarts, replacements, reconnects, late, ignored)
 
 

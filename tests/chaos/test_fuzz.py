@@ -87,11 +87,11 @@ class Fuzzed:
 
         self._portal.call(sent)
 
-    def wait_event(self, name: str, reason: str) -> None:
-        """Wait until the runner's log has an event with this reason."""
+    def wait_event(self, name: str, kind: str) -> None:
+        """Wait until the runner's log has an event of this kind."""
 
         def is_logged() -> bool:
-            return any(line["reason"] == reason for line in self._running.events(name))
+            return any(line["kind"] == kind for line in self._running.events(name))
 
         async def logged() -> None:
             await until(is_logged, f"{name} is logged", 5.0)
@@ -308,7 +308,7 @@ def test_message_of_an_unknown_peer_is_logged_as_ignored(fuzzed: Fuzzed) -> None
         peer.setsockopt(zmq.IDENTITY, b"an_unknown_peer")
         peer.connect(fuzzed.endpoint)
         peer.send(b"hello")
-        fuzzed.wait_event("message_ignored", reason="unknown_peer")
+        fuzzed.wait_event("message_ignored", kind="unknown_peer")
 
 
 @few

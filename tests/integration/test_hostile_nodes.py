@@ -322,7 +322,7 @@ async def _assert_unharmed(running: Cluster, before: dict[str, Any], asked: int)
 
 @pytest.mark.parametrize("name", STAYS)
 async def test_worker_stays_connected_after(name: str, tmp_path: Path, node: Node) -> None:
-    script, reason = STAYS[name]
+    script, kind = STAYS[name]
     done = anyio.Event()
 
     async def first(wire: Wire) -> None:
@@ -341,15 +341,13 @@ async def test_worker_stays_connected_after(name: str, tmp_path: Path, node: Nod
 
         async def counted() -> bool:
             row = await running.row("count_server_2")
-            return row["queries_node"] >= 1 and (
-                reason is None or row["ignored"].get(reason, 0) >= 1
-            )
+            return row["queries_node"] >= 1 and (kind is None or row["ignored"].get(kind, 0) >= 1)
 
         await until(counted, "the frames are counted")
         assert bad.connections == 1
         await _assert_unharmed(running, before, 1)
-        if reason is not None:
-            lines = [line for line in running.events("frames_ignored") if line["reason"] == reason]
+        if kind is not None:
+            lines = [line for line in running.events("frames_ignored") if line["kind"] == kind]
             assert len(lines) == 1, "only the first frame is logged"
         assert "Traceback" not in running.log
         await running.stop()

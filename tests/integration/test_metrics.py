@@ -73,7 +73,7 @@ async def test_metrics_continue_after_a_worker_is_replaced(tmp_path: Path, node:
             nonlocal lowest
             lowest = min(lowest, await value("em_runner_queries_total"))
             return (
-                await value("em_runner_worker_restarts_total", reason="killed") == 1
+                await value("em_runner_worker_restarts_total", kind="killed") == 1
                 and await running.ready()
             )
 

@@ -64,7 +64,7 @@ async def test_worker_registers_when_its_name_becomes_free(tmp_path: Path, node:
         async with cluster(tmp_path, agent("count", [node.url])) as running:
 
             async def refused() -> bool:
-                return "name_taken" in (await running.row("count_server"))["detail"]
+                return "name_taken" in (await running.row("count_server"))["reason"]
 
             await until(refused, "the worker reports that the name is in use")
             before = await running.row("count_server")
@@ -118,7 +118,7 @@ async def test_token_is_read_again_on_every_connection_attempt(
                     file.write_text(token)
 
                 async def reported(reason: str = reason) -> bool:
-                    return reason in (await running.row("count_server"))["detail"]
+                    return reason in (await running.row("count_server"))["reason"]
 
                 await until(reported, reason)
             pid = await running.worker_pid("count_server")
@@ -227,8 +227,8 @@ async def test_invalid_tls_node_is_refused_with_its_reason(
             tmp_path, agent("count", [f"wss://localhost:{port}"], tls_ca_file="ca.pem")
         ) as running:
             row = await running.wait_state("count_server", "backoff")
-            assert "the certificate of localhost" in row["detail"]
-            assert reason in row["detail"]
+            assert "the certificate of localhost" in row["reason"]
+            assert reason in row["reason"]
             assert (await running.results("x"))["properties"]["count"] == 1, (
                 "direct queries are answered without the node"
             )

@@ -152,6 +152,7 @@ async def test_sigterm_leaves_no_process_and_no_socket(tmp_path: Path, node: Nod
     async with cluster(tmp_path, agent("count", [node.url])) as running:
         await running.wait_ready()
         assert await running.stop(signal.SIGTERM, 6.0) == 0
+        assert running.events("draining")[0]["signal"] == "SIGTERM"
         await running.wait_exited(2.0)
         assert not (tmp_path / "state" / "ipc").exists()
         assert not (tmp_path / "state" / "runner.json").exists()

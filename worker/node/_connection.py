@@ -51,7 +51,7 @@ class NodeConnection(asyncio.Protocol):
         dispatcher: answers the queries.
         counts: where answers are counted.
         on_state: called when the session registers and when it is ready.
-        on_ignored: called with how many frames were ignored, by reason.
+        on_ignored: called with how many frames were ignored, by kind.
     """
 
     def __init__(
@@ -195,8 +195,8 @@ class NodeConnection(asyncio.Protocol):
 
     def _fail(self, exc: Exception) -> None:
         _log.error("connection_fault", exc_info=exc)
-        text = f"an internal fault of em-runner: {type(exc).__name__} (see the log)"
-        self._request_end(Loss(LossKind.INTERNAL_FAULT, text))
+        reason = f"an internal fault of em-runner: {type(exc).__name__} (see the log)"
+        self._request_end(Loss(LossKind.INTERNAL_FAULT, reason))
 
     # --- from the node ---
 
@@ -310,15 +310,15 @@ class NodeConnection(asyncio.Protocol):
         """Wait until the node exceeds a timeout: of the upgrade, the registration, or a ping."""
         timeout_ms = self._options.upgrade_timeout_ms
         if not await self._wait_while("connecting", timeout_ms):
-            text = f"the node did not answer the upgrade within {timeout_ms} ms"
-            return Loss(LossKind.UPGRADE_TIMEOUT, text)
+            reason = f"the node did not answer the upgrade within {timeout_ms} ms"
+            return Loss(LossKind.UPGRADE_TIMEOUT, reason)
         if not await self._wait_while("registering", timeout_ms):
-            text = "the node accepted the connection, but did not register the agent"
-            return Loss(LossKind.REGISTRATION_TIMEOUT, f"{text} within {timeout_ms} ms")
+            reason = "the node accepted the connection, but did not register the agent"
+            return Loss(LossKind.REGISTRATION_TIMEOUT, f"{reason} within {timeout_ms} ms")
         while await self._ping_and_wait():
             pass
-        text = f"the node answered no ping within {self._options.ping_interval_ms} ms"
-        return Loss(LossKind.NO_PONG, text)
+        reason = f"the node answered no ping within {self._options.ping_interval_ms} ms"
+        return Loss(LossKind.NO_PONG, reason)
 
     async def _wait_while(self, state: SessionState, timeout_ms: int) -> bool:
         """Wait while the session is in a state. Return False if that exceeds the timeout."""

@@ -118,8 +118,8 @@ class NodeClient:
             loss = await connection.run()
         finally:
             self._connection = None
-        # A node may quote the token, and the text goes to the log and to the status page.
-        return loss._replace(text=redact(loss.text, token))
+        # A node may quote the token, and the reason goes to the log and to the status page.
+        return loss._replace(reason=redact(loss.reason, token))
 
     async def _connect(self, token: str | None) -> NodeConnection:
         node = self._spec.node
@@ -182,27 +182,27 @@ class NodeClient:
         )
 
     def _count_ignored(self, ignored: Mapping[str, int]) -> None:
-        for reason, number in ignored.items():
-            self.counts.ignored[reason] = self.counts.ignored.get(reason, 0) + number
+        for kind, number in ignored.items():
+            self.counts.ignored[kind] = self.counts.ignored.get(kind, 0) + number
             # A node can send any number of such frames.
-            suppressed = self._throttle.admit(reason)
+            suppressed = self._throttle.admit(kind)
             if suppressed is not None:
                 _log.warning(
                     "frames_ignored",
-                    reason=reason,
+                    kind=kind,
                     **suppressed,
                 )
 
     def _connect_loss(self, exc: Exception) -> Loss:
         authority = self._spec.node.authority
         if isinstance(exc, TimeoutError):
-            text = f"no connection to {authority} within {self._options.connect_timeout_ms} ms"
-            return Loss(LossKind.CONNECT_TIMEOUT, text)
+            reason = f"no connection to {authority} within {self._options.connect_timeout_ms} ms"
+            return Loss(LossKind.CONNECT_TIMEOUT, reason)
         if isinstance(exc, ssl.SSLCertVerificationError):
             advice = _CERTIFICATE_ADVICE.get(exc.verify_code, "")
-            reason = exc.verify_message.removesuffix(".")
-            text = f"the worker refuses the certificate of {authority}: {reason}{advice}"
-            return Loss(LossKind.CERTIFICATE_REFUSED, text)
+            problem = exc.verify_message.removesuffix(".")
+            reason = f"the worker refuses the certificate of {authority}: {problem}{advice}"
+            return Loss(LossKind.CERTIFICATE_REFUSED, reason)
         if isinstance(exc, ssl.SSLError):
             return Loss(LossKind.TLS_FAILED, f"no TLS with {authority}: {exc.reason or exc}")
         return Loss(LossKind.CONNECT_FAILED, f"cannot connect to {authority}: {_reason(exc)}")

@@ -1,7 +1,7 @@
-"""Why a worker has no connection to its node: a kind for decisions, and a text for people.
+"""Why a worker has no connection to its node: a kind for decisions, and a reason for people.
 
-The text is written where the fault is detected, and may quote the node. Code decides by the kind
-and never by the text, for example whether a log line repeats an earlier one.
+The reason is written where the fault is detected, and may quote the node. Code decides by the kind
+and never by the reason, for example whether a log line repeats an earlier one.
 """
 
 from __future__ import annotations
@@ -53,4 +53,4 @@ class Loss(NamedTuple):
     """Why a connection ended or could not be made."""
 
     kind: LossKind
-    text: str
+    reason: str

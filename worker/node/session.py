@@ -3,7 +3,7 @@
 `Session` turns bytes into queries, and answers into bytes. `websockets` decides about frames (RFC
 6455), this module about their content. Whole text frames, which are nearly all, are read and
 written by `worker.node._framing` instead. Nothing that a node sends makes a session raise: `loss`
-has the reason why it cannot continue.
+says why it cannot continue.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Session:
     Attributes:
         state: `connecting` until the upgrade is answered, `registering` until `agent_registered`.
         loss: why the session cannot continue. None while it can.
-        ignored: how many frames were invalid or unknown, by reason.
+        ignored: how many frames were invalid or unknown, by kind.
         ponged: whether the last ping has been answered.
     """
 
@@ -173,8 +173,8 @@ class Session:
                 # data.
                 self._feed(self._framing.take_rest() + data)
         except Exception as exc:  # noqa: BLE001 - a node can end its session, not the worker
-            text = f"the node's bytes cannot be read: {self._quote(exc)}"
-            self._end(LossKind.UNREADABLE, text)
+            reason = f"the node's bytes cannot be read: {self._quote(exc)}"
+            self._end(LossKind.UNREADABLE, reason)
         self._queue_output()
         self._check_end(not data)
         queries = self._queries
@@ -344,16 +344,16 @@ class Session:
         elif eof:
             self._end(LossKind.CUT, "the node cut the connection")
 
-    def _end(self, kind: LossKind, text: str) -> None:
+    def _end(self, kind: LossKind, reason: str) -> None:
         self.state = "closed"
         if self.loss is None:
-            self.loss = Loss(kind, text)
+            self.loss = Loss(kind, reason)
 
     def _upgrade_loss(self, exc: Exception) -> Loss:
         """Return why the upgrade failed, from the node's response to it."""
         if not isinstance(exc, InvalidStatus):
-            text = f"the program at this address is not em_disco: {self._quote(exc)}"
-            return Loss(LossKind.NOT_EM_DISCO, text)
+            reason = f"the program at this address is not em_disco: {self._quote(exc)}"
+            return Loss(LossKind.NOT_EM_DISCO, reason)
         status = exc.response.status_code
         if status in _STATUS_LOSSES:
             return _STATUS_LOSSES[status]
@@ -364,8 +364,8 @@ class Session:
                 f"the node redirects ({status}), and workers follow no redirect: "
                 "configure its address",
             )
-        text = f"the node answered {status} instead of the upgrade"
-        return Loss(LossKind.UPGRADE_REFUSED, text)
+        reason = f"the node answered {status} instead of the upgrade"
+        return Loss(LossKind.UPGRADE_REFUSED, reason)
 
     def _quote(self, text: object) -> str:
         """Return a node's text as one short printable line.

@@ -118,7 +118,7 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         agent=row.agent,
         node=row.node,
         state=row.state,
-        detail=table.reason(row) or "",
+        detail=table.displayed_reason(row) or "",
         uptime="" if row.pid is None else table.duration(row.uptime_s),
         rate=table.rate(row.queries_per_s),
         spark=_spark(rates),

@@ -24,7 +24,7 @@ def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
         "agent": "a",
         "node": "ws://localhost:8080",
         "state": state,
-        "detail": "",
+        "reason": "",
         "pid": 42,
         "incarnation": 1,
         "uptime_s": 0.0,
@@ -88,11 +88,11 @@ def test_summary_counts_the_ready_workers() -> None:
     assert printed(row(), row("b", "backoff"))[-1] == "1 of 2 workers ready"
 
 
-def test_current_detail_is_shown_instead_of_an_earlier_error() -> None:
+def test_current_reason_is_shown_instead_of_an_earlier_error() -> None:
     line = printed(
         row(
             state="backoff",
-            detail="cannot connect to localhost:8080",
+            reason="cannot connect to localhost:8080",
             **error_fields(handler=(1, "long ago")),
         )
     )[1]
@@ -220,8 +220,8 @@ REASON = "cannot connect to disco.example.com:8080: Name or service not known"
 
 
 def test_workers_with_one_reason_share_a_paragraph() -> None:
-    rows = [row(f"w{number}", "backoff", detail=REASON) for number in range(4)]
-    rows.append(row("other", "backoff", detail="short"))
+    rows = [row(f"w{number}", "backoff", reason=REASON) for number in range(4)]
+    rows.append(row("other", "backoff", reason="short"))
     first, second = reasons(rows).plain.splitlines()
     assert first.startswith("w0, w1 ")
     assert first.endswith(f": {REASON}")
@@ -235,12 +235,12 @@ def test_ready_or_starting_worker_has_no_reason() -> None:
 
 @pytest.mark.message_text
 def test_paragraph_of_a_reason_counts_the_workers_that_it_does_not_name() -> None:
-    rows = [row(f"w{number}", "backoff", detail=REASON) for number in range(4)]
+    rows = [row(f"w{number}", "backoff", reason=REASON) for number in range(4)]
     assert reasons(rows).plain == f"w0, w1 and 2 more: {REASON}\n"
 
 
 def test_only_the_first_five_reasons_are_shown() -> None:
-    rows = [row(f"w{number}", "backoff", detail=f"reason {number}") for number in range(7)]
+    rows = [row(f"w{number}", "backoff", reason=f"reason {number}") for number in range(7)]
     lines = reasons(rows).plain.splitlines()
     assert len(lines) == 6
     assert lines[-1] == "and 2 more reasons"
@@ -255,12 +255,12 @@ def test_workers_that_are_not_ready_come_first() -> None:
 
 
 def test_failed_worker_shows_its_reason() -> None:
-    assert "killed by SIGKILL" in printed(row("a", "failed", detail="killed by SIGKILL"))[1]
+    assert "killed by SIGKILL" in printed(row("a", "failed", reason="killed by SIGKILL"))[1]
 
 
 @pytest.mark.message_text
 def test_failed_worker_shows_that_it_will_be_retried() -> None:
-    rows = row("a", "failed", detail="killed by SIGKILL"), row("b", "failed")
+    rows = row("a", "failed", reason="killed by SIGKILL"), row("b", "failed")
     _, first, second, _ = printed(*rows)
     assert "killed by SIGKILL; it is tried again within a minute" in first
     assert second.rstrip().endswith("  it is tried again within a minute")
@@ -281,7 +281,7 @@ def watched(*rows: WorkerRow, problem: str | None = None, width: int = 120) -> l
 def one_unready_worker() -> list[WorkerRow]:
     """Return the rows of 50 workers, of which only w40 is not ready."""
     return [
-        row(f"w{number}", "backoff" if number == 40 else "ready", detail="refused")
+        row(f"w{number}", "backoff" if number == 40 else "ready", reason="refused")
         for number in range(50)
     ]
 
@@ -299,7 +299,7 @@ def test_watched_view_starts_with_the_summary() -> None:
 
 def test_narrow_screen_shows_the_whole_reason() -> None:
     reason = "cannot connect to disco.example.com:8080: " + "Name or service not known " * 5
-    text = " ".join(watched(row("a", "backoff", detail=reason), width=40))
+    text = " ".join(watched(row("a", "backoff", reason=reason), width=40))
     assert text.replace(" ", "").count(reason.replace(" ", "")) == 1
 
 

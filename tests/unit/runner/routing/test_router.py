@@ -261,7 +261,7 @@ async def test_worker_without_the_right_key_is_ignored(hello: list[ipc.WorkerMes
         with capture_logs() as logs:
             worker.send(*hello, Status("ready", "", Counters()), Failed("x"), DrainRequest())
             await until(lambda: logs)
-            assert logs[0]["reason"] == "no_key"
+            assert logs[0]["kind"] == "no_key"
             assert not setup.router.accepts("echo_server")
             assert not setup.router.drain(launch)
             # The same worker, with the right key: the messages before it are read by then.
@@ -281,7 +281,7 @@ async def test_worker_that_the_router_does_not_expect_is_ignored() -> None:
             unexpected.authenticate()
             unexpected.reply(sequence, payload=b'"forged"')
             await until(lambda: logs)
-        assert logs[0]["reason"] == "unknown_peer"
+        assert logs[0]["kind"] == "unknown_peer"
         worker.reply(sequence, payload=b'"true"')
         assert await setup.client.reply_to("q") == (Outcome.OK, b'"true"')
 
@@ -296,7 +296,7 @@ async def test_worker_continues_after_an_invalid_message(message: bytes) -> None
         with capture_logs() as logs:
             worker.send(message)
             await until(lambda: logs)
-        assert logs[0]["reason"] == "undecodable"
+        assert logs[0]["kind"] == "undecodable"
         sequence = setup.client.ask("q")
         await worker.receive()
         worker.reply(sequence)

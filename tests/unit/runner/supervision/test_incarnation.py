@@ -33,12 +33,12 @@ async def failure_of_a_silent_worker() -> Failure:
 
 
 async def test_silent_worker_is_killed_and_the_reason_is_kept() -> None:
-    assert (await failure_of_a_silent_worker()).reason == "silent"
+    assert (await failure_of_a_silent_worker()).kind == "silent"
 
 
 @pytest.mark.message_text
 async def test_message_for_a_silent_worker_gives_the_time() -> None:
-    assert (await failure_of_a_silent_worker()).text == "it sent nothing for 200 ms"
+    assert (await failure_of_a_silent_worker()).reason == "it sent nothing for 200 ms"
 
 
 async def test_worker_that_sends_is_not_killed() -> None:
@@ -86,7 +86,7 @@ async def test_silence_after_a_reset_is_counted_again() -> None:
         await anyio.lowlevel.checkpoint()
         time.sleep(2 * LIVENESS_S)  # noqa: ASYNC251 - as above
     assert worker.failure is not None
-    assert worker.failure.reason == "silent"
+    assert worker.failure.kind == "silent"
 
 
 async def test_worker_that_does_not_start_is_killed_despite_heartbeats() -> None:
@@ -96,7 +96,7 @@ async def test_worker_that_does_not_start_is_killed_despite_heartbeats() -> None
     with anyio.fail_after(5):
         await worker.watch_until_ended(0.05, LIVENESS_S)
     assert worker.failure is not None
-    assert worker.failure.reason == "not_up"
+    assert worker.failure.kind == "not_up"
 
 
 async def test_worker_needs_no_heartbeats_while_it_imports_its_handler() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.supervision.restarts import Failure, RestartHistory, RestartPolicy, RestartReason
+from runner.supervision.restarts import Failure, FailureKind, RestartHistory, RestartPolicy
 
 IMMEDIATE = (0.0, False)
 FAILED = (60.0, True)
@@ -116,7 +116,7 @@ def test_no_window_has_more_restarts_than_its_intensity(
 
 
 @pytest.mark.parametrize(
-    ("code", "reason"),
+    ("code", "kind"),
     [
         (0, "exited"),
         (3, "exited"),
@@ -126,13 +126,13 @@ def test_no_window_has_more_restarts_than_its_intensity(
         (None, "unknown"),
     ],
 )
-def test_exit_status_has_a_reason(code: int | None, reason: RestartReason) -> None:
-    assert Failure.from_exit(code).reason == reason
+def test_exit_status_has_a_kind(code: int | None, kind: FailureKind) -> None:
+    assert Failure.from_exit(code).kind == kind
 
 
 @pytest.mark.message_text
 @pytest.mark.parametrize(
-    ("code", "text"),
+    ("code", "reason"),
     [
         (0, "exit status 0"),
         (3, "exit status 3"),
@@ -142,5 +142,5 @@ def test_exit_status_has_a_reason(code: int | None, reason: RestartReason) -> No
         (None, "status unknown"),
     ],
 )
-def test_exit_status_has_a_text(code: int | None, text: str) -> None:
-    assert Failure.from_exit(code).text == text
+def test_exit_status_has_a_reason(code: int | None, reason: str) -> None:
+    assert Failure.from_exit(code).reason == reason

@@ -83,7 +83,7 @@ async def test_internal_error_of_a_replacement_reaches_no_caller() -> None:
     by_watcher = await worker.succession.renew("its handler changed")
     assert by_reload is not None
     assert by_watcher is not None
-    assert by_reload.reason == by_watcher.reason == "unknown"
+    assert by_reload.kind == by_watcher.kind == "unknown"
     assert worker.lineage.current is old
 
 

@@ -93,7 +93,7 @@ def test_worker_status_is_exposed_as_gauges() -> None:
     assert found["em_runner_queries_in_flight{'path': 'direct'}"] == 3
     assert found["em_runner_worker_heartbeat_age_seconds"] == 0.5
     assert found["em_runner_worker_uptime_seconds"] == 9
-    assert found["em_runner_worker_restarts_total{'reason': 'killed'}"] == 2
+    assert found["em_runner_worker_restarts_total{'kind': 'killed'}"] == 2
     assert found["em_runner_worker_state{'state': 'failed'}"] == 0
 
 
@@ -168,8 +168,8 @@ def test_direct_queries_are_counted_by_outcome() -> None:
 
 def test_replacements_are_counted_by_reason() -> None:
     found = exposed(sample(Counters(), replacements={"limit": 2}))
-    assert found["em_runner_worker_replacements_total{'reason': 'limit'}"] == 2
-    assert found["em_runner_worker_replacements_total{'reason': 'handler'}"] == 0
+    assert found["em_runner_worker_replacements_total{'kind': 'limit'}"] == 2
+    assert found["em_runner_worker_replacements_total{'kind': 'handler'}"] == 0
 
 
 def test_requests_that_reach_no_worker_are_counted_by_status() -> None:

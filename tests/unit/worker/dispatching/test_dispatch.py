@@ -308,7 +308,7 @@ async def check_message(kind: str, name: str, text: str) -> None:
             assert text in await harness.failure("fail")
         last_error = harness.dispatcher.counters().handler_error
         assert last_error is not None
-        assert text in last_error.text
+        assert text in last_error.error
 
 
 @KINDS

@@ -138,7 +138,7 @@ async def test_message_for_a_refused_connection_names_the_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loss = await loss_when_all_addresses_refuse(monkeypatch)
-    assert loss.text == "cannot connect to somewhere.example:1: Connection refused"
+    assert loss.reason == "cannot connect to somewhere.example:1: Connection refused"
 
 
 def spec_for(host: str, port: int) -> WorkerSpec:

@@ -130,9 +130,9 @@ def test_token_quoted_by_a_node_is_redacted(length: int) -> None:
     token = "eyJhbGciOi" + "t0k" * (length // 3)
     peer = upgraded(session(token=token))
     peer.send({"status": "error", "reason": f"the token {token} was not signed by this node"})
-    text = loss_of(peer.client).text
-    assert "t0k" not in text
-    assert "the token *** was not signed" in text
+    reason = loss_of(peer.client).reason
+    assert "t0k" not in reason
+    assert "the token *** was not signed" in reason
 
 
 def test_both_handshake_frames_are_sent_without_waiting_for_an_answer() -> None:
@@ -232,7 +232,7 @@ def test_refused_registration_ends_the_session_with_a_close(frame: Any, kind: Lo
     peer.send(READY[0], frame)
     loss = loss_of(peer.client)
     assert loss.kind is kind
-    assert loss.text.isprintable()
+    assert loss.reason.isprintable()
     assert peer.client.state == "closed"
     assert close_code(peer) == 1000
 
@@ -244,7 +244,7 @@ def test_refused_registration_ends_the_session_with_a_close(frame: Any, kind: Lo
 def test_message_for_a_refused_registration_quotes_the_nodes_reason(frame: Any, text: str) -> None:
     peer = upgraded()
     peer.send(READY[0], frame)
-    assert loss_of(peer.client).text.startswith(text)
+    assert loss_of(peer.client).reason.startswith(text)
 
 
 def test_queries_after_a_handshake_error_are_discarded() -> None:
@@ -320,7 +320,7 @@ def test_response_other_than_an_upgrade_ends_the_session(
 def test_message_for_a_refused_upgrade_names_the_status(data: bytes, text: str) -> None:
     client = session()
     client.receive(data)
-    assert loss_of(client).text.startswith(text)
+    assert loss_of(client).reason.startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_queries_of_one_read_may_be_answered_in_any_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "reason"),
+    ("message", "kind"),
     [
         (b"hello", "malformed"),
         (b"", "malformed"),
@@ -442,10 +442,10 @@ def test_queries_of_one_read_may_be_answered_in_any_order() -> None:
         ({"error": "unknown_action"}, "error_frame"),
     ],
 )
-def test_unusable_frame_is_counted_and_the_session_continues(message: Any, reason: str) -> None:
+def test_unusable_frame_is_counted_and_the_session_continues(message: Any, kind: str) -> None:
     peer = ready()
     assert peer.send(message, {"action": "query", "id": 1, "body": "q"}) == [(b"1", "q")]
-    assert peer.client.ignored == {reason: 1}
+    assert peer.client.ignored == {kind: 1}
     assert (peer.client.state, peer.client.loss) == ("ready", None)
     assert peer.frames_received() == []
 
@@ -518,7 +518,7 @@ def test_message_over_the_limit_closes_with_1009(fragmented: bool) -> None:
         peer.client.receive(header)
     loss = loss_of(peer.client)
     assert loss.kind is LossKind.PROTOCOL_ERROR
-    assert "1009" in loss.text
+    assert "1009" in loss.reason
     assert close_code(peer) == 1009
 
 
@@ -543,7 +543,7 @@ def test_frame_that_breaks_the_protocol_closes_with_1002(data: bytes) -> None:
     assert peer.client.receive(data) == []
     loss = loss_of(peer.client)
     assert loss.kind is LossKind.PROTOCOL_ERROR
-    assert "1002" in loss.text
+    assert "1002" in loss.reason
     assert close_code(peer) == 1002
 
 
@@ -583,8 +583,8 @@ def test_close_by_the_node_is_a_loss_with_its_code_and_reason() -> None:
     assert client.state == "closed"
     loss = loss_of(client)
     assert loss.kind is LossKind.CLOSED_BY_NODE
-    assert "1001" in loss.text
-    assert "restarting" in loss.text
+    assert "1001" in loss.reason
+    assert "restarting" in loss.reason
 
 
 def test_session_sends_nothing_after_a_close_by_the_node() -> None:
@@ -597,8 +597,8 @@ def test_session_sends_nothing_after_a_close_by_the_node() -> None:
 
 @pytest.mark.message_text
 def test_message_for_a_close_by_the_node_starts_with_the_code() -> None:
-    text = loss_of(closed_by_the_node().client).text
-    assert text.startswith("the node closed the connection (1001")
+    reason = loss_of(closed_by_the_node().client).reason
+    assert reason.startswith("the node closed the connection (1001")
 
 
 def test_queries_read_together_with_the_close_are_accepted() -> None:
@@ -618,7 +618,7 @@ def test_session_sends_one_close_and_ends_at_the_nodes_echo() -> None:
     peer.client.receive(peer.output())
     loss = loss_of(peer.client)
     assert loss.kind is LossKind.CLOSED_BY_NODE
-    assert "1001" in loss.text
+    assert "1001" in loss.reason
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 20])
@@ -638,7 +638,7 @@ def test_session_that_closes_ends_only_at_the_nodes_close(cut: int) -> None:
     peer.client.receive(peer.output())
     loss = loss_of(peer.client)
     assert loss.kind is LossKind.CLOSED_BY_NODE
-    assert "1001" in loss.text
+    assert "1001" in loss.reason
 
 
 def test_connection_lost_without_a_close_is_a_cut() -> None:
@@ -662,7 +662,7 @@ def test_connection_lost_without_a_close_is_a_cut() -> None:
 def test_message_for_a_lost_connection(data: bytes, text: str) -> None:
     client = ready().client
     client.receive(data)
-    assert loss_of(client).text == text
+    assert loss_of(client).reason == text
 
 
 # --- any messages, split at any byte ---
@@ -866,7 +866,7 @@ def test_no_input_makes_a_session_raise(pieces: list[bytes], state: str) -> None
             client.answer(query_id, b"null")
         client.ping()
         client.take_output()
-    assert client.loss is None or client.loss.text.isprintable()
+    assert client.loss is None or client.loss.reason.isprintable()
     client.close(CloseCode.GOING_AWAY)
     client.receive(b"")
     assert client.loss
