@@ -60,8 +60,8 @@ class RunnerSection(RunnerOptions, frozen=True, kw_only=True):
         http: the address on which the runner serves HTTP, as HOST:PORT. Port 0 takes any free
             port. An address that other machines can reach needs a token.
         http_token: a token that every route except /health requires, as `Authorization: Bearer`.
-            Prefer `http_token_file`. If the configuration has this key, only its owner may be able
-            to read it.
+            Prefer `http_token_file`. A configuration file with this key must be readable only by
+            its owner.
         http_token_file: a file that contains this token. Set at most one of the two keys.
         state_dir: the runner's folder for its lock, its private socket, its address, and memory on
             disk. Each runner needs a separate folder.
@@ -96,8 +96,8 @@ class ConnectionSection(msgspec.Struct, frozen=True, kw_only=True):
         max_frame_bytes: a larger frame from a node closes the connection.
         tls_ca_file: a file of certificates (PEM) to trust instead of the system's. It is re-read on
             every connection attempt. Default: the system's.
-        jwt_token: the token for the node. Prefer `jwt_token_file`. If the configuration has this
-            key, only its owner may be able to read it.
+        jwt_token: the token for the node. Prefer `jwt_token_file`. A configuration file with this
+            key must be readable only by its owner.
         jwt_token_file: a file that contains the token. It is re-read on every connection attempt.
         jwt_secret_file: a file that contains the node's secret. Each connection attempt uses a new
             token, valid for one hour. Set at most one of the three keys. If none is set, em-runner
@@ -160,8 +160,8 @@ class AgentSection(AgentOptions, frozen=True, kw_only=True):
     """One `[[agent]]`. Keys of `[connection]` that are set here apply only to this agent.
 
     Attributes:
-        name: the agent's name at its nodes, unique in the file; with a token, its `sub` claim.
-            Letters, digits, `_`, `.` and `-`, at most 64.
+        name: the agent's name at its nodes, unique in the file. If it has a token, the
+            token's `sub` must be this name. Letters, digits, `_`, `.` and `-`, at most 64.
         handler: `module:attribute`, searched beside the configuration first and then on the Python
             path, or `path/to/file.py:attribute`.
         capabilities: the capabilities that the agent announces to its nodes. Default: those that

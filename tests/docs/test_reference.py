@@ -198,7 +198,8 @@ def test_reference_gives_the_limits_of_the_http_server() -> None:
         f"is idle after an answer | closes it after {limits.idle_timeout_s:g} s |",
         f"sends no request | closes it after {limits.header_timeout_s:g} s |",
         f"does not read its answer | closes the connection after {limits.write_timeout_s:g} s |",
-        f"in time ({limits.header_timeout_s:g} s, {limits.body_timeout_s:g} s) | 408 |",
+        f"a head that does not arrive within {limits.header_timeout_s:g} s, "
+        f"or a body within {limits.body_timeout_s:g} s | 408 |",
         f"there are {limits.max_connections} connections, ",
         f"more than {limits.max_unsent_bytes >> 20} MB in total",
         f"at most {MAX_STREAMS} at once",
