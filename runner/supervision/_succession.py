@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from enum import Enum, auto
 from typing import Final
 
 import anyio
@@ -49,10 +48,26 @@ class Replacement(msgspec.Struct, frozen=True):
     moves_memory: bool = False
 
 
-class _Result(Enum):
-    """The result of an attempt that must be repeated."""
+class _TookOver(msgspec.Struct, frozen=True):
+    """The new process has taken over from the old one."""
 
-    RETRY = auto()
+
+class _Stopping(msgspec.Struct, frozen=True):
+    """The worker is stopping, so the new process was discarded."""
+
+
+class _NotUp(msgspec.Struct, frozen=True):
+    """The new process did not come up, because of `failure`. The old one stays."""
+
+    failure: Failure
+
+
+class _Overtaken(msgspec.Struct, frozen=True):
+    """Meanwhile the old process ended, or the handler changed again. Another attempt is needed."""
+
+
+_Attempt = _TookOver | _Stopping | _NotUp | _Overtaken
+"""How one attempt to replace a process ended."""
 
 
 class Succession:
@@ -123,11 +138,14 @@ class Succession:
                 if is_up_to_date or lineage.stopping.is_set():
                     lineage.adopt(spec)
                     return None
-                result = await self._try_once(old, spec, replacement)
-                if result is not _Result.RETRY:
-                    return result
-                # If the old process has ended, the next one may have the new spec already.
-                only_if_stale = True
+                match await self._try_once(old, spec, replacement):
+                    case _TookOver() | _Stopping():
+                        return None
+                    case _NotUp(failure):
+                        return failure
+                    case _Overtaken():
+                        # The process that is current now may have the new spec already.
+                        only_if_stale = True
 
     def _adopt_without_process(self, spec: WorkerSpec, *, moves_memory: bool) -> None:
         """Adopt a spec while no process runs, and restart the worker now if the spec is new."""
@@ -144,14 +162,8 @@ class Succession:
         old: Incarnation,
         spec: WorkerSpec,
         replacement: Replacement,
-    ) -> Failure | _Result | None:
-        """Start a new process, and have it take over from the old one once it stands by.
-
-        Returns:
-            None if the new process takes over, or the worker is stopping. A failure if the new
-            process does not come up. RETRY if in the meantime the old process ended, or the handler
-            of the new configuration changed again.
-        """
+    ) -> _Attempt:
+        """Start a new process, and have it take over from the old one once it stands by."""
         lineage = self._lineage
         self._outdated = anyio.Event()
         self._starting = spec
@@ -159,31 +171,31 @@ class Succession:
             new = await lineage.fork(spec, standby=True)
             is_up = await self._wait_until_up(new)
         except StartError as exc:
-            return Failure("not_started", str(exc))
+            return _NotUp(Failure("not_started", str(exc)))
         finally:
             self._starting = None
         # There is no `await` between this check and the start of the hand-over, so it still holds.
         may_take_over = lineage.current is old and not lineage.stopping.is_set()
         if is_up and may_take_over:
             await self._hand_over(old, new, replacement)
-            return None
+            return _TookOver()
         failure = await self._discard(new, is_up=is_up)
         if lineage.stopping.is_set():
-            return None
+            return _Stopping()
         if is_up:
             # The old process has ended, and another one with the old spec may run already. From
             # now on restarts use the new spec. If the memory moves, they must still use the old
             # spec: the memory's file keeps its old name until no process has it open.
             if lineage.current is not None and not replacement.moves_memory:
                 lineage.adopt(spec)
-            return _Result.RETRY
+            return _Overtaken()
         # The handler changed again while the new process was loading it. If the worker has this
         # handler already, the watcher replaces the worker. If a reload gives it this handler, the
         # worker still has its old one, and nothing repeats the reload. So this replacement is
         # retried.
         if self._outdated.is_set() and replacement.kind == "configuration":
-            return _Result.RETRY
-        return failure
+            return _Overtaken()
+        return _NotUp(failure)
 
     async def _wait_until_up(self, new: Incarnation) -> bool:
         """Wait until a new process stands by; False if it ends, is late, or is outdated."""
