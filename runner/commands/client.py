@@ -26,7 +26,6 @@ _HINTS: Final = {
     ErrorCode.AGENT_REQUIRED: "use --agent NAME",
     ErrorCode.UNAUTHORIZED: "name the file with the token as --token-file",
     ErrorCode.HANDLER_FAILED: "the traceback is in the runner's log",
-    ErrorCode.INTERNAL_ERROR: "the traceback is in the runner's log",
     ErrorCode.WORKER_UNAVAILABLE: "em-runner status shows the reason",
     ErrorCode.WORKER_BUSY: "try again, or query another worker",
     ErrorCode.TOO_MANY_CONNECTIONS: "try again",

@@ -24,7 +24,7 @@ from runner.web.direct import DirectQueries, ExchangeFactory
 from runner.web.metrics import CONTENT_TYPE, RunnerSample, exposition
 from shared.config.load import HttpAddress
 from shared.config.tokens import Secret
-from shared.http.errors import ErrorCode
+from shared.http.errors import INTERNAL_ERROR_TEXT, ErrorCode
 
 
 class Api:
@@ -190,4 +190,4 @@ async def _wrong_method(request: Request, exc: Exception) -> Response:
 
 async def _internal_error(request: Request, exc: Exception) -> Response:
     # Without the exception's message: it may contain what clients must not see. It is logged.
-    return Refusal(ErrorCode.INTERNAL_ERROR, "internal_error").response()
+    return Refusal(ErrorCode.INTERNAL_ERROR, INTERNAL_ERROR_TEXT).response()
