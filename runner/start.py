@@ -49,6 +49,8 @@ def run(
         StartError: if the state folder or the address is in use, or there are too few file
             descriptors.
     """
+    # Before the fork server, because that inherits the raised limit, and the workers from it. It
+    # needs a descriptor for each worker that runs.
     descriptors.require(len(worker_specs(config)))
     signal.signal(signal.SIGTERM, _exit_early)
     # The configuration was read a moment ago, so it need not be read again.

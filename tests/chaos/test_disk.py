@@ -291,6 +291,19 @@ async def test_start_raises_a_soft_limit_that_is_too_low(tmp_path: Path, node: N
     assert "Traceback" not in done.stderr
 
 
+async def test_processes_of_the_fork_server_inherit_the_raised_limit(
+    tmp_path: Path, node: Node
+) -> None:
+    limit = tmp_path / "limit"
+    report = f"print(*getrlimit(RLIMIT_NOFILE), file=open({str(limit)!r}, 'w'))"
+    (tmp_path / "handlers.py").write_text(f"from resource import *\n{report}\n{ECHO}")
+    (tmp_path / "em-runner.toml").write_text(agent("e", [node.url]))
+    done = await run_with_limit("-Sn 80", tmp_path)
+    assert done.returncode == 0, done.stderr
+    soft, _ = limit.read_text().split()
+    assert int(soft) > 80
+
+
 @asynccontextmanager
 async def limited(
     folder: Path, node: Node, soft: int, hard: int
