@@ -85,6 +85,9 @@ class _LogStream(io.TextIOBase):
                 lines.append(rest)
                 rest = ""
             self._rest = rest
+        # Without the lock. The log has a lock, too, and a destructor may print while its thread
+        # holds that one: two threads would wait for each other's lock forever. The price is that
+        # lines of different threads may be logged in another order than they were printed.
         for line in lines:
             self._write_line(line)
         return len(text)
