@@ -44,8 +44,7 @@ PIECE_BYTES: Final = 2048
 
 # The log has only the server's faults. Invalid requests are the clients' faults, and a client can
 # send any number of them.
-_LOGGER = logging.getLogger("http_server")
-_LOGGER.setLevel(logging.ERROR)
+_LOGGER: Final = logging.getLogger("http_server")
 
 
 class _HeadTooLarge(Exception):

@@ -260,6 +260,18 @@ def test_every_module_has_a_docstring(package: str) -> None:
     assert [str(file) for file, module in modules.items() if not ast.get_docstring(module)] == []
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_only_defines_names(package: str) -> None:
+    found = [
+        f"{name(file)}: {ast.unparse(node)}"
+        for file in files(package)
+        if name(file) not in ENDS_ITS_PROCESS
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+    ]
+    assert found == []
+
+
 def test_only_listed_modules_use_the_wall_clock() -> None:
     """A jump of the wall clock must not change a timeout.
 
