@@ -16,12 +16,13 @@ import anyio.abc
 import zmq
 
 from runner import descriptors
-from runner.reload import ReadConfig, Reloader, policy_of, workers_by_agent
+from runner.reload import ReadConfig, Reloader, workers_by_agent
 from runner.routing.router import Router
 from runner.service_manager import ServiceManager
 from runner.state_dir import StateDir
 from runner.supervision.fork_server import ForkServer
 from runner.supervision.probes import Probes
+from runner.supervision.restarts import RestartPolicy
 from runner.supervision.supervisor import Supervisor
 from runner.watch import Watcher
 from runner.web.direct import ExchangeFactory
@@ -87,10 +88,9 @@ class Runner:
         )
         self._supervisor = Supervisor(
             specs,
-            policy_of(config),
+            RestartPolicy(supervision=config.supervision),
             fork_server,
             self._router,
-            config.supervision.shutdown_timeout_ms / 1000,
         )
         self._api = Api(
             self._router,

@@ -52,14 +52,6 @@ def workers_by_agent(specs: Sequence[WorkerSpec]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def policy_of(config: Config) -> RestartPolicy:
-    """Return the restart policy of a configuration."""
-    return RestartPolicy(
-        max_restarts=config.supervision.max_restarts,
-        window_s=float(config.supervision.restart_window_s),
-    )
-
-
 def check_handlers(agents: Sequence[Agent], probes: Probes) -> dict[str, tuple[str, ...]]:
     """Load each agent's handler in a probe process.
 
@@ -222,8 +214,7 @@ class Reloader:
         self._set_config(config)
         changes = await self._supervisor.change(
             worker_specs(config),
-            policy_of(config),
-            config.supervision.shutdown_timeout_ms / 1000,
+            RestartPolicy(supervision=config.supervision),
         )
         # Also if some workers were not replaced. The supervisor still knows their old specs, so the
         # next reload tries them again.

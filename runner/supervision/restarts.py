@@ -67,7 +67,7 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """When one worker is restarted. All times are in seconds.
 
     Attributes:
-        max_restarts, window_s: after more restarts than this in the window, the worker is `failed`.
+        supervision: after more than `max_restarts` in the window, the worker is `failed`.
         retry_s: the delay before a failed worker is restarted.
         first_delay_s, max_delay_s: the first restart is immediate. The next one waits for
             `first_delay_s`, and each later one twice as long, up to `max_delay_s`.
@@ -75,8 +75,7 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
             counts as a restart in the window.
     """
 
-    max_restarts: int = SupervisionSection().max_restarts
-    window_s: float = float(SupervisionSection().restart_window_s)
+    supervision: SupervisionSection = SupervisionSection()
     # A worker that dies once is restarted immediately. One that dies at each start must not keep a
     # core busy with starts until it has failed.
     first_delay_s: float = 0.1
@@ -109,11 +108,12 @@ class RestartHistory:
             up_s: how long it was up.
         """
         policy = self.policy
+        window_s = policy.supervision.restart_window_s
         if up_s >= policy.stable_s:
             self._in_a_row = 0
-        while self._restarts_s and now_s - self._restarts_s[0] >= policy.window_s:
+        while self._restarts_s and now_s - self._restarts_s[0] >= window_s:
             self._restarts_s.popleft()
-        if len(self._restarts_s) >= policy.max_restarts:
+        if len(self._restarts_s) >= policy.supervision.max_restarts:
             # After the retry, `max_restarts` are allowed again. Otherwise a worker with a long
             # window would fail again at its next death, even if the first problem is fixed.
             self._restarts_s.clear()

@@ -61,8 +61,7 @@ class Supervisor:
 
     Args:
         specs: one for each worker.
-        policy: when they are restarted.
-        shutdown_timeout_s: how long a drain may take.
+        policy: when they are restarted, and how long a drain may take.
     """
 
     def __init__(
@@ -71,12 +70,10 @@ class Supervisor:
         policy: RestartPolicy,
         fork_server: ForkServer,
         router: Router,
-        shutdown_timeout_s: float,
     ) -> None:
         self._policy = policy
         self._fork_server = fork_server
         self._router = router
-        self._drain_timeout_s = shutdown_timeout_s + KILL_GRACE_S
         self._stopping = anyio.Event()
         self._children = {spec.name: self._child(spec) for spec in specs}
         self._removing: set[Child] = set()
@@ -88,6 +85,10 @@ class Supervisor:
             self._fork_server,
             self._router,
         )
+
+    @property
+    def _drain_timeout_s(self) -> float:
+        return self._policy.supervision.shutdown_timeout_ms / 1000 + KILL_GRACE_S
 
     @property
     def rows(self) -> list[WorkerRow]:
@@ -129,11 +130,9 @@ class Supervisor:
         self,
         specs: Sequence[WorkerSpec],
         policy: RestartPolicy,
-        shutdown_timeout_s: float,
     ) -> Changes:
         """Reconcile the running workers with `specs`. Return what has changed."""
         self._policy = policy
-        self._drain_timeout_s = shutdown_timeout_s + KILL_GRACE_S
         before = {name: child.spec for name, child in self._children.items()}
         after = {spec.name: spec for spec in specs}
         changes = Changes.between(

@@ -28,7 +28,7 @@ from runner.supervision.supervisor import Supervisor
 from shared.config.load import Agent as AgentConfig
 from shared.config.load import WorkerSpec, parse_handler
 from shared.config.nodes import parse_node
-from shared.config.schema import RunnerOptions, RunnerSection
+from shared.config.schema import RunnerOptions, RunnerSection, SupervisionSection
 from tests.chaos.load import ECHO, Response, all_ready, ask_once, http_load, node_load, report
 from tests.cluster import ACCEPTS_QUERIES, Cluster, agent, alive, cluster, until
 
@@ -550,9 +550,9 @@ class Agent:
     )
     router, fork_server = Router(tmp_path / "router.sock", RunnerSection()), ForkServer()
     fork_server.start()
-    supervisor = Supervisor(
-        [spec], RestartPolicy(max_restarts=2, retry_s=0.3), fork_server, router, 1.0
-    )
+    supervision = SupervisionSection(max_restarts=2, shutdown_timeout_ms=1000)
+    policy = RestartPolicy(supervision=supervision, retry_s=0.3)
+    supervisor = Supervisor([spec], policy, fork_server, router)
     router.open()
     try:
         async with anyio.create_task_group() as tasks:

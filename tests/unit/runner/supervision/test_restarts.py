@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.supervision.restarts import Failure, FailureKind, RestartHistory, RestartPolicy
+from shared.config.schema import SupervisionSection
 
 IMMEDIATE = (0.0, False)
 FAILED = (60.0, True)
+
+
+def policy_with(**limits: Any) -> RestartPolicy:
+    return RestartPolicy(supervision=SupervisionSection(**limits))
 
 
 class Life:
@@ -29,7 +35,7 @@ class Life:
 
 
 def test_first_restart_is_immediate_and_later_delays_double_up_to_five_seconds() -> None:
-    life = Life(RestartPolicy(max_restarts=100))
+    life = Life(policy_with(max_restarts=100))
     delays = [life.dies_after(0.01).delay_s for _ in range(10)]
     assert delays == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0])
 
@@ -48,12 +54,12 @@ def test_failed_worker_is_retried_with_its_full_number_of_restarts() -> None:
 
 
 def test_failure_clears_earlier_restarts_even_in_a_long_window() -> None:
-    life = Life(RestartPolicy(max_restarts=1, window_s=86_400))
+    life = Life(policy_with(max_restarts=1, restart_window_s=86_400))
     assert [life.dies_after(1).failed for _ in range(6)] == [False, True] * 3
 
 
 def test_restart_counts_only_within_its_window() -> None:
-    history = RestartHistory(RestartPolicy(max_restarts=2, window_s=60))
+    history = RestartHistory(policy_with(max_restarts=2, restart_window_s=60))
     assert not history.record_end(0, 1).failed
     assert not history.record_end(30, 1).failed
     assert not history.record_end(60, 1).failed
@@ -69,19 +75,19 @@ def test_delay_is_reset_after_one_second_of_uptime(up_s: float, delay_s: float) 
 
 
 def test_window_counts_restarts_after_the_delay_is_reset() -> None:
-    life = Life(RestartPolicy(max_restarts=2, window_s=3600))
+    life = Life(policy_with(max_restarts=2, restart_window_s=3600))
     assert life.dies_after(61) == IMMEDIATE
     assert life.dies_after(61) == IMMEDIATE
     assert life.dies_after(61).failed
 
 
 def test_worker_without_restarts_fails_at_every_death() -> None:
-    life = Life(RestartPolicy(max_restarts=0))
+    life = Life(policy_with(max_restarts=0))
     assert [life.dies_after(up_s) for up_s in (0.01, 100, 0.01)] == [FAILED] * 3
 
 
 def test_deaths_of_one_worker_do_not_count_for_another() -> None:
-    policy = RestartPolicy(max_restarts=1)
+    policy = policy_with(max_restarts=1)
     first, second = Life(policy), Life(policy)
     assert not first.dies_after(0).failed
     assert first.dies_after(0).failed
@@ -101,7 +107,7 @@ def test_thousandth_restart_waits_no_longer_than_the_maximum_delay() -> None:
 def test_no_window_has_more_restarts_than_its_intensity(
     max_restarts: int, window_s: float, lives: list[float]
 ) -> None:
-    life = Life(RestartPolicy(max_restarts=max_restarts, window_s=window_s))
+    life = Life(policy_with(max_restarts=max_restarts, restart_window_s=window_s))
     granted_s: list[float] = []
     for up_s in lives:
         died_s = life.now_s + up_s
