@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import inf
 
 import anyio
 from anyio.abc import TaskGroup
@@ -133,9 +134,7 @@ class Child:
         try:
             async with anyio.create_task_group() as tasks:
                 while not stopping.is_set():
-                    started_s = time.monotonic()
-                    failure = await self._run_until_failure(tasks)
-                    up_s = time.monotonic() - started_s
+                    failure, up_s = await self._run_until_failure(tasks)
                     if not stopping.is_set():
                         await self._wait_for_restart(failure, up_s)
                 tasks.cancel_scope.cancel()
@@ -148,14 +147,19 @@ class Child:
             self._router.refuse_held(self.spec.name)
             self._ended.set()
 
-    async def _run_until_failure(self, tasks: TaskGroup) -> Failure:
-        """Run a process and its planned successors until one ends unplanned. Return why."""
+    async def _run_until_failure(self, tasks: TaskGroup) -> tuple[Failure, float]:
+        """Run a process and its planned successors until one ends unplanned.
+
+        Returns:
+            Why it ended, and how long the worker was up: 0.0 if no process had loaded its handler.
+        """
         lineage = self._lineage
+        up_since_s = inf
         self._state = "starting"
         try:
             current = await lineage.fork(lineage.spec, standby=False)
         except StartError as exc:
-            return Failure("not_started", str(exc))
+            return Failure("not_started", str(exc)), 0.0
         self._state = "crashed"  # what operators see once no process is current
         while True:
             lineage.current = current
@@ -174,9 +178,10 @@ class Child:
                 liveness_timeout_s = self.spec.agent.supervision.liveness_timeout_ms / 1000
                 await current.watch_until_ended(START_TIMEOUT_S, liveness_timeout_s)
                 watching.cancel_scope.cancel()
+            up_since_s = min(up_since_s, current.up_since_s)
             failure = await lineage.reap(current)
             if current.successor is None:
-                return failure
+                return failure, max(0.0, time.monotonic() - up_since_s)
             current = current.successor
 
     async def _wait_for_restart(self, failure: Failure, up_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import inf
 from typing import Final
 
 import anyio
@@ -35,6 +36,7 @@ class Incarnation:
         recycle_reason: why it asks to be replaced; None if it does not.
         handover: its memory for the successor, once it has sent that.
         draining: whether the runner has asked it to finish and exit.
+        up_since_s: when it had loaded its handler, by the monotonic clock; infinite before that.
         successor: the process that takes its place when it ends. Without one its end is unplanned.
         changed: set, and replaced by a new event, when the state or `recycle_reason` changes.
         log: a logger that names this incarnation.
@@ -59,6 +61,7 @@ class Incarnation:
         self.handover: ipc.HandoverState | None = None
         self.successor: Incarnation | None = None
         self.started_s = time.monotonic()
+        self.up_since_s = inf
         self.changed = anyio.Event()
         self.over = anyio.Event()
         self.draining = False
@@ -73,6 +76,8 @@ class Incarnation:
                 self.counters = counters
                 # Most are heartbeats, which change nothing that anyone waits for.
                 if (state, reason) != (self.state, self.reason):
+                    if self.state == "starting" and state != "stopped":
+                        self.up_since_s = time.monotonic()
                     self.state = state
                     self.reason = reason
                     self._wake()

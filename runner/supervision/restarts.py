@@ -71,8 +71,8 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
         retry_s: the delay before a failed worker is restarted.
         first_delay_s, max_delay_s: the first restart is immediate. The next one waits for
             `first_delay_s`, and each later one twice as long, up to `max_delay_s`.
-        stable_s: after a process that was up for this time, the delays start over. Its end still
-            counts as a restart in the window.
+        stable_s: after the end of a worker that was up for this time, the delays start over. The
+            end still counts as a restart in the window.
     """
 
     supervision: SupervisionSection = SupervisionSection()
@@ -105,7 +105,7 @@ class RestartHistory:
 
         Args:
             now_s: the time of its end, on any monotonic clock.
-            up_s: how long it was up.
+            up_s: how long the worker was up before that; 0.0 if its handler was not loaded.
         """
         policy = self.policy
         window_s = policy.supervision.restart_window_s

@@ -81,7 +81,7 @@ class Router:
         self.heard_s = time.monotonic()
 
     def expect(self, launch: Launch, on_report: Any) -> None:
-        pass
+        self.on_report = on_report
 
     def drop(self, launch: Launch, reason: str) -> None:
         pass
