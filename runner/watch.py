@@ -151,17 +151,17 @@ class Watcher:
             # One task per handler: two at once could leave workers with the older code.
             if ref not in self._busy:
                 self._busy.add(ref)
-                tasks.start_soon(self._renew, ref)
+                tasks.start_soon(self._replace_workers, ref)
 
-    async def _renew(self, ref: HandlerRef) -> None:
+    async def _replace_workers(self, ref: HandlerRef) -> None:
         """Replace a handler's workers. Repeat that if the handler changed in the meantime."""
         try:
             while ref in self._due and not self._supervisor.stopping:
-                await self._renew_once(ref, self._due.pop(ref))
+                await self._replace_workers_once(ref, self._due.pop(ref))
         finally:
             self._busy.discard(ref)
 
-    async def _renew_once(
+    async def _replace_workers_once(
         self,
         ref: HandlerRef,
         file: Path,
@@ -181,20 +181,20 @@ class Watcher:
                 exc_info=exc,
             )
             return
-        failures = await self._supervisor.renew(ref, f"{file.name} has changed")
+        failures = await self._supervisor.replace_for_handler(ref, f"{file.name} has changed")
         if self._supervisor.stopping:
             return
         if self._supervisor.has_other_handler(ref, agents):
             # An agent's worker still has its old handler, because this one's code failed at an
             # earlier reload of the configuration. Now the code may work.
             self._reload()
-        renewed = [worker for worker, failure in failures.items() if failure is None]
-        if renewed:
+        replaced = [worker for worker, failure in failures.items() if failure is None]
+        if replaced:
             self._log.info(
                 "handler_reloaded",
                 file=str(file),
                 agents=agents,
-                workers=renewed,
+                workers=replaced,
             )
         failed = {worker: failure.reason for worker, failure in failures.items() if failure}
         if failed:

@@ -235,7 +235,7 @@ class Failed(msgspec.Struct, array_like=True, tag=5):
     reason: str
 
 
-class RecycleRequest(msgspec.Struct, array_like=True, tag=6):
+class ReplaceRequest(msgspec.Struct, array_like=True, tag=6):
     """The worker has reached a limit of its agent, named in `reason`, and asks for a successor."""
 
     reason: str
@@ -252,7 +252,7 @@ class HandoverState(msgspec.Struct, array_like=True, tag=7):
     memory: bytes | None
 
 
-Report = Status | Failed | RecycleRequest | HandoverState
+Report = Status | Failed | ReplaceRequest | HandoverState
 """What a worker reports about itself. The router passes it on to the supervisor."""
 
 WorkerMessage = Hello | Replies | DrainRequest | Report

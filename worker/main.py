@@ -16,7 +16,7 @@ from shared.ipc import (
     Failed,
     HandoverState,
     Launch,
-    RecycleRequest,
+    ReplaceRequest,
     WorkerState,
     heartbeat_interval_s,
 )
@@ -315,7 +315,7 @@ class Worker:
             counters = self._link.counters()
             reason = self._limits.reached(counters)
             if reason is not None:
-                self._link.send(RecycleRequest(reason))
+                self._link.send(ReplaceRequest(reason))
 
     def _counters(self) -> Counters:
         counters = self._dispatcher.counters()

@@ -213,7 +213,9 @@ class Child:
 
     # --- replacements ---
 
-    async def reconfigure(self, spec: WorkerSpec, *, moves_memory: bool) -> Failure | None:
+    async def replace_for_configuration(
+        self, spec: WorkerSpec, *, moves_memory: bool
+    ) -> Failure | None:
         """Replace the process by one with another spec. Without a process, restart the worker now.
 
         Args:
@@ -231,12 +233,12 @@ class Child:
         )
         return await self._succession.replace(replacement)
 
-    async def renew(self, reason: str) -> Failure | None:
+    async def replace_for_handler(self, reason: str) -> Failure | None:
         """Replace the process because its handler changed. Without a process, start one now.
 
         Returns why the old process stays, which the caller logs; None if it was replaced.
         """
-        return await self._succession.renew(reason)
+        return await self._succession.replace_for_handler(reason)
 
     def outdate(self, handler: HandlerRef) -> None:
         """Give up a new process that is still loading this handler, because the handler changed."""

@@ -31,14 +31,14 @@ class Incarnation:
     """A running process.
 
     Attributes:
-        renewals: how often the handler had changed before this process was started.
+        handler_version: how often the handler had changed before this process was started.
         failure: why it cannot continue: as it reported, or why it was killed.
-        recycle_reason: why it asks to be replaced; None if it does not.
+        replacement_reason: why it asks to be replaced; None if it does not.
         handover: its memory for the successor, once it has sent that.
         draining: whether the runner has asked it to finish and exit.
         up_since_s: when it had loaded its handler, by the monotonic clock; infinite before that.
         successor: the process that takes its place when it ends. Without one its end is unplanned.
-        changed: set, and replaced by a new event, when the state or `recycle_reason` changes.
+        changed: set, and replaced by a new event, when the state or `replacement_reason` changes.
         log: a logger that names this incarnation.
         over: set when the process has ended and its last messages have arrived.
     """
@@ -48,16 +48,16 @@ class Incarnation:
         launch: Launch,
         process: WorkerProcess,
         router: Router,
-        renewals: int = 0,
+        handler_version: int = 0,
     ) -> None:
         self.launch = launch
         self.process = process
-        self.renewals = renewals
+        self.handler_version = handler_version
         self.counters = Counters()
         self.state: WorkerState = "starting"
         self.reason = ""
         self.failure: Failure | None = None
-        self.recycle_reason: str | None = None
+        self.replacement_reason: str | None = None
         self.handover: ipc.HandoverState | None = None
         self.successor: Incarnation | None = None
         self.started_s = time.monotonic()
@@ -83,8 +83,8 @@ class Incarnation:
                     self._wake()
             case ipc.Failed(reason):
                 self.failure = Failure("gave_up", reason)
-            case ipc.RecycleRequest(reason):
-                self.recycle_reason = reason
+            case ipc.ReplaceRequest(reason):
+                self.replacement_reason = reason
                 self._wake()
             case ipc.HandoverState():
                 self.handover = message

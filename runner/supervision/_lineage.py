@@ -45,7 +45,7 @@ class Lineage:
         spec: the spec of the next process.
         current: the process that has the worker's name; None while there is none.
         incarnation_count: how many processes were started.
-        renewals: how often the handler changed. A process that started before is stale.
+        handler_version: how often the handler changed. A process that started before is stale.
         record: what is recorded of the worker at its node.
         stopping: set when no process may be started any more.
         restart_now: set when a worker that waits for its restart should start at once.
@@ -60,7 +60,7 @@ class Lineage:
         self.spec = spec
         self.current: Incarnation | None = None
         self.incarnation_count = 0
-        self.renewals = 0
+        self.handler_version = 0
         self.record = _Record()
         self.stopping = anyio.Event()
         self.restart_now = anyio.Event()
@@ -107,7 +107,7 @@ class Lineage:
     ) -> bool:
         """Return whether a process was started with another spec, or with an older handler."""
         has_other_spec = incarnation.launch.spec != spec
-        return has_other_spec or incarnation.renewals != self.renewals
+        return has_other_spec or incarnation.handler_version != self.handler_version
 
     async def fork(
         self,
@@ -132,7 +132,7 @@ class Lineage:
         self._router.expect(launch, self.on_report)
         # Read before the fork: if the handler changes during it, the process may have loaded the
         # older code, and counts as stale.
-        renewals = self.renewals
+        handler_version = self.handler_version
         try:
             process = await self._fork_server.spawn(launch)
         except StartError as exc:
@@ -142,7 +142,7 @@ class Lineage:
             launch,
             process,
             self._router,
-            renewals,
+            handler_version,
         )
         self._incarnations[launch.incarnation] = incarnation
         incarnation.log.info("worker_started", pid=process.pid)

@@ -85,12 +85,12 @@ class Succession:
         self._starting: WorkerSpec | None = None
         self._one_at_a_time = anyio.Lock()
 
-    async def renew(self, reason: str) -> Failure | None:
+    async def replace_for_handler(self, reason: str) -> Failure | None:
         """Replace the process because its handler changed. Without a process, start one now.
 
         Returns why the old process stays, which the caller logs; None if it was replaced.
         """
-        self._lineage.renewals += 1
+        self._lineage.handler_version += 1
         self._lineage.restart_now.set()
         try:
             return await self._replace(Replacement("handler", reason, only_if_stale=True))
@@ -262,17 +262,17 @@ class Succession:
     async def replace_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:
         """Replace a process whenever it asks for that, until cancelled."""
         while True:
-            while (reason := incarnation.recycle_reason) is None:
+            while (reason := incarnation.replacement_reason) is None:
                 await incarnation.changed.wait()
-            incarnation.recycle_reason = None
+            incarnation.replacement_reason = None
             # In the child's task group, because this task is cancelled when the incarnation ends,
             # and that is in the middle of the replacement.
-            recycling = Replacement(
+            replacement = Replacement(
                 "limit",
                 reason,
                 instead_of=incarnation,
             )
-            tasks.start_soon(self.replace, recycling)
+            tasks.start_soon(self.replace, replacement)
 
 
 async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:

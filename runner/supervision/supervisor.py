@@ -148,7 +148,7 @@ class Supervisor:
         async with anyio.create_task_group() as tasks:
             for name in changes.replaced:
                 replace = partial(
-                    self._children[name].reconfigure,
+                    self._children[name].replace_for_configuration,
                     after[name],
                     moves_memory=name in moving,
                 )
@@ -180,7 +180,7 @@ class Supervisor:
             failed=tuple(sorted(failures.keys() - replaced)),
         )
 
-    async def renew(
+    async def replace_for_handler(
         self,
         handler: HandlerRef,
         reason: str,
@@ -195,11 +195,11 @@ class Supervisor:
             for name, child in self._children.items():
                 if child.spec.agent.handler != handler:
                     continue
-                renew = partial(child.renew, reason)
+                replace = partial(child.replace_for_handler, reason)
                 tasks.start_soon(
                     _replace_in_slot,
                     name,
-                    renew,
+                    replace,
                     slots,
                     failures,
                 )

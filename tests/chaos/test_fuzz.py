@@ -271,7 +271,7 @@ messages = st.one_of(
         [
             ipc.DrainRequest(),
             ipc.Failed("x"),
-            ipc.RecycleRequest("x"),
+            ipc.ReplaceRequest("x"),
             ipc.HandoverState(b"x"),
             ipc.Status("stopped", "", Counters()),
         ]

@@ -82,11 +82,11 @@ def old(body, memory):
             )
             (tmp_path / "go").touch()
 
-        async def renewed() -> bool:
+        async def changed() -> bool:
             answer = await running.ask("x")
             return answer.status_code == 200 and answer.json()["results"] == "new"
 
-        await until(renewed, "the new handler answers")
+        await until(changed, "the new handler answers")
         again = await reload(running)
         assert "unchanged: 1" in again.stdout
         assert await running.results("x") == "new"

@@ -231,7 +231,7 @@ async def test_reload_names_settings_that_need_a_restart(tmp_path: Path, node: N
 
 
 @pytest.mark.parametrize("memory", ["ram", "disk"])
-async def test_worker_that_reaches_its_limit_is_recycled_without_losing_a_query(
+async def test_worker_that_reaches_its_limit_is_replaced_without_losing_a_query(
     memory: str, tmp_path: Path, node: Node
 ) -> None:
     async with cluster(

@@ -34,7 +34,7 @@ class FakeRunner:
     stopping = False
 
     def __init__(self) -> None:
-        self.renewed: list[HandlerRef] = []
+        self.replaced: list[HandlerRef] = []
         self.probed: list[str] = []
         self.reloads = 0
 
@@ -55,8 +55,8 @@ class FakeRunner:
     def outdate(self, ref: HandlerRef) -> None:
         pass
 
-    async def renew(self, ref: HandlerRef, text: str) -> dict[str, Failure | None]:
-        self.renewed.append(ref)
+    async def replace_for_handler(self, ref: HandlerRef, reason: str) -> dict[str, Failure | None]:
+        self.replaced.append(ref)
         return {"a_server": None}
 
 
@@ -119,7 +119,9 @@ async def watching(
         tasks.cancel_scope.cancel()
 
 
-async def test_change_in_a_folder_renews_the_handlers_in_and_above_it(tmp_path: Path) -> None:
+async def test_change_in_a_folder_replaces_the_workers_of_handlers_in_and_above_it(
+    tmp_path: Path,
+) -> None:
     one, two, other = (
         handler_in(tmp_path / name) for name in ("a/one.py", "a/two.py", "b/other.py")
     )
@@ -128,15 +130,15 @@ async def test_change_in_a_folder_renews_the_handlers_in_and_above_it(tmp_path: 
     async with watching(tmp_path, runner, one, two, other):
         await until(lambda: kernel_watches(tmp_path / "a" / "deep"), "it is watched")
         (tmp_path / "a" / "deep" / "module.py").write_text("")
-        await until(lambda: len(runner.renewed) == 2, "both are renewed")
+        await until(lambda: len(runner.replaced) == 2, "both are replaced")
         (tmp_path / "b" / "module.py").write_text("")
-        await until(lambda: len(runner.renewed) == 3, "the other is renewed")
-    assert set(runner.renewed[:2]) == {one, two}
-    assert runner.renewed[2] == other
+        await until(lambda: len(runner.replaced) == 3, "the other is replaced")
+    assert set(runner.replaced[:2]) == {one, two}
+    assert runner.replaced[2] == other
     assert runner.reloads == 0
 
 
-async def test_file_that_is_not_python_renews_nothing(tmp_path: Path) -> None:
+async def test_file_that_is_not_python_replaces_nothing(tmp_path: Path) -> None:
     ref = handler_in(tmp_path / "a.py")
     runner = FakeRunner()
     async with watching(tmp_path, runner, ref):
@@ -145,7 +147,7 @@ async def test_file_that_is_not_python_renews_nothing(tmp_path: Path) -> None:
             (tmp_path / name).write_text("")
         (tmp_path / "em-runner.toml").write_text("")
         await until(lambda: runner.reloads, "the configuration is reloaded")
-    assert runner.renewed == []
+    assert runner.replaced == []
 
 
 async def test_configuration_and_folder_behind_links_are_watched(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ async def test_configuration_and_folder_behind_links_are_watched(tmp_path: Path)
         await until(lambda: kernel_watches(real), "it is watched")
         (real / "a.py").write_text("# new")
         (tmp_path / "target.toml").write_text("")
-        await until(lambda: runner.renewed and runner.reloads, "both changes are noticed")
+        await until(lambda: runner.replaced and runner.reloads, "both changes are noticed")
 
 
 async def test_folders_of_a_new_configuration_are_watched_instead(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ async def test_folders_of_a_new_configuration_are_watched_instead(tmp_path: Path
         await until(lambda: kernel_watches(tmp_path / "b"), "the new folder is watched")
         assert not kernel_watches(tmp_path / "a")
         (tmp_path / "b" / "b.py").write_text("# new")
-        await until(lambda: runner.renewed == [new], "it is renewed")
+        await until(lambda: runner.replaced == [new], "it is replaced")
 
 
 @pytest.mark.parametrize("refusal", [OSError(28, "No space left on device"), TOO_MANY])
@@ -195,13 +197,13 @@ async def test_files_are_polled_if_the_kernel_refuses_more_watches(
     with capture_logs() as lines:
         async with watching(tmp_path, runner, ref):
 
-            async def renewed() -> bool:
+            async def replaced() -> bool:
                 # Polling has no visible start, so the file is saved until that is noticed.
                 (tmp_path / "a.py").write_text("# new")
                 await anyio.sleep(0.5)
-                return bool(runner.renewed)
+                return bool(runner.replaced)
 
-            await until(renewed, "it is renewed")
+            await until(replaced, "it is replaced")
     (error,) = (line for line in lines if line["log_level"] == "error")
     assert error["event"] == "watching_without_kernel"
     assert str(refusal) == error["error"]
@@ -225,7 +227,7 @@ async def test_hanging_import_is_reported_and_killed_by_the_next_save(
             )
             assert not runner.killed.is_set(), "the import may still finish"
             (tmp_path / "a.py").write_text("# fixed")
-            await until(lambda: runner.renewed, "it is renewed")
+            await until(lambda: runner.replaced, "it is replaced")
     assert runner.probed == ["# hangs", "# fixed"]
     (report,) = (line for line in lines if line["event"] == "handler_importing")
     assert report["handler"] == str(ref)

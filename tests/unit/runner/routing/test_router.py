@@ -33,7 +33,7 @@ from shared.ipc import (
     Launch,
     Outcome,
     Queries,
-    RecycleRequest,
+    ReplaceRequest,
     Replies,
     Status,
 )
@@ -204,7 +204,7 @@ class Setup:
     async def until_read(self, worker: FakeWorker) -> None:
         """Wait until the router has read everything that a worker has sent."""
         # The router reads a worker's messages in their order, so it reads this one last.
-        worker.send(RecycleRequest("last message"))
+        worker.send(ReplaceRequest("last message"))
         await until(lambda: "last message" in [reason for _, reason in self.reports.reasons])
 
 

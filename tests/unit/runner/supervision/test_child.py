@@ -60,7 +60,7 @@ async def test_successor_that_exits_with_its_worker_is_released() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(child.run)
             await anyio.wait_all_tasks_blocked()
-            tasks.start_soon(child.renew, "its handler changed")
+            tasks.start_soon(child.replace_for_handler, "its handler changed")
             await anyio.wait_all_tasks_blocked()
             first, second = server.forked
             for process in server.forked:

@@ -79,8 +79,8 @@ async def test_internal_error_of_a_replacement_reaches_no_caller() -> None:
 
     worker.server.spawn = break_down
     by_reload = await worker.succession.replace(Replacement("configuration", "", ELSEWHERE))
-    worker.lineage.renewals += 1  # so that the process is stale
-    by_watcher = await worker.succession.renew("its handler changed")
+    worker.lineage.handler_version += 1  # so that the process is stale
+    by_watcher = await worker.succession.replace_for_handler("its handler changed")
     assert by_reload is not None
     assert by_watcher is not None
     assert by_reload.kind == by_watcher.kind == "unknown"
