@@ -23,7 +23,7 @@ from benchmarks.load_node import LoadNode
 from benchmarks.raw_http import ask
 from benchmarks.systems import em_runner, wait_for
 from benchmarks.ws import workload_for
-from runner.routing._queries import Queries
+from runner.routing._queries import PendingQueries
 from shared.config.schema import RunnerSection
 from shared.ipc import Outcome
 from worker.counts import NodeCounts
@@ -112,8 +112,8 @@ def runner_counting_us() -> float:
     return (times[0] - times[1]) / number * 1e6
 
 
-def _queries() -> Queries:
-    return Queries(
+def _queries() -> PendingQueries:
+    return PendingQueries(
         perf_counter,
         lambda peer: None,
         RunnerSection(),

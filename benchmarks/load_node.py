@@ -57,7 +57,7 @@ class Workload(NamedTuple):
     is_right: Callable[[Any], bool]
 
 
-class Peer:
+class AgentPeer:
     """One agent's connection."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -225,8 +225,8 @@ class LoadNode:
             socket.create_server(("127.0.0.1", 0), backlog=256) for _ in range(nodes)
         ]
         self._poll = select.epoll()
-        self._by_fd: dict[int, socket.socket | Peer] = {}
-        self.peers: list[Peer] = []
+        self._by_fd: dict[int, socket.socket | AgentPeer] = {}
+        self.peers: list[AgentPeer] = []
         for listener in self._listeners:
             listener.setblocking(False)
             self._by_fd[listener.fileno()] = listener
@@ -335,7 +335,7 @@ class LoadNode:
         for peer in self.peers:
             peer.flush()
 
-    def forget(self, peer: Peer) -> None:
+    def forget(self, peer: AgentPeer) -> None:
         """Close a connection and remove it."""
         self._poll.unregister(peer.sock.fileno())
         del self._by_fd[peer.sock.fileno()]
@@ -344,7 +344,7 @@ class LoadNode:
 
     def _accept(self, listener: socket.socket) -> None:
         sock, _ = listener.accept()
-        peer = Peer(sock)
+        peer = AgentPeer(sock)
         self.peers.append(peer)
         self._by_fd[sock.fileno()] = peer
         self._poll.register(sock.fileno(), select.EPOLLIN)

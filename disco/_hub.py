@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import anyio
 
 from disco._log import NodeLog
-from disco._queries import Queries
+from disco._queries import QueryFanOut
 from disco._rate import TokenBucket
 from disco._registry import Registry
 from disco._settings import NodeSettings
@@ -46,7 +46,7 @@ class Hub:
     def __init__(self, settings: NodeSettings, url: str) -> None:
         self.settings = settings
         self.registry = Registry()
-        self.queries = Queries(self.registry, settings.query_timeout_ms)
+        self.queries = QueryFanOut(self.registry, settings.query_timeout_ms)
         self.log = NodeLog(url)
         self.stopping = False
         self._query_rate = TokenBucket(settings.queries_per_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from disco._registry import Agent
+from disco._registry import RegisteredAgent
 from shared.logs.logger import LogThrottle, get_logger
 
 REFUSALS_PER_WINDOW = 20
@@ -46,7 +46,7 @@ class NodeLog:
             clock=clock,
         )
 
-    def registered(self, agent: Agent) -> None:
+    def registered(self, agent: RegisteredAgent) -> None:
         """Log that `agent` is registered."""
         self._write(
             self._changes,
@@ -56,7 +56,7 @@ class NodeLog:
             capabilities=list(agent.capabilities),
         )
 
-    def gone(self, agent: Agent, reason: str) -> None:
+    def gone(self, agent: RegisteredAgent, reason: str) -> None:
         """Log that `agent` is no longer registered."""
         self._write(
             self._changes,

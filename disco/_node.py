@@ -17,7 +17,7 @@ import anyio
 from disco import _embryos
 from disco._http import application
 from disco._hub import Hub
-from disco._registry import Peer, Registry
+from disco._registry import AgentConnection, Registry
 from disco._settings import NodeSettings
 from disco._socket import AgentSocket
 from shared.config.tokens import require_strong
@@ -113,7 +113,7 @@ class Node:
     async def wait_replaced(
         self,
         name: str,
-        former: Peer | None,
+        former: AgentConnection | None,
         timeout_s: float = _WAIT_TIMEOUT_S,
     ) -> None:
         """Wait until `name` is registered by another connection than `former`.
@@ -123,20 +123,22 @@ class Node:
 
         Args:
             name: the agent's name.
-            former: what `registry.peer(name)` returned before.
+            former: what `registry.connection(name)` returned before.
             timeout_s: the longest wait.
 
         Raises:
             TimeoutError: after `timeout_s`.
         """
-        await self._wait_until(lambda: self.registry.peer(name) not in (None, former), timeout_s)
+        await self._wait_until(
+            lambda: self.registry.connection(name) not in (None, former), timeout_s
+        )
 
     def drop(self, name: str) -> bool:
         """Cut an agent's socket without a close frame. Returns whether it was registered."""
-        peer = self.registry.peer(name)
-        if peer is None:
+        connection = self.registry.connection(name)
+        if connection is None:
             return False
-        peer.drop("the node dropped it on request")
+        connection.drop("the node dropped it on request")
         return True
 
     async def _wait_until(

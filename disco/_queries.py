@@ -10,40 +10,40 @@ import anyio
 import msgspec
 
 from disco import _embryos
-from disco._registry import Peer, Registry
+from disco._registry import AgentConnection, Registry
 from shared import frames
 
 
 class _PendingQuery:
     """One query that was sent, and the results so far."""
 
-    def __init__(self, recipients: Collection[Peer]) -> None:
+    def __init__(self, recipients: Collection[AgentConnection]) -> None:
         self._waiting = set(recipients)
         self.items: list[msgspec.Raw] = []
         self.complete = anyio.Event()
 
     def add_result(
         self,
-        peer: Peer,
+        connection: AgentConnection,
         data: msgspec.Raw,
     ) -> None:
         """Add the first result of a recipient.
 
-        Further results, and those of other peers, are dropped: an agent that has seen a query's id
-        must not answer twice, and an agent that guessed it must not answer at all.
+        Further results, and those of other agents, are dropped: an agent that has seen a query's
+        id must not answer twice, and an agent that guessed it must not answer at all.
         """
-        if peer in self._waiting:
+        if connection in self._waiting:
             self.items += _embryos.flatten(data)
-            self.forget(peer)
+            self.forget(connection)
 
-    def forget(self, peer: Peer) -> None:
-        """Stop waiting for `peer`."""
-        self._waiting.discard(peer)
+    def forget(self, connection: AgentConnection) -> None:
+        """Stop waiting for `connection`."""
+        self._waiting.discard(connection)
         if not self._waiting:
             self.complete.set()
 
 
-class Queries:
+class QueryFanOut:
     """Sends each query to its recipients, and collects their results.
 
     Args:
@@ -84,13 +84,13 @@ class Queries:
         # In Base64, as the ids of the reference node.
         query_id = base64.b64encode(os.urandom(16)).decode()
         frame = frames.encode(frames.Query(query_id, text))
-        # Before the first send: sending to a peer that does not read may drop it at once, and the
+        # Before the first send: sending to an agent that does not read may drop it at once, and the
         # query must then stop waiting for it.
         pending = self._pending[query_id] = _PendingQuery(recipients)
         timeout_s = (self._timeout_ms if timeout_ms is None else timeout_ms) / 1000
         try:
-            for peer in recipients:
-                peer.send(frame)
+            for connection in recipients:
+                connection.send(frame)
             with anyio.move_on_after(timeout_s):
                 await pending.complete.wait()
         finally:
@@ -100,16 +100,16 @@ class Queries:
 
     def add_result(
         self,
-        peer: Peer,
+        connection: AgentConnection,
         query_id: str,
         data: msgspec.Raw,
     ) -> None:
         """Take a result. A late one, or one for an unknown query, is dropped silently."""
         pending = self._pending.get(query_id)
         if pending is not None:
-            pending.add_result(peer, data)
+            pending.add_result(connection, data)
 
-    def forget(self, peer: Peer) -> None:
-        """Stop waiting for a peer that has disconnected."""
+    def forget(self, connection: AgentConnection) -> None:
+        """Stop waiting for an agent that has disconnected."""
         for pending in self._pending.values():
-            pending.forget(peer)
+            pending.forget(connection)

@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 
-class Peer(Protocol):
+class AgentConnection(Protocol):
     """One agent's connection, as the registry and the queries use it."""
 
     def send(self, frame: bytes) -> None:
@@ -20,7 +20,7 @@ class Peer(Protocol):
         """Cut the connection without a close frame; `reason` is for the log."""
 
 
-class Agent(msgspec.Struct, frozen=True):
+class RegisteredAgent(msgspec.Struct, frozen=True):
     """What the registry lists of a registered agent. `connected_at` is in Unix seconds."""
 
     name: str
@@ -37,9 +37,9 @@ class Registry:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._agents: dict[str, Agent] = {}
-        self._peers: dict[str, Peer] = {}
-        self._names: dict[Peer, str] = {}
+        self._agents: dict[str, RegisteredAgent] = {}
+        self._connections: dict[str, AgentConnection] = {}
+        self._names: dict[AgentConnection, str] = {}
         self._subscribers: set[Callable[[], object]] = set()
         self._listing: bytes | None = None
 
@@ -51,63 +51,63 @@ class Registry:
         """Return the number of registered agents."""
         return len(self._agents)
 
-    def agents(self) -> list[Agent]:
+    def agents(self) -> list[RegisteredAgent]:
         """Return the registered agents."""
         return list(self._agents.values())
 
-    def peer(self, name: str) -> Peer | None:
+    def connection(self, name: str) -> AgentConnection | None:
         """Return the connection of the agent that is registered as `name`."""
-        return self._peers.get(name)
+        return self._connections.get(name)
 
-    def name_of(self, peer: Peer) -> str | None:
-        """Return the name under which `peer` is registered."""
-        return self._names.get(peer)
+    def name_of(self, connection: AgentConnection) -> str | None:
+        """Return the name under which `connection` is registered."""
+        return self._names.get(connection)
 
     def claim(
         self,
-        peer: Peer,
+        connection: AgentConnection,
         name: str,
         capabilities: tuple[str, ...],
-    ) -> Agent | None:
-        """Register `peer` as `name`. Returns None if another peer has the name.
+    ) -> RegisteredAgent | None:
+        """Register `connection` as `name`. Returns None if another connection has the name.
 
-        If `peer` is already registered as `name`, only its capabilities change.
+        If `connection` is already registered as `name`, only its capabilities change.
         """
         # The first holder keeps the name. If the newcomer got it, anyone who knows an agent's name
         # could take its queries over.
-        holder = self._peers.get(name)
+        holder = self._connections.get(name)
         if holder is None:
             connected_at = int(self._clock())
-        elif holder is peer:
+        elif holder is connection:
             connected_at = self._agents[name].connected_at
         else:
             return None
-        agent = self._agents[name] = Agent(name, capabilities, connected_at)
-        self._peers[name] = peer
-        self._names[peer] = name
+        agent = self._agents[name] = RegisteredAgent(name, capabilities, connected_at)
+        self._connections[name] = connection
+        self._names[connection] = name
         self.changed()
         return agent
 
-    def release(self, peer: Peer) -> Agent | None:
-        """Free the name of `peer`. Returns the agent, or None if `peer` was not registered."""
-        # By peer and not by name: a peer that did not get its name must not free the holder's.
-        name = self._names.pop(peer, None)
+    def release(self, connection: AgentConnection) -> RegisteredAgent | None:
+        """Free the name of `connection`. Returns the agent, or None if it was not registered."""
+        # By connection and not by name: one that did not get its name must not free the holder's.
+        name = self._names.pop(connection, None)
         if name is None:
             return None
-        del self._peers[name]
+        del self._connections[name]
         agent = self._agents.pop(name)
         self.changed()
         return agent
 
-    def recipients(self, capabilities: Collection[str]) -> list[Peer]:
+    def recipients(self, capabilities: Collection[str]) -> list[AgentConnection]:
         """Return the agents that have one of `capabilities`, or all agents if none has."""
         wanted = set(capabilities)
         able = [
-            self._peers[name]
+            self._connections[name]
             for name, agent in self._agents.items()
             if wanted.intersection(agent.capabilities)
         ]
-        return able or list(self._peers.values())
+        return able or list(self._connections.values())
 
     def listing(self) -> bytes:
         """Return the JSON of GET /registry."""

@@ -7,8 +7,8 @@ from typing import Final, TypeGuard
 import msgspec
 
 from disco._registry import (
-    Agent,
-    Peer,
+    AgentConnection,
+    RegisteredAgent,
     Registry,
 )
 from shared import frames
@@ -57,7 +57,7 @@ class Registered(msgspec.Struct, frozen=True):
     """
 
     frame: bytes
-    agent: Agent
+    agent: RegisteredAgent
     is_new: bool
 
 
@@ -88,18 +88,18 @@ class AgentSession:
 
     Args:
         registry: the agents.
-        peer: the connection.
+        connection: the agent's connection.
         subject: the `sub` of the connection's token, None without authentication.
     """
 
     def __init__(
         self,
         registry: Registry,
-        peer: Peer,
+        connection: AgentConnection,
         subject: str | None,
     ) -> None:
         self._registry = registry
-        self._peer = peer
+        self._connection = connection
         self._subject = subject
         self._name: str | None = None
 
@@ -121,9 +121,9 @@ class AgentSession:
             return self._hello(frame.capabilities)
         return Send(_UNKNOWN_ACTION)
 
-    def end(self) -> Agent | None:
+    def end(self) -> RegisteredAgent | None:
         """Free the name. Returns the agent, or None if it was not registered."""
-        return self._registry.release(self._peer)
+        return self._registry.release(self._connection)
 
     def _register(self, name: object) -> Decision:
         if not _is_name(name):
@@ -133,7 +133,7 @@ class AgentSession:
         # that the socket has registered is binding in the same way.
         bound = self._subject
         if bound is None:
-            bound = self._registry.name_of(self._peer)
+            bound = self._registry.name_of(self._connection)
         if bound is not None and name != bound:
             return _refuse(name, "name_mismatch")
         # The name is not claimed yet. The registry lists an agent only with its capabilities,
@@ -147,8 +147,8 @@ class AgentSession:
         capabilities = _capabilities(offered)
         if capabilities is None:
             return _refuse(self._name, "invalid_capabilities")
-        is_new = self._registry.name_of(self._peer) is None
-        agent = self._registry.claim(self._peer, self._name, capabilities)
+        is_new = self._registry.name_of(self._connection) is None
+        agent = self._registry.claim(self._connection, self._name, capabilities)
         if agent is None:
             return _refuse(self._name, "name_taken")
         frame = frames.encode(

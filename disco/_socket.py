@@ -54,7 +54,7 @@ _SILENT.disabled = True
 
 
 class AgentSocket(asyncio.Protocol):
-    """The connection of one agent; a `disco._registry.Peer`.
+    """The connection of one agent; a `disco._registry.AgentConnection`.
 
     Args:
         hub: the node.

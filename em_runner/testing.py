@@ -43,7 +43,7 @@ from worker.node.client import NodeClient
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["AgentUnderTest", "ConfigError", "HandlerFailed", "HandlerFault", "RunAgent", "running"]
+__all__ = ["AgentUnderTest", "ConfigError", "HandlerFault", "QueryFailed", "RunAgent", "running"]
 
 _NAME: Final = "agent_under_test"
 _REF: Final = HandlerRef("the handler under test", None, "handle", Path())
@@ -59,7 +59,7 @@ _CLOSE_TIMEOUT_S: Final = 1.0
 """How long the agent may take to close its connection at the end."""
 
 
-class HandlerFailed(AssertionError):
+class QueryFailed(AssertionError):
     """The handler failed to answer a query, or exceeded its timeout. The message has the reason."""
 
 
@@ -93,7 +93,7 @@ class AgentUnderTest:
         The queries of several threads run one after the other.
 
         Raises:
-            HandlerFailed: if the handler fails, exceeds its timeout, or returns an invalid result.
+            QueryFailed: if the handler fails, exceeds its timeout, or returns an invalid result.
             ValueError: if the text cannot be encoded.
             RuntimeError: if the agent has ended.
         """
@@ -128,23 +128,23 @@ class AgentUnderTest:
             # The node returns an empty list for every failure. The dispatcher's answer has the
             # reason. Without it, a handler that fails would look like one that finds nothing.
             if self._answer is None:
-                raise HandlerFailed(
+                raise QueryFailed(
                     f"the query of {len(text)} characters was not answered; is it too large?"
                 )
             outcome, payload = self._answer
             if outcome is not Outcome.OK:
-                raise HandlerFailed(payload.decode("utf-8", "replace"))
+                raise QueryFailed(payload.decode("utf-8", "replace"))
             result = msgspec.json.decode(payload)
             problem = objection(result)
             if problem is not None:
-                raise HandlerFailed(problem)
+                raise QueryFailed(problem)
             if result and not embryos:
-                raise HandlerFailed("the answer did not reach the node; is it too large?")
+                raise QueryFailed("the answer did not reach the node; is it too large?")
             return embryos
 
     def _check_not_hung(self) -> None:
         if self._hang_reason is not None:
-            raise HandlerFailed(f"{self._hang_reason}; the runner would replace a worker for this")
+            raise QueryFailed(f"{self._hang_reason}; the runner would replace a worker for this")
 
     def _on_hung(self, reason: str) -> None:
         """Fail all further queries. A thread that hangs cannot be stopped in this process."""

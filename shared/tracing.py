@@ -70,7 +70,7 @@ class Tracing:
 
     def __init__(self, attributes: Attributes) -> None:
         self._log = get_logger()
-        self._throttle = LogThrottle("tracing_fault")
+        self._throttle = LogThrottle("span_failed")
         # Before the exporter is made, which logs what it cannot read in the environment.
         _redirect_library_logs(_LibraryLogs(self._log))
         is_sending = _sends(os.environ)
@@ -136,7 +136,7 @@ class Tracing:
         suppressed = self._throttle.admit(type(exc).__name__)
         if suppressed is not None:
             self._log.error(
-                "tracing_fault",
+                "span_failed",
                 exc_info=exc,
                 **suppressed,
             )
@@ -232,7 +232,7 @@ class _LibraryLogs(logging.Handler):
     def __init__(self, log: Logger) -> None:
         super().__init__(logging.WARNING)
         self._log = log
-        self._throttle = LogThrottle("tracing_trouble")
+        self._throttle = LogThrottle("tracing_failed")
 
     def emit(self, record: logging.LogRecord) -> None:
         suppressed = self._throttle.admit(record.name)
@@ -249,7 +249,7 @@ class _LibraryLogs(logging.Handler):
         )
         reason = " ".join(text.split())[:_MAX_REASON_CHARS]
         self._log.warning(
-            "tracing_trouble",
+            "tracing_failed",
             reason=reason,
             library=record.name,
             **suppressed,

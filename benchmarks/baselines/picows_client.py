@@ -15,7 +15,7 @@ from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 from benchmarks.baselines.frames import Result, decode, encode
 
 
-class Agent(WSListener):
+class EchoListener(WSListener):
     """Answers in the callback."""
 
     def on_ws_connected(self, transport: WSTransport) -> None:
@@ -33,7 +33,7 @@ class Agent(WSListener):
 
 async def main(node: str) -> None:
     """Answer one node's queries until it closes the connection."""
-    transport, _ = await ws_connect(Agent, f"ws://{node}/ws", max_frame_size=16 << 20)
+    transport, _ = await ws_connect(EchoListener, f"ws://{node}/ws", max_frame_size=16 << 20)
     await transport.wait_disconnected()
 
 

@@ -16,7 +16,7 @@ import msgspec
 from runner.state_dir import ReloadOutcome, StateDir, read_address
 from shared.config.schema import DEFAULT_HTTP
 from shared.errors import StartError, with_hint
-from shared.http.errors import ErrorCode, Failure
+from shared.http.errors import ErrorBody, ErrorCode
 from shared.logs.logger import printable_line
 
 EXAMPLE_URL: Final = f"http://{DEFAULT_HTTP}"
@@ -237,14 +237,14 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> ReloadOutcome:
         raise StartError(f"{runner} cannot be reached: {exc.strerror or exc}") from None
 
 
-def failure_of(base: str, answer: Answer) -> Failure:
+def error_of(base: str, answer: Answer) -> ErrorBody:
     """Return the error in an error response.
 
     Raises:
         StartError: if another server sent it, which shows in a missing or unknown `code`.
     """
     try:
-        return msgspec.convert(answer.body, Failure)
+        return msgspec.convert(answer.body, ErrorBody)
     except msgspec.ValidationError:
         raise _not_a_runner(base) from None
 
@@ -260,8 +260,8 @@ def describe_failure(base: str, answer: Answer) -> str:
     Raises:
         StartError: if another server sent it.
     """
-    failure = failure_of(base, answer)
+    error = error_of(base, answer)
     worker = f" ({answer.worker})" if answer.worker else ""
     # The other errors' texts contain their hint already.
-    hint = _HINTS.get(failure.code)
-    return with_hint(f"{answer.status}: {failure.error}{worker}", hint)
+    hint = _HINTS.get(error.code)
+    return with_hint(f"{answer.status}: {error.error}{worker}", hint)

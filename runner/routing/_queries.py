@@ -15,7 +15,7 @@ from shared.config.schema import RunnerSection
 from shared.ipc import Outcome, Trace
 
 
-class Queries:
+class PendingQueries:
     """Gives queries to workers, and answers each of them exactly once.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Final
 
 import zmq
 
-from runner.routing._queries import Queries
+from runner.routing._queries import PendingQueries
 from runner.routing.peers import OnReply, OnReport, Peer, Pending
 from shared import ipc
 from shared.config.schema import RunnerSection
@@ -50,7 +50,7 @@ class Router:
         traced: bool = False,
     ) -> None:
         self.endpoint = f"ipc://{socket_path}"
-        self._queries = Queries(
+        self._queries = PendingQueries(
             lambda: self._loop.time(),
             self._schedule_flush,
             limits,

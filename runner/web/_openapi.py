@@ -15,7 +15,7 @@ import msgspec
 from runner import version
 from runner.table import Ready, Table
 from runner.web.direct import MAX_BODY_BYTES, QueryBody
-from shared.http.errors import Failure
+from shared.http.errors import ErrorBody
 
 PATH: Final = "/openapi.json"
 
@@ -58,7 +58,7 @@ _REFUSED: Final = (401, 403)
 @cache
 def document(with_token: bool) -> bytes:
     """Return the document as JSON, for a runner with or without a token."""
-    structs = (QueryBody, Results, Failure, Health, Ready, Table)
+    structs = (QueryBody, Results, ErrorBody, Health, Ready, Table)
     _, components = msgspec.json.schema_components(
         structs, ref_template="#/components/schemas/{name}"
     )
@@ -186,7 +186,7 @@ def _failures(*statuses: int) -> dict[str, Any]:
     return {
         str(status): {
             "description": _DESCRIPTIONS.get(status, HTTPStatus(status).phrase),
-            "content": _json("Failure"),
+            "content": _json("ErrorBody"),
         }
         | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
         for status in statuses

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from starlette.responses import Response
 
-from shared.http.errors import ErrorCode, Failure
+from shared.http.errors import ErrorBody, ErrorCode
 
 CONTENT_TYPE: Final = b"content-type: application/json\r\n"
 _RETRY_AFTER: Final = ("retry-after", "1")
@@ -40,7 +40,7 @@ class Refusal(NamedTuple):
     @property
     def body(self) -> bytes:
         """The body, as JSON."""
-        return msgspec.json.encode(Failure(self.message, self.code))
+        return msgspec.json.encode(ErrorBody(self.message, self.code))
 
     @property
     def header_lines(self) -> bytes:

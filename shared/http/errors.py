@@ -49,10 +49,10 @@ class ErrorCode(StrEnum):
     TIMED_OUT = "timed_out", 504
 
 
-INTERNAL_ERROR_TEXT = "the server has an internal fault; its log has the reason"
+INTERNAL_ERROR_TEXT = "the server has an internal error; its log has the reason"
 
 
-class Failure(msgspec.Struct, frozen=True):
+class ErrorBody(msgspec.Struct, frozen=True):
     """The body of every error response."""
 
     error: Annotated[str, Meta(description="What is wrong and what to do, for people.")]

@@ -146,8 +146,8 @@ class NodeLoad:
 
     async def _ask(self, name: str, query: str) -> None:
         self.asked += 1
-        peer = self._node.registry.peer(name)
-        if peer is None:  # without an agent for a capability, the node asks all its agents
+        connection = self._node.registry.connection(name)
+        if connection is None:  # without an agent for a capability, the node asks all its agents
             self.refused["no agent registered"] += 1
             return
         sent_s = time.monotonic()
@@ -156,7 +156,7 @@ class NodeLoad:
         if not found:
             if received_s - sent_s >= QUERY_TIMEOUT_S:
                 self.lost += 1
-            elif self._node.registry.peer(name) is not peer:
+            elif self._node.registry.connection(name) is not connection:
                 self.refused["worker or connection ended"] += 1
             else:
                 self.wrong.append(f"{name} gave no result for {query}")

@@ -53,10 +53,12 @@ async def kill_and_wait(running: Cluster, node: Node, name: str, worker: str) ->
     The node and the runner learn of the new process independently, in either order.
     """
     pid = await running.worker_pid(worker)
-    before = node.registry.peer(name)
+    before = node.registry.connection(name)
     killed_s = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    await until(lambda: node.registry.peer(name) not in (None, before), f"{name} is registered")
+    await until(
+        lambda: node.registry.connection(name) not in (None, before), f"{name} is registered"
+    )
     registered_s = time.monotonic()
 
     async def is_up() -> bool:
@@ -248,12 +250,12 @@ async def test_fork_server_and_worker_killed_together_are_restarted(
             http_load(running, "/agents/calm/query", clients=8) as calm,
         ):
             for _ in range(3):
-                pid, before = await running.worker_pid("e_server"), node.registry.peer("e")
+                pid, before = await running.worker_pid("e_server"), node.registry.connection("e")
                 began_s = time.monotonic()
                 os.kill(fork_server_pid(running), signal.SIGKILL)
                 os.kill(pid, signal.SIGKILL)
                 await until(
-                    lambda before=before: node.registry.peer("e") not in (None, before),
+                    lambda before=before: node.registry.connection("e") not in (None, before),
                     "the worker is registered again",
                 )
                 report(

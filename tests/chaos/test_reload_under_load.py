@@ -46,7 +46,7 @@ async def test_fifty_reloads_lose_no_query_and_keep_unchanged_workers(
         (connected_at,) = (
             each.connected_at for each in node.registry.agents() if each.name == "kept"
         )
-        peer = node.registry.peer("kept")
+        connection = node.registry.connection("kept")
         async with (
             http_load(running, "/agents/kept/query", clients=8) as at_kept,
             http_load(running, "/agents/changed/query", clients=8) as at_changed,
@@ -69,7 +69,7 @@ async def test_fifty_reloads_lose_no_query_and_keep_unchanged_workers(
         assert by_node.answered == by_node.asked
         after = await running.row("kept_server")
         assert (after["pid"], after["reconnects"], after["restarts"]) == (before["pid"], 0, 0)
-        assert node.registry.peer("kept") is peer
+        assert node.registry.connection("kept") is connection
         agents = node.registry.agents()
         assert [each.connected_at for each in agents if each.name == "kept"] == [connected_at]
         assert len(running.events("worker_replaced")) == RELOADS // 2

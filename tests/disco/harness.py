@@ -19,8 +19,8 @@ LIMIT_S = 10.0
 """The time limit of a test."""
 
 
-class NullPeer:
-    """A peer that discards all frames, for tests without sockets."""
+class NullConnection:
+    """A connection that discards all frames, for tests without sockets."""
 
     def send(self, frame: bytes) -> None: ...
 

@@ -199,7 +199,7 @@ async def test_frames_of_one_loop_iteration_are_written_together(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with agent(node, "a") as fake, anyio.create_task_group() as tasks:
-        socket: Any = node.registry.peer("a")
+        socket: Any = node.registry.connection("a")
         writes: list[bytes] = []
         transport = CountingTransport(socket.transport, writes)
         monkeypatch.setattr(socket, "transport", transport)

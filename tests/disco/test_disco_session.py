@@ -21,11 +21,11 @@ from disco._session import (
     Result,
     Send,
 )
-from tests.disco.harness import NullPeer
+from tests.disco.harness import NullConnection
 
 
 def session(registry: Registry | None = None, subject: str | None = None) -> AgentSession:
-    return AgentSession(registry if registry is not None else Registry(), NullPeer(), subject)
+    return AgentSession(registry if registry is not None else Registry(), NullConnection(), subject)
 
 
 def send(session: AgentSession, **frame: Any) -> Decision:

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from em_runner.testing import HandlerFailed, HandlerFault, running
+from em_runner.testing import HandlerFault, QueryFailed, running
 from shared.errors import ConfigError
 from tests.cluster import ROOT
 
@@ -153,7 +153,7 @@ class Counter:
 def test_handler_of_any_kind_answers_and_remembers(handler: Any, first: int) -> None:
     with running(handler) as agent:
         assert agent.ask("x") == [{"type": "count", "properties": {"number": first}}]
-        with pytest.raises(HandlerFailed, match="ValueError: as requested"):
+        with pytest.raises(QueryFailed, match="ValueError: as requested"):
             agent.ask("fail")
         assert agent.ask("x") == [{"type": "count", "properties": {"number": first + 1}}]
         assert agent.memory == {"count": first + 1}
@@ -187,7 +187,7 @@ def test_query_that_exceeds_the_timeout_fails() -> None:
     async def waits(body: str, memory: dict[str, Any]) -> Any:
         await anyio.sleep(30)
 
-    with running(waits, timeout_s=0.1) as agent, pytest.raises(HandlerFailed, match=" 100 "):
+    with running(waits, timeout_s=0.1) as agent, pytest.raises(QueryFailed, match=" 100 "):
         agent.ask("x")
 
 

@@ -129,7 +129,7 @@ def handle(body, memory):
         await running.wait_ready()
         first = await running.results("x")
         assert alive(first)
-        connection = node.registry.peer("forks")
+        connection = node.registry.connection("forks")
         os.kill(await running.worker_pid("forks_server"), signal.SIGKILL)
         await until(lambda: not alive(first), "the child has exited, too")
         await node.wait_replaced("forks", connection)

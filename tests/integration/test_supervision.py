@@ -50,7 +50,7 @@ async def test_killed_worker_registers_again_while_its_neighbour_answers(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(query_the_neighbour, tasks.cancel_scope)
             await until(lambda: answered > 5, "the neighbour answers")
-            connection = other_node.registry.peer("count")
+            connection = other_node.registry.connection("count")
             os.kill(victim, signal.SIGKILL)
             await other_node.wait_replaced("count", connection)
             before = answered

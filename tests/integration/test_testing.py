@@ -18,7 +18,7 @@ from typing import Any
 import anyio
 import pytest
 
-from em_runner.testing import HandlerFailed, HandlerFault, RunAgent, running
+from em_runner.testing import HandlerFault, QueryFailed, RunAgent, running
 from tests.cluster import ROOT
 
 
@@ -38,7 +38,7 @@ def test_each_query_to_a_hanging_handler_fails(
     agent = run_agent(hang, timeout_s=0.2)
     for _ in range(3):
         began_s = time.monotonic()
-        with pytest.raises(HandlerFailed, match="took longer than 200 ms"):
+        with pytest.raises(QueryFailed, match="took longer than 200 ms"):
             agent.ask("x")
         assert time.monotonic() - began_s < 5
 
@@ -51,7 +51,7 @@ def test_too_large_answer_is_a_failure_and_the_next_query_works(
         return [{"type": "large", "properties": {"text": "x" * int(body)}}], memory
 
     agent = run_agent(large)
-    with pytest.raises(HandlerFailed, match=r"did not reach the node.*too large"):
+    with pytest.raises(QueryFailed, match=r"did not reach the node.*too large"):
         agent.ask("18000000")
     assert agent.ask("3") == [{"type": "large", "properties": {"text": "xxx"}}]
 
@@ -67,7 +67,7 @@ def test_each_thread_gets_the_answer_to_its_own_query(run_agent: RunAgent) -> No
         text = "fail" if number % 5 == 0 else str(number)
         try:
             return bool(agent.ask(text)[0]["properties"]["title"] == text)
-        except HandlerFailed:
+        except QueryFailed:
             return text == "fail"
 
     with ThreadPoolExecutor(4) as threads:
@@ -219,7 +219,7 @@ def test_result_that_nodes_drop_is_a_failure(
         return result, memory
 
     agent = run_agent(returns if kind == "async" else lambda body, memory: (result, memory))
-    with pytest.raises(HandlerFailed, match=error):
+    with pytest.raises(QueryFailed, match=error):
         agent.ask("x")
 
 
@@ -234,7 +234,7 @@ def test_query_that_cannot_be_sent_fails_and_the_next_one_is_answered(run_agent:
     with pytest.raises(ValueError, match="surrogates not allowed"):
         agent.ask("\ud800")
     with pytest.raises(
-        HandlerFailed, match="the query of 18000000 characters was not answered; is it too large"
+        QueryFailed, match="the query of 18000000 characters was not answered; is it too large"
     ):
         agent.ask("x" * 18_000_000)
     assert agent.ask("x")[0]["properties"] == {"title": "x"}

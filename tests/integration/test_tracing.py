@@ -336,15 +336,15 @@ async def test_unresponsive_collector_delays_neither_queries_nor_shutdown(
             if collector_is == "hanging":
                 await until(collector.asked.is_set, "the collector has a request")
             else:
-                await until(lambda: running.events("tracing_trouble"), "the failure is logged")
+                await until(lambda: running.events("tracing_failed"), "the failure is logged")
             began = time.monotonic()
             assert await running.stop() == 0
             took_s = time.monotonic() - began
             await running.wait_exited()
     assert took_s < 4, "at most two flushes of a second, and the shutdown"
-    trouble = running.events("tracing_trouble")
-    assert len(trouble) <= 2 * 3, "one line for each part of the library in each of two processes"
-    assert {line.get("worker") for line in trouble} <= {None, "a_server"}
+    lines = running.events("tracing_failed")
+    assert len(lines) <= 2 * 3, "one line for each part of the library in each of two processes"
+    assert {line.get("worker") for line in lines} <= {None, "a_server"}
     assert not running.events("worker_killed")
     assert not running.events("drain_timed_out")
     assert "Traceback" not in running.log
@@ -449,7 +449,7 @@ async def test_error_for_an_unreadable_header_does_not_contain_its_secret(
     ended = em_runner(tmp_path, "check", OTEL_EXPORTER_OTLP_HEADERS="s3cr3t")
     assert ended.returncode == 0
     (line,) = ended.stderr.splitlines()
-    assert json.loads(line)["event"] == "tracing_trouble"
+    assert json.loads(line)["event"] == "tracing_failed"
     assert "s3cr3t" not in ended.stderr + ended.stdout
 
 

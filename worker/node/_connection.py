@@ -195,8 +195,8 @@ class NodeConnection(asyncio.Protocol):
 
     def _fail(self, exc: Exception) -> None:
         _log.error("connection_fault", exc_info=exc)
-        reason = f"an internal fault of em-runner: {type(exc).__name__} (see the log)"
-        self._request_end(Loss(LossKind.INTERNAL_FAULT, reason))
+        reason = f"an internal error of em-runner: {type(exc).__name__} (see the log)"
+        self._request_end(Loss(LossKind.INTERNAL_ERROR, reason))
 
     # --- from the node ---
 

@@ -45,7 +45,7 @@ class LossKind(StrEnum):
     # The socket failed, for example because the node reset it.
     BROKEN = "broken"
     NO_PONG = "no_pong"
-    INTERNAL_FAULT = "internal_fault"
+    INTERNAL_ERROR = "internal_error"
     UNKNOWN = "unknown"
 
 

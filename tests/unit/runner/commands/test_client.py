@@ -14,8 +14,8 @@ from shared.http.errors import ErrorCode
 @pytest.mark.parametrize("code", ErrorCode)
 def test_error_response_with_a_code_is_the_runners_with_any_text(code: ErrorCode) -> None:
     answer = client.Answer(code.status, {"error": "reworded", "code": str(code)}, None)
-    failure = client.failure_of("http://127.0.0.1:1", answer)
-    assert (failure.code, failure.error) == (code, "reworded")
+    error = client.error_of("http://127.0.0.1:1", answer)
+    assert (error.code, error.error) == (code, "reworded")
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ def test_error_response_with_a_code_is_the_runners_with_any_text(code: ErrorCode
 )
 def test_error_response_without_a_known_code_is_from_another_server(body: Any) -> None:
     with pytest.raises(StartError):
-        client.failure_of("http://127.0.0.1:1", client.Answer(404, body, None))
+        client.error_of("http://127.0.0.1:1", client.Answer(404, body, None))

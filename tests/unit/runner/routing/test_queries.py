@@ -1,4 +1,4 @@
-"""`Queries` with a fake clock and without a socket: where queries wait, and how they end."""
+"""`PendingQueries` with a fake clock and without a socket: where queries wait, and how they end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner.routing._queries import Queries
+from runner.routing._queries import PendingQueries
 from runner.routing.peers import Peer, Reply
 from shared.config.handlers import HandlerRef
 from shared.config.load import Agent, WorkerSpec
@@ -19,7 +19,7 @@ TIMEOUT_MS = 10_000
 
 
 class Setup:
-    """A `Queries` with a fake clock.
+    """A `PendingQueries` with a fake clock.
 
     Attributes:
         now_s: the clock's time.
@@ -31,7 +31,7 @@ class Setup:
         self.now_s = 100.0
         self.work: list[Peer] = []
         self.replies: list[Reply] = []
-        self.queries = Queries(
+        self.queries = PendingQueries(
             lambda: self.now_s,
             self.work.append,
             RunnerSection(query_timeout_ms=TIMEOUT_MS, max_in_flight=max_in_flight),

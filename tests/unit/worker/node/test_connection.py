@@ -13,7 +13,7 @@ from websockets.frames import Frame, Opcode
 from shared.config.nodes import parse_node
 from shared.config.schema import ConnectionSection
 from shared.ipc import Outcome
-from tests.unit.worker.node.test_session import READY, Peer
+from tests.unit.worker.node.test_session import READY, NodePeer
 from worker.counts import NodeCounts
 from worker.dispatching.jobs import Job
 from worker.node._connection import MAX_PENDING, MAX_PENDING_BYTES, NodeConnection
@@ -83,7 +83,7 @@ class FakeNode:
             lambda state: None,
             lambda ignored: None,  # type: ignore[arg-type]
         )
-        peer = Peer(session)
+        peer = NodePeer(session)
         self.connection.connection_made(self.transport)
         self.send(peer.upgrade, *(json.dumps(each).encode() for each in READY))
 

@@ -31,7 +31,7 @@ def session(token: str | None = "tok", capabilities: tuple[str, ...] = ("a", "b"
     return Session(parse_node("localhost:8080"), "echo", capabilities, token, MAX_BYTES)
 
 
-class Peer:
+class NodePeer:
     """A node's end of one session, on top of the server protocol of `websockets`."""
 
     def __init__(self, client: Session) -> None:
@@ -69,13 +69,13 @@ def text_frame(message: Any) -> bytes:
     return Frame(Opcode.TEXT, data).serialize(mask=False)
 
 
-def upgraded(client: Session | None = None) -> Peer:
-    peer = Peer(client or session())
+def upgraded(client: Session | None = None) -> NodePeer:
+    peer = NodePeer(client or session())
     assert peer.client.receive(peer.upgrade) == []
     return peer
 
 
-def ready(client: Session | None = None) -> Peer:
+def ready(client: Session | None = None) -> NodePeer:
     peer = upgraded(client)
     peer.send(*READY)
     peer.frames_received()
@@ -88,7 +88,7 @@ def loss_of(client: Session) -> Loss:
     return client.loss
 
 
-def close_code(peer: Peer) -> int:
+def close_code(peer: NodePeer) -> int:
     """Return the code of the one close frame that the client has written."""
     (close,) = [frame for frame in peer.frames_received() if frame.opcode is Opcode.CLOSE]
     return int.from_bytes(close.data[:2], "big")
@@ -136,7 +136,7 @@ def test_token_quoted_by_a_node_is_redacted(length: int) -> None:
 
 
 def test_both_handshake_frames_are_sent_without_waiting_for_an_answer() -> None:
-    peer = Peer(session())
+    peer = NodePeer(session())
     assert peer.client.state == "connecting"
     peer.client.receive(peer.upgrade)
     assert peer.client.state == "registering"
@@ -340,7 +340,7 @@ def test_connection_lost_during_the_upgrade_ends_the_session(data: bytes, kind: 
 
 
 def test_upgrade_with_a_wrong_accept_key_is_refused() -> None:
-    peer = Peer(session())
+    peer = NodePeer(session())
     accept = next(
         line for line in peer.upgrade.split(b"\r\n") if line.startswith(b"Sec-WebSocket-Accept")
     )
@@ -567,7 +567,7 @@ def test_session_waits_for_the_pong_to_its_ping() -> None:
     assert peer.client.ponged
 
 
-def closed_by_the_node() -> Peer:
+def closed_by_the_node() -> NodePeer:
     peer = ready()
     peer.protocol.send_close(CloseCode.GOING_AWAY, "restarting\n")
     peer.client.receive(peer.output())
@@ -769,7 +769,7 @@ class Observed(NamedTuple):
     pongs: list[bytes]
 
 
-def run(client: Session, peer: Peer, pieces: list[bytes]) -> Observed:
+def run(client: Session, peer: NodePeer, pieces: list[bytes]) -> Observed:
     queries: list[tuple[bytes, str]] = []
     received: list[Frame] = []
     for piece in pieces:
@@ -798,7 +798,7 @@ def test_frames_split_at_any_byte_have_the_same_effect(
     sent: list[Message], cuts: list[int]
 ) -> None:
     frames = [frame.serialize(mask=False) for message in sent for frame in message.frames]
-    whole, cut = Peer(session()), Peer(session())
+    whole, cut = NodePeer(session()), NodePeer(session())
     registered = b"".join(text_frame(message) for message in READY)
     whole_frames = run(whole.client, whole, [whole.upgrade, registered, *frames])
     split_frames = run(
