@@ -23,6 +23,9 @@ _BATCH_BYTES: Final = 1 << 20
 ZeroMQ delivers only whole messages, so the first reply in a larger one would wait for the last.
 """
 
+_ERROR_INTERVAL_S: Final = 1.0
+"""The shortest time between two statuses that report an error."""
+
 _LINGER_MS: Final = 1000
 """How long `close` waits for the runner to read the last messages."""
 
@@ -55,6 +58,8 @@ class Link:
         self._state: WorkerState = "starting"
         self._reason = ""
         self._last_status = b""
+        self._error_timer: asyncio.TimerHandle | None = None
+        self._error_due_s = 0.0
 
     def open(self) -> None:
         """Connect and introduce this worker. Call it on the running event loop."""
@@ -77,6 +82,8 @@ class Link:
     def close(self) -> None:
         """Send what is left, and close the socket. Wait for the runner for a second at most."""
         self.send_answers()
+        if self._error_timer is not None:
+            self._error_timer.cancel()
         self._loop.remove_reader(self._fd)
         self._socket.close()
         self._context.term()
@@ -127,6 +134,23 @@ class Link:
         self._last_status = status
         self._send_encoded(status)
         return changed
+
+    def report_error(self) -> None:
+        """Send the status, which has the handler's last error, before the next heartbeat.
+
+        If this process is killed soon after the error, the runner knows the error.
+        """
+        # A handler may fail ten thousand times per second. The first failure is sent in the loop's
+        # next turn, with its answer. One status after the interval is enough for the next ones,
+        # because it has the last error of all.
+        if self._error_timer is None:
+            due_s = max(self._error_due_s, self._loop.time())
+            self._error_due_s = due_s + _ERROR_INTERVAL_S
+            self._error_timer = self._loop.call_at(due_s, self._send_error)
+
+    def _send_error(self) -> None:
+        self._error_timer = None
+        self.send_status()
 
     def send(self, message: ipc.WorkerMessage) -> None:
         """Send a message now. Replies that wait for the loop's next turn are sent after it."""

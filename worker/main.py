@@ -149,6 +149,7 @@ class Worker:
             concurrency=agent.concurrency,
             timeout_s=self._handler_timeout_s,
             on_hung=self._on_hung,
+            on_error=self._link.report_error,
             observer=self._tracing,
         )
         self._dispatcher = create_dispatcher(handler, self._memory, options)

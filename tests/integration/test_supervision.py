@@ -305,6 +305,29 @@ async def test_sigterm_to_a_worker_drains_and_restarts_it(tmp_path: Path, node: 
         assert row["pid"] != pid
 
 
+async def test_last_error_of_a_handler_outlives_its_killed_worker(
+    tmp_path: Path, node: Node
+) -> None:
+    handlers = """
+import os, signal
+def handle(body, memory):
+    if body == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("out of stock")
+"""
+    async with cluster(tmp_path, agent("a", [node.url]), handlers=handlers) as running:
+        await running.wait_ready()
+        assert (await running.ask("fail")).status_code == 500
+        assert (await running.ask("die")).status_code == 503
+
+        async def errors() -> dict[str, str] | None:
+            last_errors = (await running.row("a_server"))["last_errors"]
+            found = {each["source"]: each["error"] for each in last_errors}
+            return found if "process" in found else None
+
+        assert "out of stock" in (await until(errors, "the end is recorded"))["handler"]
+
+
 @pytest.mark.message_text
 async def test_crash_loop_fails_only_its_own_worker(tmp_path: Path, node: Node) -> None:
     handlers = """

@@ -112,12 +112,14 @@ class DispatcherOptions(NamedTuple):
         concurrency: how many queries run at once. More than one only without memory.
         timeout_s: how long one query may take. None sets no limit.
         on_hung: called with the reason when a handler cannot be stopped in this process.
+        on_error: called on the event loop after each failure or timeout of the handler.
         observer: sees each job. Without one, no calls are made for it.
     """
 
     concurrency: int = 1
     timeout_s: float | None = None
     on_hung: Callable[[str], None] = lambda reason: None
+    on_error: Callable[[], None] = lambda: None
     observer: Observer | None = None
 
 
@@ -147,6 +149,7 @@ class Dispatcher(ABC):
         self._concurrency = options.concurrency
         self._timeout_s = options.timeout_s
         self._on_hung = options.on_hung
+        self._on_error = options.on_error
         self._observer = options.observer
         self._errors = 0
         self._last_error: LastError | None = None
@@ -305,6 +308,7 @@ class Dispatcher(ABC):
         if answer[0] is Outcome.HANDLER_FAILED or answer[0] is Outcome.TIMED_OUT:
             self._errors += 1
             self._last_error = LastError.now(answer[1].decode("utf-8", "replace"))
+            self._on_error()
         if self._observer is not None:
             self._observer.settled(job, answer)
         job.source.answer(job, answer)
