@@ -132,7 +132,7 @@ async def picture(
     """
     page = await (await browser.new_context(**screen)).new_page()
     await page.goto(str(running.http.base_url))
-    await expect(page.locator("#link")).to_have_attribute("data-link", "live")
+    await expect(page.locator("#connection")).to_have_attribute("data-connection", "live")
     await ask(page)
     if open_error is not None:
         await page.locator(f"[data-worker={open_error}] [data-cell=brief]").click()

@@ -74,7 +74,7 @@ class Dashboard:
         page.on("pageerror", lambda error: self.console.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
         self.summary = page.locator("#summary")
-        self.link = page.locator("#link")
+        self.connection = page.locator("#connection")
         self.announced = page.locator("#announcements")
         self.query = page.get_by_label("Query", exact=True)
         self.target = page.get_by_label("To", exact=True)
@@ -88,7 +88,7 @@ class Dashboard:
 
     async def expect_link(self, state: str) -> None:
         """Wait until the page shows this state of its connection to the runner."""
-        await expect(self.link).to_have_attribute("data-link", state)
+        await expect(self.connection).to_have_attribute("data-connection", state)
 
     async def send(self, query: str) -> None:
         await self.query.fill(query)
@@ -153,7 +153,7 @@ async def test_killed_worker_is_shown_as_restarted_then_as_failed(
 
         await kill(running, "b_server")
         await expect(seen.cell("b_server", "state")).to_have_text("failed")
-        await expect(seen.cell("b_server", "detail")).to_contain_text("SIGKILL")
+        await expect(seen.cell("b_server", "reason")).to_contain_text("SIGKILL")
         await expect(seen.summary).to_have_text(counted(1, 2))
         await expect(seen.announced).to_contain_text("b_server: failed")
         assert seen.console == []
@@ -222,8 +222,8 @@ async def test_texts_about_a_failed_worker(tmp_path: Path, chromium: Browser, no
         await running.ask("fail", agent="a")
         await expect(seen.cell("a_server", "brief")).to_contain_text("s ago: ValueError: <img")
         await kill(running, "b_server")
-        detail = seen.cell("b_server", "detail")
-        await expect(detail).to_contain_text("; it is tried again within a minute")
+        reason = seen.cell("b_server", "reason")
+        await expect(reason).to_contain_text("; it is tried again within a minute")
         await expect(seen.cell("b_server", "last_error")).to_contain_text("killed by SIGKILL")
         await expect(seen.summary).to_have_text("1 of 2 workers ready")
 
@@ -381,7 +381,7 @@ async def test_suspended_runner_is_shown_as_gone_until_it_continues(
             await expect(seen.summary).not_to_have_text(counted(1, 1))
             await seen.page.set_viewport_size({"width": 600, "height": 200})
             await seen.page.evaluate("scrollTo(0, document.body.scrollHeight)")
-            await expect(seen.link).to_be_in_viewport()
+            await expect(seen.connection).to_be_in_viewport()
         finally:
             running.process.send_signal(signal.SIGCONT)
         await seen.expect_link("live")
@@ -420,7 +420,7 @@ async def test_page_says_since_when_the_runner_is_gone(
     async with one_agent(tmp_path, chromium, node) as (running, seen):
         await running.stop()
         since = re.compile(r"The runner is unreachable since \S*20\d\d, \d+:")
-        await expect(seen.link).to_contain_text(since)
+        await expect(seen.connection).to_contain_text(since)
         await expect(seen.summary).to_have_text("current state unknown")
 
 
@@ -525,7 +525,7 @@ async def test_page_names_the_reason_why_it_cannot_be_loaded(
     async with one_agent(tmp_path, chromium, node) as (_, seen):
         await answer_with(seen.page, WRONG_ANSWERS[answer])
         await seen.page.evaluate(PRETEND_NEW_VERSION)
-        await expect(seen.link).to_contain_text(text)
+        await expect(seen.connection).to_contain_text(text)
 
 
 # Returns what the page announces after each state in a sequence of a worker's states and restarts.
@@ -668,7 +668,7 @@ async def test_header_leaves_room_for_the_workers_on_a_low_screen(
         seen = await open_dashboard(chromium, running, viewport=low)
         await seen.page.evaluate("source.close(); markStale('A long message. '.repeat(10), 'gone')")
         await seen.page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
-        await expect(seen.link).to_be_in_viewport()
+        await expect(seen.connection).to_be_in_viewport()
         covered = "document.elementFromPoint(160, 100).closest('header') !== null"
         assert not await seen.page.evaluate(covered)
 
@@ -884,7 +884,7 @@ async def test_page_without_a_stream_says_that_the_runner_is_up(
 ) -> None:
     async with one_agent(tmp_path, chromium, node) as (_, seen):
         await seen.page.evaluate("refusals = 2; source.onerror()")
-        await expect(seen.link).to_contain_text("The runner is up")
+        await expect(seen.connection).to_contain_text("The runner is up")
 
 
 HIDE = "Object.defineProperty(document, 'hidden', { get: () => %s, configurable: true });"
@@ -903,7 +903,7 @@ async def test_hidden_page_keeps_no_connection(
 
         # When the page is visible again, it is not live before the runner has sent an event.
         show = HIDE % "false" + "document.dispatchEvent(new Event('visibilitychange'));"
-        state = "document.querySelector('#link').dataset.link"
+        state = "document.querySelector('#connection').dataset.connection"
         after_a_minute = f"lastEventAt -= 60000; {show} {state} ?? 'connecting'"
         assert await seen.page.evaluate(after_a_minute) == "connecting"
         await seen.expect_link("gone")
@@ -919,8 +919,8 @@ async def test_page_is_a_plain_table_without_scripts(
         seen = await open_dashboard(chromium, running, java_script_enabled=False)
         await expect(seen.summary).to_have_text(counted(1, 2))
         await expect(seen.not_ready).to_be_hidden()  # two workers are visible at once
-        await expect(seen.link).to_be_visible()
-        await expect(seen.cell("b_server", "detail")).to_contain_text("Connection refused")
+        await expect(seen.connection).to_be_visible()
+        await expect(seen.cell("b_server", "reason")).to_contain_text("Connection refused")
         await expect(seen.page.locator("#form")).to_be_hidden()
         rows = seen.page.get_by_role("row")
         assert await rows.count() == 6, "a heading, two agents, two workers and an error"
@@ -934,7 +934,7 @@ async def test_page_without_scripts_says_that_it_must_be_reloaded(
 ) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=HANDLERS) as running:
         seen = await open_dashboard(chromium, running, java_script_enabled=False)
-        await expect(seen.link).to_contain_text("Reload it to update it")
+        await expect(seen.connection).to_contain_text("Reload it to update it")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ async def test_events_contain_only_the_changed_cells(tmp_path: Path) -> None:
             async for event in stream:
                 for cells in event["changed"]:
                     assert cells["name"] == "a_server"
-                    assert not {"agent", "node", "state", "detail", "spark", "last_error"} & set(
+                    assert not {"agent", "node", "state", "reason", "spark", "last_error"} & set(
                         cells
                     ), cells
                     whole |= cells

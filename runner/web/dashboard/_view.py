@@ -38,7 +38,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     agent: str
     node: str
     state: str
-    detail: str
+    reason: str
     uptime: str
     rate: str
     spark: str
@@ -118,7 +118,7 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         agent=row.agent,
         node=row.node,
         state=row.state,
-        detail=table.displayed_reason(row) or "",
+        reason=table.displayed_reason(row) or "",
         uptime="" if row.pid is None else table.duration(row.uptime_s),
         rate=table.rate(row.queries_per_s),
         spark=_spark(rates),

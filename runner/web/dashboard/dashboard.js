@@ -53,8 +53,8 @@ function statusOf(row) {
 // Returns what a screen reader reads: that a worker is ready or no longer ready, has failed, or was
 // restarted. While its node does not answer, a worker changes between the other states repeatedly.
 function announcementOf(name, before, now) {
-  const readiness = (before.state === "ready") !== (now.state === "ready");
-  const isImportant = readiness || now.state === "failed";
+  const readinessChanged = (before.state === "ready") !== (now.state === "ready");
+  const isImportant = readinessChanged || now.state === "failed";
   if (before.state !== now.state && isImportant) return `${name}: ${now.state}`;
   // A restart may be too fast for its states to be seen. The count starts again at 0 with another
   // runner, or at another node.
@@ -273,24 +273,24 @@ function selectTarget(target) {
 // --- the connection to the runner ---
 
 function markLive() {
-  const before = byId("link").dataset.link;
+  const before = byId("connection").dataset.connection;
   if (before === "gone") announce(["The runner is back"]);
   else if (before !== undefined && before !== "live") announce(["The page is live again"]);
   document.body.classList.remove("stale");
-  byId("link").dataset.link = "live";
-  setText(byId("link"), "live");
+  byId("connection").dataset.connection = "live";
+  setText(byId("connection"), "live");
 }
 
 // Shows that the page is not up to date, and why.
-function markStale(text, link) {
-  const isNew = byId("link").dataset.link !== link;
-  setText(byId("link"), text);
+function markStale(text, connection) {
+  const isNew = byId("connection").dataset.connection !== connection;
+  setText(byId("connection"), text);
   if (!isNew) return; // The same problem again is not announced, even if its text differs.
   document.body.classList.add("stale");
-  byId("link").dataset.link = link;
+  byId("connection").dataset.connection = connection;
   announce([text]);
   setText(byId("summary"), "current state unknown");
-  document.title = `${link} - em-runner`;
+  document.title = `${connection} - em-runner`;
 }
 
 function markGone() {
@@ -435,9 +435,9 @@ function onKey(event) {
 function onVisibilityChange() {
   if (document.hidden) return;
   const isOutdated = performance.now() - lastEventAt > SILENCE_MS;
-  if (isOutdated && byId("link").dataset.link === "live") {
-    delete byId("link").dataset.link; // The page is live again after the next event.
-    setText(byId("link"), "connecting");
+  if (isOutdated && byId("connection").dataset.connection === "live") {
+    delete byId("connection").dataset.connection; // The page is live again after the next event.
+    setText(byId("connection"), "connecting");
   }
   connect();
 }
@@ -453,7 +453,7 @@ function onHeaderResize([header]) {
 }
 
 findRows();
-setText(byId("link"), "connecting"); // Without scripts, the served text asks for a reload.
+setText(byId("connection"), "connecting"); // Without scripts, the served text asks for a reload.
 byId("form").hidden = false;
 byId("to-form").hidden = false;
 restoreForm();
