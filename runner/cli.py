@@ -202,16 +202,14 @@ def _run(
 def _reload(state_dir: _StateDir = Path(DEFAULT_STATE_DIR)) -> None:
     """Reload the configuration of a running runner, and print what changed.
 
-    Exit status: 0 on success, 1 if no runner answers or some workers could not be replaced, 78 if
-    the configuration is refused.
+    Exit status: 0 on success, 78 if the configuration is invalid, 1 if no runner answers, if it
+    cannot reload now, or if some workers could not be replaced.
 
     Example: em-runner reload --state-dir ~/.local/state/em-runner
     """
     outcome = client.reload(state_dir.expanduser())
-    # If anything was changed, the configuration is valid, and another attempt may succeed. Status
-    # 78 means that the configuration has to be changed first.
-    if not outcome.done:
-        _fail(outcome.message, EXIT_FAILED if outcome.changed else EXIT_CONFIG)
+    if outcome.result != "done":
+        _fail(outcome.message, EXIT_CONFIG if outcome.result == "invalid" else EXIT_FAILED)
     print(outcome.message)
 
 

@@ -16,7 +16,7 @@ import anyio.abc
 import anyio.to_thread
 import msgspec
 
-from runner.state_dir import ReloadOutcome
+from runner.state_dir import ReloadOutcome, ReloadResult
 from runner.supervision.probes import Probes
 from runner.supervision.restarts import RestartPolicy
 from runner.supervision.supervisor import Changes, Supervisor
@@ -37,14 +37,16 @@ ACCEPT_RETRY_S: Final = 0.1
 _SEND_TIMEOUT_S: Final = 5.0
 """How long a client may take to read its outcome."""
 
-# The lock, the sockets, the workers' tracers and the files of their memory exist already. A reload
-# would have to move them while they are in use. The HTTP server keeps the token that it was made
-# with.
 _FIXED: Final = ("http", "http_token", "state_dir", "tracing")
+"""Keys that only a restart changes, because what they define is in use.
+
+These are the sockets, the token of the HTTP server, the lock and the memories' files in the state
+folder, and the workers' tracers.
+"""
 
 
 def workers_by_agent(specs: Sequence[WorkerSpec]) -> dict[str, tuple[str, ...]]:
-    """Return each agent's workers, its primary first."""
+    """Return each agent's workers in the order of its nodes."""
     found: dict[str, tuple[str, ...]] = {}
     for spec in specs:
         agent = spec.agent.name
@@ -60,6 +62,7 @@ def check_handlers(agents: Sequence[Agent], probes: Probes) -> dict[str, tuple[s
 
     Raises:
         ConfigError: naming the first agent whose handler cannot be loaded, and why.
+        StartError: if no process can be started.
     """
     found: dict[str, tuple[str, ...]] = {}
     for agent in agents:
@@ -157,31 +160,41 @@ class Reloader:
             # version of the file, so it causes another reload.
             self._next = _Reload()
             outcome = reload.outcome = await self._reload()
-            if outcome.done:
-                self._log.info("reloaded", changes=outcome.message)
-            else:
-                event = "reload_incomplete" if outcome.changed else "reload_refused"
-                hint = "fix the configuration, then save it or reload again"
-                self._log.error(event, error=outcome.message, hint=hint)
+            match outcome.result:
+                case "done":
+                    self._log.info("reloaded", changes=outcome.message)
+                case "incomplete":
+                    self._log.error("reload_incomplete", error=outcome.message)
+                case "invalid":
+                    self._log.error(
+                        "reload_refused",
+                        error=outcome.message,
+                        hint="fix the configuration, then save it or reload again",
+                    )
+                case "refused":
+                    self._log.error("reload_refused", error=outcome.message)
             reload.done.set()
 
     async def _reload(self) -> ReloadOutcome:
         if self._read is None:
-            return _refused("there is no configuration file to read again")
+            return ReloadOutcome("refused", "there is no configuration file to read again")
         if self._supervisor.stopping:
-            return _refused("nothing was changed: the runner is stopping")
+            return ReloadOutcome("refused", "nothing was changed: the runner is stopping")
         applying = False
         try:
             config = await self._read_and_check(self._read)
             applying = True
             return await self._apply(config)
-        except (ConfigError, StartError) as exc:
-            return _refused(f"nothing was changed: {exc}")
+        except ConfigError as exc:
+            return ReloadOutcome("invalid", f"nothing was changed: {exc}")
+        except StartError as exc:
+            return ReloadOutcome("refused", f"nothing was changed: {exc}")
         except Exception as exc:  # noqa: BLE001 - an internal error must not stop healthy workers
             self._log.error("reload_fault", exc_info=exc)
-            effect = "it is unknown what was changed" if applying else "nothing was changed"
-            message = f"{effect}: an internal error, {type(exc).__name__} (see the log)"
-            return ReloadOutcome(False, message, changed=applying)
+            cause = f"an internal error, {type(exc).__name__} (see the log)"
+            if not applying:
+                return ReloadOutcome("refused", f"nothing was changed: {cause}")
+            return ReloadOutcome("incomplete", f"it is unknown what was changed: {cause}")
 
     async def _read_and_check(self, read: ReadConfig) -> Config:
         config = await anyio.to_thread.run_sync(read, abandon_on_cancel=True)
@@ -219,7 +232,8 @@ class Reloader:
         # Also if some workers were not replaced. The supervisor still knows their old specs, so the
         # next reload tries them again.
         self._config = config
-        return ReloadOutcome(not changes.failed, _describe(changes, fixed))
+        result: ReloadResult = "incomplete" if changes.failed else "done"
+        return ReloadOutcome(result, _describe(changes, fixed))
 
 
 async def _accept(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
@@ -240,10 +254,6 @@ class _Reload:
         self.requested = anyio.Event()
         self.done = anyio.Event()
         self.outcome: ReloadOutcome | None = None
-
-
-def _refused(message: str) -> ReloadOutcome:
-    return ReloadOutcome(False, message, changed=False)
 
 
 def _describe(changes: Changes, fixed: list[str]) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -30,19 +30,24 @@ class RunnerAddress(msgspec.Struct, frozen=True):
     http: str
 
 
+ReloadResult = Literal["done", "incomplete", "invalid", "refused"]
+"""What a reload did.
+
+`done`: the runner and all its workers have the new configuration, except for the keys that only a
+restart changes. `incomplete`: some workers keep their old process. `invalid`, `refused`: nothing
+was changed, because the configuration is invalid, or for another reason.
+"""
+
+
 class ReloadOutcome(msgspec.Struct, frozen=True):
     """The outcome of a reload, which the runner sends over its reload socket.
 
     Attributes:
-        done: whether the runner and all its workers have the new configuration.
         message: what changed, or why nothing did.
-        changed: whether anything changed. If this is true and `done` is not, some workers keep
-            their old process.
     """
 
-    done: bool
+    result: ReloadResult
     message: str
-    changed: bool = True
 
 
 class StateDir:

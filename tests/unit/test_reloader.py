@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from runner.reload import ACCEPT_RETRY_S, MAX_CLIENTS, Reloader
-from runner.state_dir import ReloadOutcome
+from runner.state_dir import ReloadOutcome, ReloadResult
 from shared.config.handlers import HandlerRef
 from shared.config.load import Agent, Config
 from shared.config.nodes import parse_node
@@ -68,14 +68,14 @@ async def outcome_of(runner: Any, path: Path) -> ReloadOutcome:
 
 
 @pytest.mark.parametrize(
-    ("fails", "changed"), [("reserve_descriptors", False), ("set_config", True)]
+    ("fails", "result"), [("reserve_descriptors", "refused"), ("set_config", "incomplete")]
 )
 async def test_internal_error_of_a_reload_is_reported(
-    fails: str, changed: bool, tmp_path: Path
+    fails: str, result: ReloadResult, tmp_path: Path
 ) -> None:
     with capture_logs() as logs:
         outcome = await outcome_of(FakeRunner(fails), tmp_path / "s")
-    assert (outcome.done, outcome.changed) == (False, changed)
+    assert outcome.result == result
     assert "reload_fault" in [line["event"] for line in logs]
 
 
@@ -115,13 +115,14 @@ async def test_next_client_is_served_after_one_that_does_not_wait(tmp_path: Path
         async with serve_reloads(FakeRunner("reserve_descriptors"), tmp_path / "s"):
             async with await anyio.connect_unix(tmp_path / "s"):
                 pass
-            assert not (await request_reload(tmp_path / "s")).done
+            assert (await request_reload(tmp_path / "s")).result == "refused"
 
 
 async def test_stopping_runner_reloads_nothing(tmp_path: Path) -> None:
-    with capture_logs():
+    with capture_logs() as logs:
         outcome = await outcome_of(FakeRunner("set_config", stopping=True), tmp_path / "s")
-    assert (outcome.done, outcome.changed) == (False, False)
+    assert outcome.result == "refused"
+    assert "hint" not in logs[-1], "no change of the configuration would help"
 
 
 @pytest.mark.message_text
@@ -144,7 +145,7 @@ async def test_client_is_served_once_a_file_descriptor_is_free(tmp_path: Path) -
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             reply = await anyio.to_thread.run_sync(client.recv, 65_536)
-    assert not msgspec.json.decode(reply, type=ReloadOutcome).done
+    assert msgspec.json.decode(reply, type=ReloadOutcome).result == "refused"
 
 
 async def test_clients_beyond_the_limit_wait_for_their_outcome(tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from runner.cli import cli
 from runner.commands import client
+from runner.state_dir import ReloadOutcome, ReloadResult
 from shared.errors import StartError
 from shared.http.errors import ErrorCode
 
@@ -32,3 +35,13 @@ def test_error_response_with_a_code_is_the_runners_with_any_text(code: ErrorCode
 def test_error_response_without_a_known_code_is_from_another_server(body: Any) -> None:
     with pytest.raises(StartError):
         client.error_of("http://127.0.0.1:1", client.Answer(404, body, None))
+
+
+@pytest.mark.parametrize(
+    ("result", "status"), [("done", 0), ("incomplete", 1), ("refused", 1), ("invalid", 78)]
+)
+def test_reload_exits_with_78_only_if_the_configuration_is_invalid(
+    result: ReloadResult, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "reload", lambda _: ReloadOutcome(result, ""))
+    assert CliRunner().invoke(cli, ["reload"]).exit_code == status
