@@ -24,7 +24,7 @@ from shared.config.tokens import require_strong
 from shared.errors import ConfigError
 from shared.http.server import Address, HttpServer
 
-_WAIT_TIMEOUT_S: Final = 5.0
+_WAIT_TIMEOUT_S: Final = 30.0
 """How long a test waits for an agent."""
 
 _GRACE_S: Final = 0.25

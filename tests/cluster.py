@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,14 +20,18 @@ import anyio
 import httpx
 import psutil
 
+from disco import Node
 from runner.state_dir import read_address
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.005
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
+"""How long a condition may take. It is far longer than any takes, even on a busy machine."""
+
 NOT_CONNECTED_YET = ("starting", "standby", "connecting", "registering")
 ACCEPTS_QUERIES = ("connecting", "registering", "ready", "backoff")
 _FREE_PORT = "127.0.0.1:0"
+_IN_FLIGHT = re.compile(r'^em_runner_queries_in_flight\{.*path="direct".*\} (\S+)$', re.MULTILINE)
 
 COUNTER = """
 def handle(body, memory):
@@ -58,6 +63,22 @@ async def until(condition: Callable[[], Any], what: str, timeout_s: float = TIME
             return value
         assert time.monotonic() < ends, f"not within {timeout_s} s: {what}"
         await anyio.sleep(POLL_S)
+
+
+async def outlive(node: Node, name: str, duration_s: float) -> None:
+    """Wait until one connection of an agent has lasted for this time.
+
+    On a busy machine a ping may be too late for a short timeout. Then the time starts again.
+    """
+    connection, since_s = None, 0.0
+
+    def has_lasted() -> bool:
+        nonlocal connection, since_s
+        if node.registry.connection(name) is not connection:
+            connection, since_s = node.registry.connection(name), time.monotonic()
+        return connection is not None and time.monotonic() - since_s > duration_s
+
+    await until(has_lasted, f"a connection of {name} lasts for {duration_s} s")
 
 
 def alive(pid: int) -> bool:
@@ -140,6 +161,15 @@ class Cluster:
 
         await until(settled, f"all agents are ready\n{self.log[-2000:]}")
         self.record_processes()
+
+    async def wait_in_flight(self, count: int) -> None:
+        """Wait until so many direct queries are in flight: the runner has read them."""
+
+        async def reached() -> bool:
+            exposed = (await self.http.get("/metrics")).text
+            return sum(map(float, _IN_FLIGHT.findall(exposed))) == count
+
+        await until(reached, f"{count} direct queries are in flight")
 
     async def ask(self, query: str, **target: str) -> httpx.Response:
         """Send a direct query to an `agent` or a `worker`, and return the response."""
@@ -239,7 +269,7 @@ async def launch(
             process.terminate()
         try:
             with anyio.CancelScope(shield=True):
-                await until(lambda: process.poll() is not None, "the runner has exited", 10)
+                await until(lambda: process.poll() is not None, "the runner has exited")
         finally:
             for pid in cluster.process_ids:  # only processes that this test started
                 if alive(pid):
@@ -259,7 +289,7 @@ async def _client(cluster: Cluster) -> AsyncIterator[httpx.AsyncClient]:
     address = await until(listening, "the runner listens")
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
-        base_url=address.http, timeout=60, limits=limits, trust_env=False
+        base_url=address.http, timeout=TIMEOUT_S, limits=limits, trust_env=False
     ) as client:
         yield client
 

@@ -13,8 +13,11 @@ import anyio
 
 from runner.supervision.restarts import Failure
 
-STATUS_TIMEOUT_S: Final = 0.2
-"""How long the exit status of an ended process may take to arrive from the fork server."""
+STATUS_TIMEOUT_S: Final = 2.0
+"""How long the exit status of an ended process may take to arrive from the fork server.
+
+It arrives at once, unless the machine is busy. Without it the cause of the end is unknown.
+"""
 
 
 class WorkerProcess:

@@ -50,7 +50,7 @@ def count(body, memory):
     return {"type": "count", "properties": {"body": body, "count": count}}, {"count": count}
 """
 AGENTS = ("echo", "aecho", "counter")
-QUERY_TIMEOUT_S = 5.0
+QUERY_TIMEOUT_S = 20.0
 HTTP_CLIENTS = 12
 NODE_CLIENTS = 3
 """For each agent at each node."""
@@ -72,7 +72,7 @@ class Resources(NamedTuple):
     @classmethod
     async def measure(cls, running: Cluster) -> Resources:
         await running.wait_ready()
-        rows = await until(lambda: _all_ready(running), "all workers are ready", 30)
+        rows = await until(lambda: _all_ready(running), "all workers are ready")
         runner = psutil.Process(running.process.pid)
         workers = [psutil.Process(row["pid"]) for row in rows]
         return cls(
@@ -267,7 +267,7 @@ async def soak(seconds: float, seed: int, folder: Path) -> int:
             connection="reconnect_interval_ms = 200",
             supervision="max_restarts = 1000",  # no worker must fail because of the kills
         ) as running:
-            await until(lambda: _all_ready(running), "all workers are ready", 30)
+            await until(lambda: _all_ready(running), "all workers are ready")
             return await _load_and_break(
                 running, [one, two], [first, second], counts, choose, seconds
             )
@@ -313,7 +313,7 @@ async def _load_and_break(
             end = await Resources.measure(running)
             for load in node_loads:
                 load.stopping = True
-    rows = await until(lambda: _all_ready(running), "all workers are ready", 30)
+    rows = await until(lambda: _all_ready(running), "all workers are ready")
     status = await running.stop()
     took_s = time.monotonic() - began_s
     return _report(took_s, http, node_loads, counts, chaos, rows, start, end, status)

@@ -22,7 +22,7 @@ from shared.http.exchange import Channel, Responder
 from shared.http.head import RequestHead
 from shared.http.limits import HttpLimits
 from shared.http.server import Address, HttpServer
-from tests.cluster import until
+from tests.cluster import TIMEOUT_S, until
 
 pytestmark = pytest.mark.anyio
 
@@ -160,15 +160,15 @@ async def served(**limits: Any) -> AsyncIterator[Served]:
 
 
 async def read_response(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), TIMEOUT_S)
     length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-    return int(head.split()[1]), await asyncio.wait_for(reader.readexactly(length), 5)
+    return int(head.split()[1]), await asyncio.wait_for(reader.readexactly(length), TIMEOUT_S)
 
 
 async def read_until_end(reader: asyncio.StreamReader) -> bytes:
     """Return all bytes that arrive until the server ends the connection."""
     try:
-        return await asyncio.wait_for(reader.read(-1), 5)
+        return await asyncio.wait_for(reader.read(-1), TIMEOUT_S)
     except ConnectionResetError:
         return b""
 
@@ -349,7 +349,7 @@ async def test_client_that_reads_nothing_is_disconnected_and_a_slow_one_is_not()
         slow, slow_writer = await target.connect()
         slow_writer.write(b"GET /20000000 HTTP/1.0\r\n\r\n")
         read = 0
-        while data := await asyncio.wait_for(slow.read(1 << 18), 5):
+        while data := await asyncio.wait_for(slow.read(1 << 18), TIMEOUT_S):
             read += len(data)
             await asyncio.sleep(0.01)
         assert read > 20_000_000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import operator
 import os
 import random
 import time
@@ -26,7 +27,7 @@ from shared.config.nodes import NodeAddress
 from shared.config.schema import ConnectionSection
 from tests.chaos.load import ECHO, http_load, node_load, report
 from tests.chaos.proxy import Proxy, proxied
-from tests.cluster import Cluster, agent, cluster, until
+from tests.cluster import Cluster, agent, cluster, outlive, until
 from worker.dispatching.choose import create_dispatcher
 from worker.dispatching.handler import load as load_handler
 from worker.memory.base import Memory
@@ -37,42 +38,43 @@ from worker.node.session import Session
 pytestmark = pytest.mark.anyio
 
 FAILURE_S = float(os.environ.get("EM_CHAOS_SECONDS", "1.2"))
-"""How long each failure lasts. EM_CHAOS_SECONDS=30 is for thorough runs."""
+"""How long each failure lasts at least. EM_CHAOS_SECONDS=30 is for thorough runs."""
 
 INTERVAL_MS = 300
 TIMEOUT_MS = 400
-HANDSHAKE_MS = 500
-"""How long a reconnect may take after its interval, on a machine under other load."""
+HANDSHAKE_MS = 3500
+"""How long a reconnect may take after its interval, on a machine under other load.
+
+Together, they are shorter than the default interval.
+"""
 
 MIB = 1024 * 1024
 LEAK_BYTES = 4 * MIB
 
 Failure = Callable[[Proxy], Awaitable[None]]
+"""Lasts until it is cancelled and the proxy is restored."""
 
 
 async def _close_repeatedly(proxy: Proxy) -> None:
-    ends = time.monotonic() + FAILURE_S
-    while time.monotonic() < ends:
+    while True:
         proxy.close_connections()
         await anyio.sleep(0.1)
 
 
 async def _reset_in_mid_frame(proxy: Proxy) -> None:
-    ends = time.monotonic() + FAILURE_S
     choose = random.Random(7)
-    while time.monotonic() < ends:
+    while True:
         proxy.reset_after(choose.randrange(1, 600))
         await anyio.sleep(0.05)
 
 
 def lasting(start: Callable[[Proxy], Any]) -> Failure:
-    """Return a failure that starts with `start` and lasts for `FAILURE_S`."""
+    """Return a failure that starts with `start`."""
 
     async def failure(proxy: Proxy) -> None:
         started = start(proxy)
         if isinstance(started, Awaitable):
             await started
-        await anyio.sleep(FAILURE_S)
 
     return failure
 
@@ -96,7 +98,7 @@ MIN_RECONNECTS = {
     "reset 50 times a second": _ATTEMPTS,
     "refused": _ATTEMPTS,
 }
-"""How often at least the worker loses its connection, or fails to connect, during a failure."""
+"""How often the worker loses its connection, or fails to connect, until a failure ends."""
 
 
 class Resources(NamedTuple):
@@ -127,12 +129,16 @@ async def _ready(running: Cluster, proxy: Proxy, node: Node, reconnects: int) ->
     """Wait until the proxied worker has reconnected that often, is ready and answers a query."""
 
     async def reconnected() -> dict[str, Any] | None:
-        row = await running.row("a_server_2")
+        row = await running.row("a_server")
         ready = row["state"] == "ready" and row["reconnects"] >= reconnects
         return row if ready and proxy.open_connections == 1 else None
 
     row: dict[str, Any] = await until(reconnected, f"it is ready again\n{running.log[-2000:]}")
-    assert [item["properties"]["body"] for item in await node.query("ping")] == ["ping"]
+
+    async def answers() -> bool:
+        return [item["properties"]["body"] for item in await node.query("ping")] == ["ping"]
+
+    await until(answers, "it answers")
     return row
 
 
@@ -140,21 +146,23 @@ async def _ready(running: Cluster, proxy: Proxy, node: Node, reconnects: int) ->
 async def one_worker_proxied(
     tmp_path: Path, node: Node
 ) -> AsyncIterator[tuple[Cluster, Proxy, Node]]:
-    """Run `a_server` at `node`, and `a_server_2` at another node behind a proxy."""
-    options = (
-        f"reconnect_interval_ms = {INTERVAL_MS}\nconnect_timeout_ms = {TIMEOUT_MS}\n"
-        f"upgrade_timeout_ms = {TIMEOUT_MS}\nping_interval_ms = {TIMEOUT_MS}"
-    )
+    """Run `calm_server` at `node`, and `a_server` at another node behind a proxy."""
+    options = {
+        "reconnect_interval_ms": INTERVAL_MS,
+        "connect_timeout_ms": TIMEOUT_MS,
+        "upgrade_timeout_ms": TIMEOUT_MS,
+        "ping_interval_ms": TIMEOUT_MS,
+    }
     settings = NodeSettings(port=0, query_timeout_ms=500)
     async with serve(settings) as far, proxied(far.port) as proxy:
         async with cluster(
             tmp_path,
-            agent("a", [node.url, proxy.url], capabilities=["a"]),
+            agent("calm", [node.url], capabilities=["calm"]),
+            agent("a", [proxy.url], capabilities=["a"], **options),
             handlers=ECHO,
-            connection=options,
         ) as running:
+            await running.wait_state("calm_server", "ready")
             await running.wait_state("a_server", "ready")
-            await running.wait_state("a_server_2", "ready")
             yield running, proxy, far
 
 
@@ -176,21 +184,27 @@ async def test_worker_reconnects_within_an_interval_after_the_network_is_restore
 ) -> None:
     async with one_worker_proxied(tmp_path, node) as (running, proxy, far):
         earlier_reconnects = await _warm_up(running, proxy, far)
-        pid, runner_pid = await running.worker_pid("a_server_2"), running.process.pid
-        neighbour = await running.row("a_server")
+        pid, runner_pid = await running.worker_pid("a_server"), running.process.pid
+        neighbour = await running.row("calm_server")
+        minimum = earlier_reconnects + MIN_RECONNECTS.get(name, 0)
+
+        async def reconnected() -> bool:
+            return (await running.row("a_server"))["reconnects"] >= minimum
+
         idle, runner_idle = Resources.of(pid), Resources.of(runner_pid)
         async with (
-            http_load(
-                running, "/workers/a_server/query", "/workers/a_server_2/query", clients=4
-            ) as by_http,
-            node_load(node, "a", clients=1) as by_node,
+            http_load(running, "/agents/calm/query", "/agents/a/query", clients=4) as by_http,
+            node_load(node, "calm", clients=1) as by_node,
             node_load(far, "a", clients=2) as by_far,
         ):
             await until(lambda: by_http.answered > 200, "200 queries are answered")
             before = idle.with_rss_of(Resources.of(pid))
             runner_before = runner_idle.with_rss_of(Resources.of(runner_pid))
-            await FAILURES[name](proxy)
-            reconnects = (await running.row("a_server_2"))["reconnects"] - earlier_reconnects
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(FAILURES[name], proxy)
+                await anyio.sleep(FAILURE_S)
+                await until(reconnected, "it detects a lost connection, and keeps trying")
+                tasks.cancel_scope.cancel()
             await proxy.restore()
             restored_s = time.monotonic()
 
@@ -207,8 +221,6 @@ async def test_worker_reconnects_within_an_interval_after_the_network_is_restore
             by_far,
         )
 
-        minimum = MIN_RECONNECTS.get(name, 0)
-        assert reconnects >= minimum, "it detects a lost connection, and keeps trying"
         assert took_s <= (INTERVAL_MS + HANDSHAKE_MS) / 1000
         by_http.assert_nothing_lost()
         assert not by_http.refused, "direct queries do not need the connection to the node"
@@ -216,7 +228,7 @@ async def test_worker_reconnects_within_an_interval_after_the_network_is_restore
         assert by_node.empty == 0
         assert not by_far.wrong
         assert (row["pid"], row["restarts"]) == (pid, 0)
-        after = await running.row("a_server")
+        after = await running.row("calm_server")
         assert (after["pid"], after["reconnects"]) == (neighbour["pid"], neighbour["reconnects"])
         assert len(far.registry) == 1
         await no_leak(name, "worker", pid, before)
@@ -230,16 +242,18 @@ async def no_leak(title: str, process: str, pid: int, before: Resources) -> None
     def released() -> bool:
         return Resources.of(pid).at_most(before)
 
-    await until(released, f"the {process} uses no more than {before}", 5)
+    await until(released, f"the {process} uses no more than {before}")
     report(title, f"{process} before {before}, after {Resources.of(pid)}")
 
 
 async def test_worker_registers_again_after_the_node_drops_its_dead_connection(
     tmp_path: Path,
 ) -> None:
-    settings = NodeSettings(port=0, idle_timeout_ms=800)
+    # Long enough that the worker connects again before it, even on a busy machine.
+    idle_timeout_ms = 3000
+    settings = NodeSettings(port=0, idle_timeout_ms=idle_timeout_ms)
     async with serve(settings) as node, proxied(node.port) as proxy:
-        options = f"reconnect_interval_ms = {INTERVAL_MS}\nping_interval_ms = 200"
+        options = f"reconnect_interval_ms = {INTERVAL_MS}\nping_interval_ms = 1000"
         async with cluster(
             tmp_path, agent("a", [proxy.url]), connection=options, handlers=ECHO
         ) as running:
@@ -253,12 +267,12 @@ async def test_worker_registers_again_after_the_node_drops_its_dead_connection(
             refused_s = time.monotonic()
             await running.wait_ready()
             took_s = time.monotonic() - refused_s
-            assert took_s < 0.8 + (INTERVAL_MS + HANDSHAKE_MS) / 1000
+            assert took_s < (idle_timeout_ms + INTERVAL_MS + HANDSHAKE_MS) / 1000
             assert await node.query("x")
 
 
 async def test_pings_keep_a_worker_registered_at_an_idle_node(tmp_path: Path) -> None:
-    idle_s = max(FAILURE_S, 1.2)
+    idle_s = max(FAILURE_S, 3.0)
     idle_timeout_ms = int(idle_s * 1000 / 3)
     async with (
         serve(NodeSettings(port=0, idle_timeout_ms=idle_timeout_ms)) as node,
@@ -269,14 +283,11 @@ async def test_pings_keep_a_worker_registered_at_an_idle_node(tmp_path: Path) ->
             tmp_path, agent("a", [proxy.url]), connection=options, handlers=ECHO
         ) as running:
             await running.wait_ready()
-            connected_at = node.registry.agents()[0].connected_at
-            before_bytes, before = proxy.to_node_bytes, await running.row("a_server")
-            await anyio.sleep(idle_s)
-            row = await running.row("a_server")
-            assert (row["state"], row["reconnects"], row["pid"]) == ("ready", 0, before["pid"])
-            assert node.registry.agents()[0].connected_at == connected_at
-            assert proxy.accepted == 1
+            pid = await running.worker_pid("a_server")
+            before_bytes = proxy.to_node_bytes
+            await outlive(node, "a", idle_s)
             assert proxy.to_node_bytes - before_bytes >= 6 * 7, "it has sent pings"
+            assert await running.worker_pid("a_server") == pid
             assert await node.query("x")
 
 
@@ -289,7 +300,7 @@ async def test_lost_connection_leaves_no_task_and_no_object(node: Node, tmp_path
                 name="a",
                 handler=HandlerRef("worker.echo", None, "handle", tmp_path),
                 nodes=(),
-                connection=ConnectionSection(reconnect_interval_ms=10, ping_interval_ms=50),
+                connection=ConnectionSection(reconnect_interval_ms=10, ping_interval_ms=500),
             ),
             node=NodeAddress("127.0.0.1", proxy.port, False),
             index=1,
@@ -321,10 +332,14 @@ async def test_lost_connection_leaves_no_task_and_no_object(node: Node, tmp_path
             await until(lambda: states[-1:] == ["ready"], "the client is ready")
             for _ in range(3):
                 await reconnect()
+            # The proxy's tasks end one or two iterations of the loop after the client's.
+            await until(lambda: counts()[1:3] == (1, 1), "there is one connection and one session")
             before = counts()
             for _ in range(30):
                 await reconnect()
-            # The proxy's tasks end one or two iterations of the loop after the client's.
-            await until(lambda: counts() == before, f"the counts are {before} again", 3)
-            assert before[1:3] == (1, 1), "there is one connection and one session"
+
+            def are_no_more() -> bool:
+                return all(map(operator.le, counts(), before))
+
+            await until(are_no_more, f"the counts are at most {before} again")
             tasks.cancel_scope.cancel()

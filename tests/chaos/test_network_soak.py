@@ -14,14 +14,14 @@ from tests.cluster import ROOT
 SECONDS = float(os.environ.get("EM_SOAK_SECONDS", "12"))
 
 
-@pytest.mark.timeout(SECONDS + 100)
+@pytest.mark.timeout(SECONDS + 280)
 def test_soak_loses_no_query_and_leaks_no_resource() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.chaos.soak", "--seconds", str(SECONDS)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=SECONDS + 90,
+        timeout=SECONDS + 250,
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,7 +31,7 @@ def test_soak_loses_no_query_and_leaks_no_resource() -> None:
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "scripts" / "soak.sh"
-    return subprocess.run([script, *arguments], capture_output=True, text=True, timeout=10)
+    return subprocess.run([script, *arguments], capture_output=True, text=True, timeout=60)
 
 
 def test_soak_script_prints_its_usage() -> None:

@@ -203,20 +203,20 @@ async def test_fragments_are_joined_and_binary_messages_are_ignored(node: Node) 
 
 
 async def test_idle_socket_is_closed_and_its_name_freed(anyio_backend: object) -> None:
-    async with node_with(idle_timeout_ms=100) as node, agent(node, "a") as fake:
+    async with node_with(idle_timeout_ms=1000) as node, agent(node, "a") as fake:
         assert await fake.wait_closed() == 1000
         assert "a" not in node.registry
 
 
 async def test_idle_socket_without_a_registration_is_closed(anyio_backend: object) -> None:
-    async with node_with(idle_timeout_ms=50) as node, connected(node) as fake:
+    async with node_with(idle_timeout_ms=500) as node, connected(node) as fake:
         assert await fake.wait_closed() == 1000
 
 
 @pytest.mark.parametrize("kind", ["ping", "pong"])
 async def test_pings_and_pongs_keep_an_idle_socket_open(anyio_backend: object, kind: str) -> None:
     async with (
-        node_with(idle_timeout_ms=300) as node,
+        node_with(idle_timeout_ms=1000) as node,
         agent(node, "quiet"),
         agent(node, "a") as fake,
     ):
@@ -237,7 +237,7 @@ async def keep_alive(fake: FakeAgent, kind: str) -> None:
 
 
 async def test_node_answers_pings_and_sends_none(anyio_backend: object) -> None:
-    async with node_with(idle_timeout_ms=200) as node, raw_agent(node) as (reader, writer):
+    async with node_with(idle_timeout_ms=1000) as node, raw_agent(node) as (reader, writer):
         writer.write(masked(0x9, b"hi"))
         # The pong, then the close with 1000, and nothing else.
         assert await reader.readexactly(8) == b"\x8a\x02hi" + b"\x88\x02\x03\xe8"

@@ -101,7 +101,7 @@ async def test_request_errors_are_answered_in_json(
 async def test_queries_over_the_rate_limit_are_answered_429(anyio_backend: object) -> None:
     async with (
         node_with(queries_per_s=0.001) as node,
-        httpx.AsyncClient(base_url=node.http_url, trust_env=False) as http,
+        httpx.AsyncClient(base_url=node.http_url, trust_env=False, timeout=LIMIT_S) as http,
     ):
         assert (await http.post("/query", json={"query": "q"})).status_code == 200
         response = await http.post("/query", json={"query": "q"})
@@ -158,7 +158,7 @@ async def test_registry_events_report_the_state_and_each_change(
 async def test_idle_event_stream_is_kept_open_by_comments(anyio_backend: object) -> None:
     async with (
         node_with(sse_ping_interval_ms=10) as node,
-        httpx.AsyncClient(base_url=node.http_url, trust_env=False) as http,
+        httpx.AsyncClient(base_url=node.http_url, trust_env=False, timeout=LIMIT_S) as http,
         events(http) as lines,
     ):
         assert await next_names(lines) == []

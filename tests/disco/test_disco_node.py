@@ -16,12 +16,12 @@ import pytest
 from disco import Node, NodeSettings, serve
 from shared.config.tokens import Secret
 from shared.errors import ConfigError, StartError
-from tests.disco.harness import SECRET, agent, eventually, node_with, raw_agent, raw_socket
+from tests.disco.harness import LIMIT_S, SECRET, agent, eventually, node_with, raw_agent, raw_socket
 from tests.disco.test_disco_http import events, next_names
 
 pytestmark = pytest.mark.anyio
 
-PROMPTLY_S = 0.9
+PROMPTLY_S = 10.0
 ROOT = Path(__file__).parents[2]
 
 
@@ -130,7 +130,10 @@ async def wait_for_close_1001(node: Node, name: str, closed: anyio.Event) -> Non
 
 
 async def read_all_events(url: str, streaming: anyio.Event) -> None:
-    async with httpx.AsyncClient(base_url=url, trust_env=False) as http, events(http) as lines:
+    async with (
+        httpx.AsyncClient(base_url=url, trust_env=False, timeout=LIMIT_S) as http,
+        events(http) as lines,
+    ):
         await next_names(lines)
         streaming.set()
         async for _ in lines:
@@ -209,7 +212,7 @@ print("done")
 async def test_standalone_node_serves_until_it_is_signalled(
     anyio_backend: object, number: signal.Signals
 ) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(LIMIT_S):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
@@ -220,7 +223,7 @@ async def test_standalone_node_serves_until_it_is_signalled(
         )
         assert process.stdout is not None
         url = (await process.stdout.readline()).decode().strip()
-        async with httpx.AsyncClient(trust_env=False) as http:
+        async with httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as http:
             assert (await http.get(f"http{url.removeprefix('ws')}/registry")).json() == {
                 "agents": []
             }

@@ -100,7 +100,7 @@ async def test_timed_out_query_returns_early_results_and_drops_late_ones(
     anyio_backend: object,
 ) -> None:
     async with (
-        node_with(query_timeout_ms=500) as node,
+        node_with(query_timeout_ms=1500) as node,
         agent(node, "quick") as quick,
         agent(node, "slow") as slow,
     ):
@@ -109,12 +109,12 @@ async def test_timed_out_query_returns_early_results_and_drops_late_ones(
             started = time.monotonic()
             assert await node.query("first") == [{"by": "quick"}]
             # uvloop's timers count in milliseconds, so one may fire slightly early.
-            assert time.monotonic() - started >= 0.49
+            assert time.monotonic() - started >= 1.49
             late = await slow.receive()
             assert late["body"] == "first"
             await slow.answer(late, [{"by": "late"}])
             tasks.start_soon(answer_each, slow, [{"by": "slow"}])
-            assert sorted(item["by"] for item in await node.query("second", timeout_ms=5000)) == [
+            assert sorted(item["by"] for item in await node.query("second", timeout_ms=30_000)) == [
                 "quick",
                 "slow",
             ]

@@ -23,7 +23,7 @@ import psutil
 from tests.docs.markdown import ROOT, Block, Command
 from tests.ports import reserved_port, reserved_ports
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 POLL_S = 0.05
 BIN = Path(sys.executable).parent
 PORTS = ("9600", "8080", "8081")

@@ -64,7 +64,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert {"-W", "-n", "--keep-going"} <= set(options)
     doctrees, html = folder / "doctrees", folder / "html"
     command = [sys.executable, "-m", "sphinx", "-q", *options, "-d", doctrees, html]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert (built.returncode, built.stderr) == (0, ""), built.stdout + built.stderr
     return html
 

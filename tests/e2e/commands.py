@@ -12,7 +12,7 @@ import anyio
 from tests.cluster import ROOT
 
 EM_RUNNER = (sys.executable, "-m", "runner")
-TIMEOUT_S = 60
+TIMEOUT_S = 120
 
 
 async def run(

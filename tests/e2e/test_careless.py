@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from tests.cluster import ROOT, agent, launch, until
-from tests.e2e.commands import EM_RUNNER, em_runner, shell
+from tests.e2e.commands import EM_RUNNER, TIMEOUT_S, em_runner, shell
 
 pytestmark = pytest.mark.anyio
 ECHO = "def handle(body, memory):\n    return body, memory\n"
@@ -37,7 +37,7 @@ async def test_signal_interrupts_a_slow_import_at_startup(signum: int, tmp_path:
     try:
         await until((tmp_path / "began").exists, "the import has begun")
         process.send_signal(signum)
-        _, stderr = await anyio.to_thread.run_sync(lambda: process.communicate(timeout=5))
+        _, stderr = await anyio.to_thread.run_sync(lambda: process.communicate(timeout=TIMEOUT_S))
     finally:
         process.kill()
         process.wait()

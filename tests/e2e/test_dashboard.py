@@ -18,12 +18,15 @@ from playwright.async_api import Browser, Locator, Page, Route, expect
 from disco import Node, NodeSettings, serve
 from runner.web.dashboard.routes import MAX_STREAMS
 from tests import browser
-from tests.cluster import Cluster, agent, cluster
+from tests.cluster import Cluster, agent, cluster, until
 
 pytestmark = pytest.mark.anyio
 
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 60_000
 UNREACHABLE = "127.0.0.1:9"
+STAYS_IN_BACKOFF = {"reconnect_interval_ms": 600_000}
+"""Options of an agent that connects once during a test."""
+
 MARKUP = "<img src=x onerror='document.title=1'>"
 HANDLERS = f"""
 def handle(body, memory):
@@ -432,14 +435,16 @@ WRONG_ANSWERS = {
 
 
 async def answer_with(page: Page, answer: dict[str, Any]) -> None:
-    """Answer requests for the page with `answer`, as a proxy in front of the runner may."""
+    """Answer requests for the page with `answer`, as a proxy in front of the runner may.
+
+    `answer` may be changed afterwards.
+    """
 
     async def fulfill(route: Route) -> None:
         # A navigation would replace the page by this answer.
         assert route.request.resource_type == "fetch"
         await route.fulfill(**answer)
 
-    await page.unroute(page.url)
     await page.route(page.url, fulfill)
 
 
@@ -453,15 +458,17 @@ async def test_page_of_another_version_is_loaded_only_from_the_runner(
         page = seen.page
         await page.evaluate("window.before = true")
         first, *others = WRONG_ANSWERS.values()
-        await answer_with(page, first)
+        answer = dict(first)
+        await answer_with(page, answer)
         await page.evaluate(PRETEND_NEW_VERSION)
         await seen.expect_link("stale")
         await expect(page.locator("body")).to_have_class("stale")
         await expect(seen.announced).to_contain_text("502")
         await page.evaluate(RECORD_ANNOUNCEMENTS)
-        for answer in others:
-            await answer_with(page, answer)
-            for _ in range(2):
+        for other in others:
+            answer.clear()
+            answer.update(other)
+            for _ in range(2):  # the first one may still have the previous answer
                 async with page.expect_response(page.url):
                     pass
         await seen.expect_link("stale")
@@ -651,11 +658,7 @@ async def test_growing_header_does_not_cover_the_focused_field(
         await seen.query.evaluate(f"field => scrollBy(0, {top} - {height} - 1)")
         await seen.page.evaluate("source.close(); markStale('A long message. '.repeat(10), 'gone')")
         visible = f"field => {top} >= {height} - 1"
-        for _ in range(50):
-            if await seen.query.evaluate(visible):
-                break
-            await seen.page.evaluate("() => new Promise(requestAnimationFrame)")
-        assert await seen.query.evaluate(visible)
+        await seen.page.wait_for_function(visible, arg=await seen.query.element_handle())
 
 
 async def test_header_leaves_room_for_the_workers_on_a_low_screen(
@@ -669,8 +672,8 @@ async def test_header_leaves_room_for_the_workers_on_a_low_screen(
         await seen.page.evaluate("source.close(); markStale('A long message. '.repeat(10), 'gone')")
         await seen.page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
         await expect(seen.connection).to_be_in_viewport()
-        covered = "document.elementFromPoint(160, 100).closest('header') !== null"
-        assert not await seen.page.evaluate(covered)
+        visible = "() => document.elementFromPoint(160, 100).closest('header') === null"
+        await seen.page.wait_for_function(visible)
 
 
 async def test_change_during_a_reload_of_the_table_is_shown_immediately(
@@ -715,8 +718,13 @@ async def test_header_links_to_a_worker_that_is_not_ready(
             await expect(seen.cell("z_server", "state")).to_be_in_viewport()
             # The list is also in the served page.
             static = await open_dashboard(chromium, running, java_script_enabled=False)
-            links = static.not_ready.locator("a")
-            await expect(links).to_have_text("z_server backoff")
+
+            async def is_listed() -> bool:
+                # At the moment of the request the worker may be connecting.
+                await static.page.reload()
+                return await static.not_ready.locator("a").inner_text() == "z_server backoff"
+
+            await until(is_listed, "the served page has the list")
             # When the focused link disappears, the focus moves to the worker.
             await link.focus()
             async with serve(NodeSettings(port=reserved_port)):
@@ -912,7 +920,7 @@ async def test_hidden_page_keeps_no_connection(
 async def test_page_is_a_plain_table_without_scripts(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
-    agents = [agent("a", [node.url]), agent("b", [UNREACHABLE])]
+    agents = [agent("a", [node.url]), agent("b", [UNREACHABLE], **STAYS_IN_BACKOFF)]
     async with cluster(tmp_path, *agents, handlers=HANDLERS) as running:
         await running.wait_state("a_server", "ready")
         await running.wait_state("b_server", "backoff")

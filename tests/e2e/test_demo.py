@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from shared.config import tokens
-from tests.cluster import ROOT, Cluster, launch, until
+from tests.cluster import ROOT, TIMEOUT_S, Cluster, launch, until
 from tests.e2e.commands import EM_RUNNER, em_runner, shell
 
 pytestmark = pytest.mark.anyio
@@ -62,7 +62,7 @@ async def test_each_node_of_the_demo_answers_queries(tmp_path: Path) -> None:
         for worker in ("echo_server", "echo_server_2"):
             row = await running.wait_state(worker, "ready")
             url = http_url(row["node"])
-            async with httpx.AsyncClient(trust_env=False) as http:
+            async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as http:
                 response = await http.post(f"{url}/query", json={"query": "to the node"})
                 registry = await http.get(f"{url}/registry")
             embryos = response.json()["embryo_list"]
@@ -78,9 +78,9 @@ async def test_ctrl_c_stops_the_demo_with_all_its_processes(tmp_path: Path) -> N
         running.record_processes()
         # A terminal sends the signal to the whole process group.
         os.killpg(running.process.pid, signal.SIGINT)
-        await until(lambda: running.process.poll() is not None, "the demo has exited", 6.0)
+        await until(lambda: running.process.poll() is not None, "the demo has exited")
         assert running.process.returncode == 0
-        await running.wait_exited(2.0)
+        await running.wait_exited()
         assert not (running.state_dir / "ipc").exists()
         assert "Traceback" not in running.log
 
@@ -221,7 +221,7 @@ async def test_disco_command_runs_a_node(tmp_path: Path) -> None:
             assert process.stdout is not None
             line = await anyio.to_thread.run_sync(process.stdout.readline)
             url = http_url(line.split()[-1])
-            async with httpx.AsyncClient(trust_env=False) as http:
+            async with httpx.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as http:
                 registry = await http.get(f"{url}/registry")
             assert registry.json() == {"agents": []}
         finally:

@@ -109,7 +109,7 @@ def test_wheel_has_every_file_of_the_packages(tmp_path: Path) -> None:
     """Apart from modules, the packages have the status page, its assets and `py.typed` files."""
     options = ["--quiet", "--no-deps", "--wheel-dir", str(tmp_path)]
     command = [sys.executable, "-m", "pip", "wheel", *options, str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     if "No matching distribution" in done.stderr or "connection" in done.stderr.lower():
         pytest.skip("the build backend is unavailable without a package index")
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ def promtool(*arguments: str | Path, text: str = "") -> str:
     """Run promtool with `text` as its input, and return its output."""
     assert PROMTOOL is not None
     command = [PROMTOOL, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, input=text, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, input=text, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -98,7 +98,7 @@ async def test_html_links_returns_nothing_for_a_page_without_links(ask, site, so
 async def test_html_links_returns_nothing_when_a_page_times_out(
     ask, site, source, monkeypatch, caplog
 ):
-    monkeypatch.setenv("HTML_LINKS_TIMEOUT_S", "0.05")
+    monkeypatch.setenv("HTML_LINKS_TIMEOUT_S", "0.5")
     site.pages["/"] = Page(hangs=True)
     source(f"{site.url}/")
     assert await ask(HANDLER, "apple") == [[]]

@@ -107,10 +107,8 @@ async def test_sigterm_does_not_wait_for_the_imports_of_a_reload(
         )
         running.process.send_signal(signal.SIGHUP)
         await until((tmp_path / "importing").exists, "the reload is importing")
-        began = time.monotonic()
-        assert await running.stop() == 0
-        assert time.monotonic() - began < 6.0
-        await running.wait_exited(2.0)
+        assert await running.stop(timeout_s=30.0) == 0  # sooner than the probe's timeout
+        await running.wait_exited()
 
 
 async def test_processes_forked_by_a_handler_end_with_its_worker(
@@ -136,9 +134,7 @@ def handle(body, memory):
         await running.wait_ready()
         second = await running.results("x")
         running.process.kill()
-        await until(
-            lambda: not alive(second), "the child of the next worker exits with the runner", 2.0
-        )
+        await until(lambda: not alive(second), "the child of the next worker exits with the runner")
 
 
 @pytest.mark.message_text
@@ -212,7 +208,7 @@ def handle(body, memory):
         async def ask() -> None:
             answers.append(await running.ask("x"))
 
-        with anyio.fail_after(20):
+        with anyio.fail_after(25):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(ask)
                 await until((tmp_path / "began").exists, "the handler has started")
@@ -235,17 +231,11 @@ async def test_many_waiting_queries_use_no_cpu_in_the_runner(tmp_path: Path, nod
     async with cluster(tmp_path, slow, handlers=handlers, supervision=short) as running:
         await running.wait_ready()
         address = (str(running.http.base_url.host), running.http.base_url.port)
-        labels = f'agent="slow",node="{node.url}",path="direct",worker="slow_server"'
-        waiting = f"em_runner_queries_in_flight{{{labels}}} 300.0"
-
-        async def all_wait() -> bool:
-            return waiting in (await running.http.get("/metrics")).text
-
         async with AsyncExitStack() as stack:
             for _ in range(300):
                 client = await stack.enter_async_context(await anyio.connect_tcp(*address))
                 await client.send(REQUEST)
-            await until(all_wait, "all queries wait")
+            await running.wait_in_flight(300)
             runner = psutil.Process(running.process.pid)
             before, began = sum(runner.cpu_times()[:2]), time.monotonic()
             await until(lambda: time.monotonic() - began > 2.0, "the CPU time was measured")

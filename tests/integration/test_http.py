@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from disco import Node
-from tests.cluster import Cluster, agent, cluster, until
+from tests.cluster import TIMEOUT_S, Cluster, agent, cluster, until
 
 pytestmark = pytest.mark.anyio
 
@@ -157,13 +157,13 @@ def handle(body, memory):
         time.sleep(0.005)
     return body, memory
 """
-    alive = "liveness_timeout_ms = 1000"
+    beats = "liveness_timeout_ms = 4000"  # a heartbeat each second
     async with cluster(
         tmp_path,
         agent("a", [node.url]),
         handlers=handlers,
         runner="query_timeout_ms = 300",
-        supervision=alive,
+        supervision=beats,
     ) as running:
         await running.wait_ready()
         answers: list[httpx.Response] = []
@@ -232,24 +232,21 @@ async def test_client_that_disconnects_frees_its_place(tmp_path: Path, node: Nod
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(running.ask, "x")
             tasks.start_soon(running.ask, "x")
+            await running.wait_in_flight(2)
             await until((tmp_path / "began").exists, "the handler has started")
-
-            async def full() -> bool:
-                with anyio.move_on_after(0.05):
-                    return (await running.ask("free")).status_code == 503
-                return False
-
-            await until(full, "the worker is full")
+            assert (await running.ask("free")).status_code == 503, "the worker is full"
             tasks.cancel_scope.cancel()  # both clients disconnect
+        await running.wait_in_flight(0)
+        answers: list[object] = []
 
-        async def place() -> bool:
-            with anyio.move_on_after(0.3):
-                return (await running.ask("free")).status_code == 200
-            return True  # accepted: it waits for the handler
+        async def ask() -> None:
+            answers.append(await running.results("free"))
 
-        await until(place, "the worker accepts a query")
-        (tmp_path / "gate").touch()
-        assert await running.results("free") == "free"
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await running.wait_in_flight(1)  # accepted: it waits for the handler
+            (tmp_path / "gate").touch()
+        assert answers == ["free"]
 
 
 async def test_every_route_except_health_requires_the_token(tmp_path: Path, node: Node) -> None:
@@ -302,7 +299,7 @@ async def test_error_for_a_port_in_use_is_one_line(tmp_path: Path, node: Node) -
                 capture_output=True,
                 text=True,
                 cwd=ROOT,
-                timeout=20,
+                timeout=TIMEOUT_S,
             )
         )
     assert ended.returncode == 1

@@ -19,7 +19,7 @@ from runner.supervision.fork_server import ForkServer
 from runner.supervision.probes import Probes
 from shared.config.handlers import parse_handler
 from shared.errors import ConfigError
-from tests.cluster import Cluster, agent, cluster, until
+from tests.cluster import TIMEOUT_S, Cluster, agent, cluster, until
 
 pytestmark = pytest.mark.anyio
 
@@ -194,7 +194,9 @@ async def test_each_change_of_state_is_one_line(tmp_path: Path, node: Node) -> N
         states = [
             line["event"] for line in lines(running) if "incarnation" in line and "agent" in line
         ]
-        assert states == ["worker_started", "ready", "draining", "stopped"]
+        # Another process logs this one, at any time after the start.
+        states.remove("worker_started")
+        assert states == ["ready", "draining", "stopped"]
         assert [line["event"] for line in lines(running) if "agent" not in line] == [
             "started",
             "draining",
@@ -252,7 +254,7 @@ async def handle(body, memory):
             data.extend(found)
 
     agents = [agent("talks", [node.url]), agent("quiet", [node.url])]
-    supervision = "liveness_timeout_ms = 1000"
+    supervision = "liveness_timeout_ms = 5000"
     try:
         async with cluster(
             tmp_path, *agents, handlers=handlers, supervision=supervision, errors=writing
@@ -272,7 +274,7 @@ async def handle(body, memory):
     finally:
         reader = threading.Thread(target=read_all)
         reader.start()
-        reader.join(20)
+        reader.join(TIMEOUT_S)
         os.close(reading)
 
 
@@ -301,7 +303,7 @@ def handle(body, memory):
             for name in "abc":
                 tasks.start_soon(partial(running.results, "x", agent=name))
         assert await running.stop() == 0
-    await anyio.to_thread.run_sync(reader.join, 20)
+    await anyio.to_thread.run_sync(reader.join, TIMEOUT_S)
     os.close(reading)
     found = [json.loads(line) for line in data.splitlines()]
     assert len([line for line in found if line["event"] == "printed"]) == 180

@@ -110,19 +110,19 @@ def handle(body, memory):
 async def test_memory_on_disk_is_never_open_in_two_processes(
     tmp_path: Path, node: Node, other_node: Node
 ) -> None:
+    options = {
+        "runner": 'log_level = "debug"',
+        "supervision": "shutdown_timeout_ms = 60000",
+    }
     async with cluster(
-        tmp_path,
-        count("disk", node, other_node),
-        handlers=SLOW_HANDLER,
-        runner='log_level = "debug"',
-        supervision="shutdown_timeout_ms = 20000",
+        tmp_path, count("disk", node, other_node), handlers=SLOW_HANDLER, **options
     ) as running:
         await both_ready(running)
         await ask(running, "count_server_2", 1)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(running.ask, "slow", worker="count_server_2"))
             await until((tmp_path / "began").exists, "the handler has started")
-            configure(tmp_path, count("disk", other_node), runner='log_level = "debug"')
+            configure(tmp_path, count("disk", other_node), **options)
             running.process.send_signal(signal.SIGHUP)
             await until(
                 lambda: running.events("memory_awaited"),

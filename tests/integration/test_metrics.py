@@ -61,7 +61,9 @@ async def test_metrics_continue_after_a_worker_is_replaced(tmp_path: Path, node:
         assert await value("em_runner_queries_total", path="direct", outcome="handler_failed") == 1
         assert await value("em_runner_queries_total", path="node", outcome="ok") == 1
         assert await value("em_runner_handler_duration_seconds_count") == 5
-        assert 4 <= await value("em_runner_handler_duration_seconds_bucket", le="0.016777216") < 5
+        # On a busy machine the other queries may take as long as the slow one.
+        assert await value("em_runner_handler_duration_seconds_bucket", le="0.016777216") < 5
+        assert await value("em_runner_handler_duration_seconds_bucket", le="68.719476736") == 5
         assert await value("em_runner_handler_duration_seconds_sum") >= 0.02
         assert await value("em_runner_worker_resident_memory_bytes") > 10e6
         assert 0 <= await value("em_runner_worker_heartbeat_age_seconds") < 5
@@ -142,10 +144,11 @@ async def test_metrics_require_the_token(tmp_path: Path, node: Node) -> None:
         assert (await running.http.get("/metrics")).status_code == 200
 
 
-SLOW = """
-import time
+GATED = """
+import pathlib, time
 def handle(body, memory):
-    time.sleep(float(body) if body != "x" else 0)
+    while not pathlib.Path("gate").exists():
+        time.sleep(0.005)
     return body, memory
 """
 
@@ -153,19 +156,25 @@ def handle(body, memory):
 async def test_direct_queries_are_counted_by_the_outcome_for_the_client(
     tmp_path: Path, node: Node
 ) -> None:
-    runner = "query_timeout_ms = 300\nmax_in_flight = 2"
-    async with cluster(tmp_path, agent("a", [node.url]), handlers=SLOW, runner=runner) as running:
+    gated, limit = agent("a", [node.url]), "max_in_flight = 2"
+    async with cluster(tmp_path, gated, handlers=GATED, runner=limit) as running:
         await running.wait_ready()
         value = values(running)
         statuses: list[int] = []
 
-        async def ask(body: str) -> None:
-            statuses.append((await running.ask(body)).status_code)
+        async def ask() -> None:
+            statuses.append((await running.ask("x")).status_code)
 
         async with anyio.create_task_group() as tasks:
-            for _ in range(6):
-                tasks.start_soon(ask, "0.6")
-        assert sorted(statuses) == [503] * 4 + [504] * 2
+            for _ in range(2):
+                tasks.start_soon(ask)
+            await running.wait_in_flight(2)
+            for _ in range(4):
+                await ask()
+            configure(tmp_path, gated, runner=f"{limit}\nquery_timeout_ms = 1")
+            running.process.send_signal(signal.SIGHUP)
+        assert statuses == [503] * 4 + [504] * 2
+        (tmp_path / "gate").touch()
         assert await value("em_runner_direct_queries_total", outcome="worker_busy") == 4
         assert await value("em_runner_direct_queries_total", outcome="timed_out") == 2
         assert await value("em_runner_direct_queries_total", outcome="ok") == 0

@@ -24,7 +24,7 @@ from shared.config.load import Agent, WorkerSpec
 from shared.config.nodes import NodeAddress
 from shared.config.schema import ConnectionSection
 from shared.config.tokens import Secret
-from tests.cluster import agent, cluster, until
+from tests.cluster import agent, cluster, outlive, until
 from tests.integration.wire import AGENT_REGISTERED, REGISTERED
 from worker.dispatching.choose import create_dispatcher
 from worker.dispatching.handler import load
@@ -35,20 +35,20 @@ pytestmark = pytest.mark.anyio
 SECRET = "0123456789abcdef0123456789abcdef"
 
 
-async def test_worker_joins_a_restarted_node_within_one_interval(
+async def test_worker_joins_a_restarted_node_at_its_next_attempt(
     tmp_path: Path, reserved_port: int
 ) -> None:
-    interval_s = 1.0
     counting = agent("count", [f"ws://127.0.0.1:{reserved_port}"])
     async with cluster(tmp_path, counting, connection="reconnect_interval_ms = 1000") as running:
         before = await running.wait_state("count_server", "backoff")
         assert not await running.ready()
         assert (await running.results("x"))["properties"]["count"] == 1
         for _ in range(2):
-            async with serve(NodeSettings(port=reserved_port)) as late:
-                with anyio.fail_after(interval_s + 0.3):  # plus the time of the handshake
-                    await late.wait_for("count", interval_s + 0.3)
+            async with serve(NodeSettings(port=reserved_port)):
+                failed = (await running.row("count_server"))["reconnects"]
                 await running.wait_ready()
+                # The report of a failure before the node was up may arrive later.
+                assert (await running.row("count_server"))["reconnects"] <= failed + 1
             await running.wait_state("count_server", "backoff")
             assert not await running.ready()
         after = await running.row("count_server")
@@ -70,6 +70,8 @@ async def test_worker_registers_when_its_name_becomes_free(tmp_path: Path, node:
             before = await running.row("count_server")
             assert not await running.ready()
             assert (await running.results("x"))["properties"]["count"] == 1
+            # The worker logs a state after it has reported it.
+            await until(lambda: running.events("backoff"), "the loss is logged")
             assert len(running.events("backoff")) == 1
             await holder.close()
             await running.wait_ready()
@@ -82,18 +84,10 @@ async def test_pings_keep_an_idle_worker_registered(tmp_path: Path, anyio_backen
         async with cluster(
             tmp_path,
             agent("count", [strict.url]),
-            connection="reconnect_interval_ms = 50\nping_interval_ms = 200",
+            connection="reconnect_interval_ms = 50\nping_interval_ms = 500",
         ) as running:
             await running.wait_ready()
-            first = strict.registry.agents()[0].connected_at
-            uptime = (await running.row("count_server"))["uptime_s"]
-
-            async def outlived() -> bool:
-                return (await running.row("count_server"))["uptime_s"] > uptime + 4.5
-
-            await until(outlived, "the worker is still connected after two idle timeouts")
-            assert (await running.row("count_server"))["reconnects"] == 0
-            assert strict.registry.agents()[0].connected_at == first
+            await outlive(strict, "count", 4.5)  # two idle timeouts
 
 
 @pytest.mark.message_text

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from disco import Node
-from tests.cluster import agent, cluster, keep_alive_connection, until
+from tests.cluster import TIMEOUT_S, agent, cluster, keep_alive_connection, until
 from tests.integration.wire import Wire, scripted
 
 pytestmark = pytest.mark.anyio
@@ -63,7 +63,7 @@ async def test_every_query_is_answered_once_under_load_from_both_sides(
         async with anyio.create_task_group() as tasks:
             for _ in range(64):
                 tasks.start_soon(client)
-        with anyio.fail_after(30):
+        with anyio.fail_after(TIMEOUT_S):
             await done.wait()
         last = await running.results("last")
     assert last["properties"]["count"] == 2 * total + 1
@@ -201,7 +201,7 @@ async def test_concurrent_queries_run_at_once_without_a_memory(tmp_path: Path, n
 import asyncio, threading
 met = asyncio.Event()
 here = 0
-barrier = threading.Barrier(4, timeout=10)
+barrier = threading.Barrier(4, timeout=25)
 async def on_the_loop(body, memory):
     global here
     here += 1

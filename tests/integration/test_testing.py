@@ -19,7 +19,7 @@ import anyio
 import pytest
 
 from em_runner.testing import HandlerFault, QueryFailed, RunAgent, running
-from tests.cluster import ROOT
+from tests.cluster import ROOT, TIMEOUT_S, until
 
 
 def echo(body: str, memory: dict[Any, Any]) -> Any:
@@ -40,7 +40,7 @@ def test_each_query_to_a_hanging_handler_fails(
         began_s = time.monotonic()
         with pytest.raises(QueryFailed, match="took longer than 200 ms"):
             agent.ask("x")
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 30
 
 
 @pytest.mark.message_text
@@ -123,17 +123,19 @@ class CloseHangs(CloseFails):
 
 @pytest.mark.message_text
 @pytest.mark.parametrize(
-    ("handler", "error"),
+    ("handler", "timeout_s", "error"),
     [
-        (CloseIsCancelled, "close.. failed: CancelledError"),
-        (CloseFails, "close.. failed: ValueError: no way out"),
-        (CloseHangs, "close.. has not ended after 0.2 s"),
+        (CloseIsCancelled, 30, "close.. failed: CancelledError"),
+        (CloseFails, 30, "close.. failed: ValueError: no way out"),
+        (CloseHangs, 0.2, "close.. has not ended after 0.2 s"),
     ],
 )
-def test_close_that_fails_or_hangs_fails_the_test(handler: type, error: str) -> None:
+def test_close_that_fails_or_hangs_fails_the_test(
+    handler: type, timeout_s: float, error: str
+) -> None:
     with pytest.raises(HandlerFault, match=error):
-        with running(handler, timeout_s=0.2) as agent:
-            agent.ask("x")
+        with running(handler, timeout_s=timeout_s):
+            pass
 
 
 def test_failure_of_a_test_is_raised_unchanged_after_close() -> None:
@@ -282,7 +284,7 @@ def test_ctrl_c_ends_a_test_with_a_hanging_handler(asks: str, handler: str, tmp_
     try:
         wait_for((tmp_path / "begun").exists)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)  # sooner than the handler's 90 s
+        output, _ = process.communicate(timeout=TIMEOUT_S)  # sooner than the handler's 90 s
     finally:
         process.kill()
         process.wait()
@@ -291,7 +293,7 @@ def test_ctrl_c_ends_a_test_with_a_hanging_handler(asks: str, handler: str, tmp_
 
 
 def wait_for(reached: Callable[[], bool]) -> None:
-    ends_s = time.monotonic() + 30
+    ends_s = time.monotonic() + TIMEOUT_S
     while not reached():
         assert time.monotonic() < ends_s
         time.sleep(0.01)
@@ -319,17 +321,22 @@ async def test_handler_can_query_a_server_in_the_test(run_agent: RunAgent) -> No
         assert await run_agent(forwards).ask_async("fish") == [{"type": "FISH"}]
 
 
-async def waits_if_asked(body: str, memory: dict[Any, Any]) -> Any:
-    await asyncio.sleep(0.5 if body == "wait" else 0)
-    return [{"type": body}], memory
-
-
 @pytest.mark.anyio
 async def test_query_after_a_cancelled_one_gets_its_own_answer(run_agent: RunAgent) -> None:
-    agent = run_agent(waits_if_asked)
-    with anyio.move_on_after(0.1) as limit:
-        await agent.ask_async("wait")
-    assert limit.cancelled_caught
+    began, cancelled = threading.Event(), threading.Event()
+
+    async def waits_if_asked(body: str, memory: dict[Any, Any]) -> Any:
+        began.set()
+        while body == "wait" and not cancelled.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        return [{"type": body}], memory
+
+    agent = run_agent(waits_if_asked, timeout_s=30)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(agent.ask_async, "wait")
+        await until(began.is_set, "the handler has started")
+        tasks.cancel_scope.cancel()
+    cancelled.set()
     assert await agent.ask_async("next") == [{"type": "next"}]
 
 
@@ -351,7 +358,7 @@ def pytest_in(folder: Path, *arguments: str) -> str:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * TIMEOUT_S,
     )
     return f"{ran.stdout}{ran.stderr}\nstatus {ran.returncode}"
 
@@ -363,10 +370,12 @@ class Interrupted(Exception):
 def test_interrupted_setup_leaves_no_agent() -> None:
     class Slow:
         began = threading.Event()
+        interrupted = threading.Event()
 
         def setup(self) -> None:
             self.began.set()
-            time.sleep(0.3)
+            self.interrupted.wait(20)
+            time.sleep(0.3)  # it still runs when the main thread raises
 
         def handle(self, body: str, memory: dict[Any, Any]) -> Any:
             return [], memory
@@ -377,6 +386,7 @@ def test_interrupted_setup_leaves_no_agent() -> None:
     def interrupt_the_setup() -> None:
         Slow.began.wait(20)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        Slow.interrupted.set()
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     threads = set(threading.enumerate())
@@ -436,7 +446,7 @@ def test_plugin_is_shipped_and_imports_nothing_else_when_it_is_loaded() -> None:
     assert package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
     loads = f"import {plugin}, sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
     ran = subprocess.run(
-        [sys.executable, "-c", loads], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", loads], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert package in ran.stdout.split()
     assert not {"runner", "worker", "shared", "disco"} & set(ran.stdout.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -322,12 +323,15 @@ handle = A
 
 async def test_rapid_saves_cause_one_replacement(tmp_path: Path, node: Node) -> None:
     async with watched(tmp_path, agent("a", [node.url]), handlers=handler(0)) as running:
+        saved_s = []
         for number in range(1, 13):
             write(tmp_path / "handlers.py", handler(number))
+            saved_s.append(time.monotonic())
             await anyio.sleep(0.03)
         await wait_for_version(running, 12)
         # On a slow machine there may be a pause between two saves, which are then two changes.
-        assert len(running.events("worker_replaced")) <= 2
+        pauses = [later - earlier > 0.1 for earlier, later in itertools.pairwise(saved_s)]
+        assert len(running.events("worker_replaced")) <= 2 + sum(pauses)
 
 
 async def test_change_in_a_shared_folder_replaces_the_workers_of_all_its_handlers(

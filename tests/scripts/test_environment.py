@@ -49,7 +49,7 @@ def environment(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def created(environment: ModuleType) -> ModuleType:
     """The same module. The checkout has an environment for tests, without packages and pip."""
     subprocess.run(
-        [PYTHON, "-I", "-m", "venv", "--without-pip", environment.VENV], check=True, timeout=60
+        [PYTHON, "-I", "-m", "venv", "--without-pip", environment.VENV], check=True, timeout=200
     )
     environment.STAMP.write_text(f"{environment.fingerprint(VERSION)}\ntest\n")
     return environment
@@ -78,7 +78,7 @@ def run(script: Path, *arguments: str, **environ: str) -> subprocess.CompletedPr
         env={**inherited, **environ},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
 
 
@@ -192,7 +192,7 @@ def test_script_skips_pythons_that_do_not_run(checkout, tmp_path):
         env={"PATH": str(shims)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert done.stdout == f"{shims}/python3.11\n"
 

@@ -41,7 +41,7 @@ def receive(systemd: socket.socket) -> list[str]:
 
 async def wait_for(systemd: socket.socket, message: str, count: int = 1) -> list[str]:
     messages: list[str] = []
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         while messages.count(message) < count:
             messages += receive(systemd)
             await anyio.sleep(0.001)
@@ -63,7 +63,7 @@ class Table:
         """Wait until the current rows were checked."""
         # One check reads the table twice, and a check may be running now.
         enough = self.reads + 4
-        with anyio.fail_after(5):
+        with anyio.fail_after(60):
             while self.reads < enough:  # noqa: ASYNC110 - a read sets no event
                 await anyio.sleep(0.001)
 

@@ -88,6 +88,13 @@ def handler_in(file: Path) -> HandlerRef:
     return HandlerRef(None, file, "handle", file.parent)
 
 
+def save(file: Path, text: str) -> None:
+    """Replace a file in one step, so that it is one change even on a busy machine."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
+
+
 def config_of(*handlers: HandlerRef) -> Config:
     agents = (
         Agent(name=f"agent_{index}", handler=ref, nodes=()) for index, ref in enumerate(handlers)
@@ -172,8 +179,9 @@ async def test_folders_of_a_new_configuration_are_watched_instead(tmp_path: Path
         watcher.set_handlers(config_of(new))
         await until(lambda: kernel_watches(tmp_path / "b"), "the new folder is watched")
         assert not kernel_watches(tmp_path / "a")
-        (tmp_path / "b" / "b.py").write_text("# new")
-        await until(lambda: runner.replaced == [new], "it is replaced")
+        save(tmp_path / "b" / "b.py", "# new")
+        await until(lambda: runner.replaced, "it is replaced")
+    assert runner.replaced == [new]
 
 
 @pytest.mark.parametrize("refusal", [OSError(28, "No space left on device"), TOO_MANY])
@@ -219,14 +227,14 @@ async def test_hanging_import_is_reported_and_killed_by_the_next_save(
     with capture_logs() as lines:
         async with watching(tmp_path, runner, ref):
             await until(lambda: kernel_watches(tmp_path), "it is watched")
-            (tmp_path / "a.py").write_text("# hangs")
+            save(tmp_path / "a.py", "# hangs")
             await runner.importing.wait()
             await until(
                 lambda: any(line["event"] == "handler_importing" for line in lines),
                 "it is reported",
             )
             assert not runner.killed.is_set(), "the import may still finish"
-            (tmp_path / "a.py").write_text("# fixed")
+            save(tmp_path / "a.py", "# fixed")
             await until(lambda: runner.replaced, "it is replaced")
     assert runner.probed == ["# hangs", "# fixed"]
     (report,) = (line for line in lines if line["event"] == "handler_importing")

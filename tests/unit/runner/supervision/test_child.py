@@ -56,7 +56,7 @@ async def test_successor_that_exits_with_its_worker_is_released() -> None:
     router: Any = Router()
     server: Any = ForkServer()
     child = Child(SPEC, RestartPolicy(), server, router)
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(child.run)
             await anyio.wait_all_tasks_blocked()
@@ -67,7 +67,7 @@ async def test_successor_that_exits_with_its_worker_is_released() -> None:
                 process.reported = anyio.Event()  # its exit is noticed before its status
             tasks.start_soon(child.drain, 1.0)
             try:
-                with anyio.move_on_after(2):
+                with anyio.move_on_after(20):
                     await first.awaited.wait()
                     await second.awaited.wait()
                 first.reported.set()

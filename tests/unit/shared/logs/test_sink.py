@@ -74,7 +74,7 @@ def opened() -> Iterator[Open]:
 
 
 def read_lines(fd: int, enough: Callable[[list[bytes]], bool]) -> list[bytes]:
-    data, ends_s = b"", time.monotonic() + 20
+    data, ends_s = b"", time.monotonic() + 60
     while not enough(data.split(b"\n")[:-1]):
         assert time.monotonic() < ends_s, data[-200:]
         if select.select([fd], [], [], 0.1)[0]:
@@ -103,7 +103,7 @@ def test_stalled_reader_blocks_no_writer_and_loses_no_buffered_line(
     started_s = time.monotonic()
     for line in lines:
         sink.write(line + b"\n")
-    assert time.monotonic() - started_s < 5, "a blocking write would never return"
+    assert time.monotonic() - started_s < 30, "a blocking write would never return"
     sink.flush(0.01)
     assert read_lines(reading, lambda found: len(found) >= len(lines)) == lines
     sink.flush(20)
@@ -280,7 +280,7 @@ def test_full_pipe_of_another_user_blocks_no_writer(
     started_s = time.monotonic()
     for line in lines:
         sink.write(line + b"\n")
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 30
     assert read_lines(reading, lambda found: len(found) >= len(lines)) == lines
     for fd in (reading, writing):
         os.close(fd)
