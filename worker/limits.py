@@ -20,7 +20,7 @@ Otherwise workers that started together would all be replaced together.
 ASK_AGAIN_S: Final = 60.0
 """A worker that was not replaced asks for a successor again after this time."""
 
-_PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
+_PAGE_MB: Final = os.sysconf("SC_PAGESIZE") / (1024 * 1024)
 
 
 class Limits:
@@ -28,18 +28,22 @@ class Limits:
 
     def __init__(self, agent: Agent) -> None:
         self._max_queries = _jittered(agent.max_queries or math.inf)
-        self._max_rss_bytes = _jittered((agent.max_rss_mb or math.inf) * 1024 * 1024)
+        self._max_rss_mb = _jittered(agent.max_rss_mb or math.inf)
         self._next_request_s = 0.0
 
     def check_at_start(self) -> str | None:
         """Check before the first query. Return why a limit is ignored from now on, or None."""
-        rss_bytes = _rss_bytes()
-        if rss_bytes < self._max_rss_bytes:
+        rss_mb = _rss_mb()
+        limit_mb = self._max_rss_mb
+        if rss_mb < limit_mb:
             return None
         # A successor would be as large, because it gets the same agent memory. Workers would be
         # replaced forever.
-        self._max_rss_bytes = math.inf
-        return f"it holds {rss_bytes >> 20} MB before its first query, more than max_rss_mb"
+        self._max_rss_mb = math.inf
+        return (
+            f"it holds {rss_mb:.0f} MB before its first query, and its limit is {limit_mb:.0f} MB "
+            f"(max_rss_mb, lowered by up to {JITTER:.0%})"
+        )
 
     def reached(self, counters: Counters) -> str | None:
         """Return which limit is reached, or None. At most once in `ASK_AGAIN_S`."""
@@ -47,25 +51,25 @@ class Limits:
         if now_s < self._next_request_s:
             return None
         queries = counters.queries_node + counters.queries_direct
-        rss_bytes = _rss_bytes()
+        rss_mb = _rss_mb()
         if queries >= self._max_queries:
             reason = f"it has answered {queries} queries (max_queries)"
-        elif rss_bytes >= self._max_rss_bytes:
-            reason = f"it holds {rss_bytes >> 20} MB of memory (max_rss_mb)"
+        elif rss_mb >= self._max_rss_mb:
+            reason = f"it holds {rss_mb:.0f} MB of memory (max_rss_mb)"
         else:
             return None
         self._next_request_s = now_s + ASK_AGAIN_S
         return reason
 
 
-def _rss_bytes() -> int:
+def _rss_mb() -> float:
     """Return the resident memory of this process, as it is now.
 
     `resource.getrusage` would return the highest that it ever was.
     """
     with open("/proc/self/statm", "rb") as file:
         fields = file.read().split()
-    return int(fields[1]) * _PAGE_BYTES
+    return int(fields[1]) * _PAGE_MB
 
 
 def _jittered(limit: float) -> float:

@@ -96,6 +96,17 @@ def test_reason_at_the_start_says_that_no_query_was_answered() -> None:
     assert "before its first query" in reason
 
 
+@pytest.mark.message_text
+def test_reason_at_the_start_names_the_limit_that_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.limits.random.random", lambda: 1.0)
+    max_rss_mb = round(psutil.Process().memory_info().rss / (1 << 20) * 1.05)
+    reason = limits(max_rss_mb=max_rss_mb).check_at_start()
+    assert reason is not None
+    assert f"its limit is {max_rss_mb * (1 - JITTER):.0f} MB" in reason
+
+
 def test_missing_successor_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = limits(max_queries=1)
     now_s = 0.0
