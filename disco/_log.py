@@ -12,13 +12,19 @@ REFUSALS_PER_WINDOW = 20
 # More than refusals: a test or demo with hundreds of agents should see each of them. The limit
 # still bounds the lines of a client that registers and disconnects in a loop.
 _CHANGES_PER_WINDOW = 1000
+_LIMITS = {
+    "agent_registered": _CHANGES_PER_WINDOW,
+    "agent_gone": _CHANGES_PER_WINDOW,
+    "agent_refused": REFUSALS_PER_WINDOW,
+}
 WINDOW_S = 10.0
 
 
 class NodeLog:
     """Logs agents that are registered, gone or refused, up to a number of lines per window.
 
-    The other lines are suppressed. The next line that is written has their number.
+    The other lines are suppressed. The next line of their event has their number. If there is none
+    in the next window, `report_suppressed` logs it.
 
     Args:
         node: the node's URL. It distinguishes the nodes of one process.
@@ -32,24 +38,20 @@ class NodeLog:
     ) -> None:
         self._node = node
         self._log = get_logger().bind(node=node)
-        # Two throttles: a flood of refusals must not hide the agents that come and go.
-        self._refusals = LogThrottle(
-            "agent_refused",
-            limit=REFUSALS_PER_WINDOW,
-            window_s=WINDOW_S,
-            clock=clock,
-        )
-        self._changes = LogThrottle(
-            "agents",
-            limit=_CHANGES_PER_WINDOW,
-            window_s=WINDOW_S,
-            clock=clock,
-        )
+        # A throttle for each event: a flood of refusals must not hide the agents that come and go.
+        self._throttles = {
+            event: LogThrottle(
+                event,
+                limit=limit,
+                window_s=WINDOW_S,
+                clock=clock,
+            )
+            for event, limit in _LIMITS.items()
+        }
 
     def registered(self, agent: RegisteredAgent) -> None:
         """Log that `agent` is registered."""
         self._write(
-            self._changes,
             "info",
             "agent_registered",
             agent=agent.name,
@@ -59,7 +61,6 @@ class NodeLog:
     def gone(self, agent: RegisteredAgent, reason: str) -> None:
         """Log that `agent` is no longer registered."""
         self._write(
-            self._changes,
             "info",
             "agent_gone",
             agent=agent.name,
@@ -78,7 +79,6 @@ class NodeLog:
             peer: what is known of the client, such as `agent` and `address`.
         """
         self._write(
-            self._refusals,
             "warning",
             "agent_refused",
             reason=reason,
@@ -87,13 +87,12 @@ class NodeLog:
 
     def _write(
         self,
-        throttle: LogThrottle,
         level: str,
         event: str,
         **fields: object,
     ) -> None:
         # One key for all clients. With a key for each name, a client could send many names, and
         # each would have its own limit.
-        suppressed = throttle.admit(self._node)
+        suppressed = self._throttles[event].admit(self._node)
         if suppressed is not None:
             getattr(self._log, level)(event, **fields, **suppressed)

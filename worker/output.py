@@ -23,7 +23,8 @@ from shared.logs.logger import (
 )
 
 _log: Final = get_logger()
-_throttle: Final = LogThrottle("thread_failed")
+_failures: Final = LogThrottle("thread_failed")
+_ignored: Final = LogThrottle("exception_ignored")
 
 
 class _LogStream(io.TextIOBase):
@@ -80,7 +81,7 @@ class _LogStream(io.TextIOBase):
         """Log each complete line. Keep the rest until its line ends, or until it is too long."""
         with self._lock:
             *lines, rest = (self._rest + text).split("\n")
-            # A handler that never ends its line must not fill the memory.
+            # A handler that never ends its line must not fill this process's memory.
             if len(rest) > LONGEST_CHARS:
                 lines.append(rest)
                 rest = ""
@@ -138,7 +139,7 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
     # As Python does: a thread may end itself with `sys.exit`.
     if issubclass(args.exc_type, SystemExit):
         return
-    suppressed = _admit("thread", args.exc_value)
+    suppressed = _admit(_failures, args.exc_value)
     if suppressed is not None:
         name = args.thread.name if args.thread is not None else None
         _log.error(
@@ -151,7 +152,7 @@ def _thread_failed(args: threading.ExceptHookArgs) -> None:
 
 def _exception_ignored(args: sys.UnraisableHookArgs) -> None:
     # Python prints what a destructor or a callback raises, and continues.
-    suppressed = _admit("ignored", args.exc_value)
+    suppressed = _admit(_ignored, args.exc_value)
     if suppressed is not None:
         kind = type(args.object).__name__
         _log.warning(
@@ -162,7 +163,6 @@ def _exception_ignored(args: sys.UnraisableHookArgs) -> None:
         )
 
 
-def _admit(kind: str, exc: BaseException | None) -> dict[str, int] | None:
+def _admit(throttle: LogThrottle, exc: BaseException | None) -> dict[str, int] | None:
     """Return the fields about suppressed events, or None to suppress this one."""
-    key = kind if exc is None else f"{kind} {place_of(exc)}"
-    return _throttle.admit(key)
+    return throttle.admit("" if exc is None else place_of(exc))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from disco._log import REFUSALS_PER_WINDOW, WINDOW_S, NodeLog
 from disco._rate import TokenBucket
+from disco._registry import Agent
+from shared.logs.logger import report_suppressed
 from tests.logs import capture_logs
 
 
@@ -37,3 +41,19 @@ def test_refusals_of_hostile_clients_do_not_flood_the_log(clients: int) -> None:
     assert len(lines) == REFUSALS_PER_WINDOW + 1
     assert lines[-1]["node"] == "ws://127.0.0.1:8080"
     assert lines[-1]["suppressed"] == clients - REFUSALS_PER_WINDOW
+
+
+def test_suppressed_changes_are_reported_under_their_event() -> None:
+    now = 0.0
+    changes = 2000
+    with capture_logs() as lines:
+        log = NodeLog("ws://127.0.0.1:8080", clock=lambda: now)
+        for _ in range(changes):
+            log.registered(Agent("a", (), 0))
+            log.gone(Agent("a", (), 0), "it closed")
+        logged = Counter(line["event"] for line in lines)
+        now = WINDOW_S
+        report_suppressed()
+    repeated = {line["what"]: line["suppressed"] for line in lines if line["event"] == "repeated"}
+    assert set(logged) == {"agent_registered", "agent_gone"}
+    assert repeated == {event: changes - count for event, count in logged.items()}

@@ -42,7 +42,7 @@ LOGS_ARGUMENT = {
     ("worker/node/_connection.py", "_on_state"): 0,
     ("worker/main.py", "_report_state"): 0,
     ("worker/output.py", "_log"): 0,
-    ("disco/_log.py", "_write"): 2,
+    ("disco/_log.py", "_write"): 1,
 }
 
 
