@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from typing import Final
 
 import anyio
 
 from disco._node import Node, serve
 from disco._settings import NodeSettings
+from shared.logs.logger import report_suppressed
 from shared.signals import handle_signals
+
+_REPORT_INTERVAL_S: Final = 1.0
 
 
 async def run(settings: NodeSettings, *, announce: Callable[[Node], None]) -> None:
@@ -27,4 +31,7 @@ async def run(settings: NodeSettings, *, announce: Callable[[Node], None]) -> No
     with handle_signals(lambda _: stopped.set(), signal.SIGTERM, signal.SIGINT):
         async with serve(settings) as node:
             announce(node)
-            await stopped.wait()
+            while not stopped.is_set():
+                report_suppressed()
+                with anyio.move_on_after(_REPORT_INTERVAL_S):
+                    await stopped.wait()

@@ -384,8 +384,9 @@ def _is_terminal(stream: TextIO | None) -> bool:
 def report_suppressed() -> None:
     """Log how many events were suppressed in windows that have ended.
 
-    Every process calls it once per second. Otherwise the count of a burst would be logged only with
-    the next event of its kind, which may never happen.
+    The runner and `em-runner disco` call it once a second, a worker at each heartbeat. Otherwise
+    the count of a burst would be logged only with the next event of its kind, which may never
+    happen.
     """
     for reference in list(_logging.throttles):
         throttle = reference()

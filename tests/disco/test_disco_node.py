@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import time
@@ -230,3 +231,42 @@ async def test_standalone_node_serves_until_it_is_signalled(
         process.send_signal(number)
         output, errors = await process.communicate()
     assert (process.returncode, output, errors) == (0, b"done\n", b"")
+
+
+FLOODED = """
+import anyio
+import disco._log
+from disco import NodeSettings
+from disco.main import run
+from shared.logs import logger
+
+def flood(node):
+    for _ in range(disco._log.REFUSALS_PER_WINDOW + 3):
+        node._hub.log.refused("no token")
+
+disco._log.WINDOW_S = 0.5
+logger.configure("info", "json")
+anyio.run(lambda: run(NodeSettings(port=0), announce=flood))
+"""
+
+
+async def test_standalone_node_reports_suppressed_events_after_a_burst(
+    anyio_backend: object,
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        FLOODED,
+        cwd=ROOT,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    line = {}
+    try:
+        with anyio.fail_after(20):
+            while line.get("event") != "repeated":
+                line = json.loads(await process.stderr.readline())
+    finally:
+        process.kill()
+        await process.communicate()
+    assert (line["what"], line["suppressed"]) == ("agent_refused", 3)
