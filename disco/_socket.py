@@ -206,6 +206,8 @@ class AgentSocket(asyncio.Protocol):
             return
         self.transport.write(b"".join(writes))
         if writes[-1] == SEND_EOF:
+            # After a refusal or a close there is no session any more, so only a protocol error gets
+            # this reason.
             self._end_session("the agent broke the WebSocket protocol")
             # Close only the sending side, and continue to read. Closing a socket that has unread
             # data resets the connection, and the peer could lose the close frame or the HTTP

@@ -6,8 +6,8 @@
         assert agent.memory == {"count": 1}
 
 pytest finds the fixture `run_agent` wherever em-runner is installed. `running` does the same as a
-context manager. They need no process, no fixed port and no token. Until the test ends, the node
-listens on a free loopback port, on the event loop of a thread.
+context manager. They start no other process, and need no fixed port and no token. Until the test
+ends, the node listens on a free loopback port, on the event loop of a thread.
 """
 
 from __future__ import annotations

@@ -115,7 +115,10 @@ def venv_version() -> tuple[int, ...] | None:
 
 
 def is_wanted(version: tuple[int, ...]) -> bool:
-    """Return whether a version is new enough and, if EM_PYTHON is set, that of its Python."""
+    """Return whether a version is new enough and, if EM_PYTHON is set, equal to this interpreter's.
+
+    `env.sh` runs this script with the Python that EM_PYTHON names.
+    """
     return version >= OLDEST and (
         not os.environ.get("EM_PYTHON") or version == sys.version_info[:3]
     )
@@ -134,7 +137,8 @@ def can_be_repaired() -> bool:
 def create() -> None:
     """Create an empty environment in place of the existing one."""
     report(f"creating an environment with Python {sys.version.split()[0]} in {VENV}")
-    # If the environment is activated, this may be its own Python, which is about to be removed.
+    # If the environment is activated, `sys.executable` may be inside it, and is about to be
+    # removed.
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     base = shutil.which(name, path=os.path.join(sys.base_prefix, "bin")) or sys.executable
     made = subprocess.run(

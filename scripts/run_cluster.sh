@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs em-runner: the demo, or the agents of a configuration. Creates the environment first.
+# Runs `em-runner demo`, or `em-runner run` if -c is given. Creates the environment first.
 set -euo pipefail
 
 usage() {
@@ -48,5 +48,6 @@ fi
 
 # shellcheck source=scripts/env.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
+# Without a change of folder: FILE is relative to the caller's.
 make_environment runtime
 exec "$VENV/bin/em-runner" "$command" "$@"

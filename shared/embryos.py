@@ -20,7 +20,7 @@ def objection(result: Any) -> str | None:
     for number, embryo in enumerate(embryos):
         if not (isinstance(embryo, dict) and isinstance(embryo.get("type"), str)):
             return (
-                f"embryo {number} has no 'type'; "
+                f"embryo {number} is not an object with a 'type' that is a string; "
                 "nodes expect {'type': ..., 'properties': {...}}"
             )
     return None

@@ -37,7 +37,7 @@ KEY_BYTES: Final = 32
 
 
 class Outcome(IntEnum):
-    """How a query ended. Metrics, spans and pages use `label`. A worker reports the first four.
+    """How a query ended. Metrics, spans and pages use `label`. A worker reports OK to RETURNED.
 
     Attributes:
         HANDLER_FAILED: the handler raised, or returned an invalid value.
@@ -64,8 +64,8 @@ class Outcome(IntEnum):
 
 def heartbeat_interval_s(liveness_timeout_s: float, *, idle: bool = False) -> float:
     """Return the time between two heartbeats of a worker, in seconds."""
-    # An idle worker has nothing new to report. A hundred of them with a heartbeat each second keep
-    # a core warm.
+    # An idle worker has nothing new to report. A hundred of them with a heartbeat each second use
+    # a noticeable part of a core.
     interval_s = _IDLE_HEARTBEAT_INTERVAL_S if idle else _HEARTBEAT_INTERVAL_S
     # A quarter of the timeout: three heartbeats may be late before the worker is killed.
     return min(interval_s, liveness_timeout_s / 4)
@@ -226,11 +226,11 @@ class Status(msgspec.Struct, array_like=True, tag=3):
 
 
 class DrainRequest(msgspec.Struct, array_like=True, tag=4):
-    """A signal asks the worker to exit. It waits for a `Drain`, after which no query can come."""
+    """The worker got SIGTERM and asks for a `Drain`, after which no query can come."""
 
 
 class Failed(msgspec.Struct, array_like=True, tag=5):
-    """The worker cannot start, and exits. `reason` says why, and what to do."""
+    """The worker cannot start or continue, and exits. `reason` says why, and what to do."""
 
     reason: str
 

@@ -227,7 +227,7 @@ def _resource(attributes: Attributes) -> Resource:
 
 
 class _LibraryLogs(logging.Handler):
-    """Logs OpenTelemetry's warnings as em-runner's events, each logger's once a minute."""
+    """Logs OpenTelemetry's warnings as events, at most one a minute for each logger."""
 
     def __init__(self, log: Logger) -> None:
         super().__init__(logging.WARNING)

@@ -45,14 +45,15 @@ class Trial(NamedTuple):
 class Phase(Enum):
     """A step of a trial.
 
-    The worker process sends each phase before it starts it. If the process then hangs or ends, the
-    last phase that arrived names the cause.
+    The trial's process sends each phase before the phase starts. If the process then hangs or ends,
+    the last phase that arrived names the cause.
 
     Attributes:
         IMPORTING: the handler's module is imported.
         SETTING_UP: its `setup` runs.
         HANDLING: the handler runs.
-        HANDLING_ASYNC: it runs as an `async def`, which blocks its event loop until it awaits.
+        HANDLING_ASYNC: it runs as an `async def`. If that hangs, it blocks its event loop, and the
+            error says so.
         SHOWING: the `repr` of the memory is made.
         CLOSING: its `close` runs.
     """

@@ -60,8 +60,8 @@ def probe(ref: HandlerRef, pipe: Connection) -> None:
     from worker.dispatching.handler import load
 
     # A worker's logging and streams, because a handler may depend on them while it is imported.
-    # Only errors are logged here: each worker that imports the handler later logs the other lines
-    # of the import, with the worker's name.
+    # Only errors are logged here. What else the import logs or prints is logged by each worker that
+    # later imports the handler, with the worker's name.
     logs.configure("error", handler=str(ref))
     output.redirect_stdio()
     _send_result_and_exit(pipe, lambda: load(ref).capabilities)

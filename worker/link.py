@@ -33,6 +33,8 @@ _LINGER_MS: Final = 1000
 class Link:
     """One worker's connection to the runner, and the source of the jobs that arrive over it.
 
+    A reply is an answer with the sequence number of its query.
+
     Args:
         launch: where the runner listens, and which worker this is.
         on_drain: called when the runner will send no more queries. The argument says whether a
@@ -248,10 +250,10 @@ class Link:
             job = self._jobs.get(sequence)
             if job is not None:
                 job.skipped_as = CANCELLED
-                # A job may wait long in the queue. Clients that disconnect must not fill the
-                # memory with their texts. `skipped_as` is set first: a handler's thread reads the
-                # text first and then `skipped_as`. So if it sees an empty text, it also sees that
-                # the query is cancelled, and does not run it.
+                # A job may wait long in the queue. Clients that disconnect must not fill this
+                # process's memory with their texts. `skipped_as` is set first: a handler's thread
+                # reads the text first and then `skipped_as`. So if it sees an empty text, it also
+                # sees that the query is cancelled, and does not run it.
                 job.body = ""
 
     def _send_encoded(self, data: bytes) -> None:

@@ -181,8 +181,9 @@ class Worker:
         try:
             await self._open_memory()
         except MemoryFault as exc:
-            # Only a memory that was handed over may be lost: it cannot be read by a later process
-            # either. If a file cannot be opened, an empty memory would hide what the file contains.
+            # Starting empty is acceptable only if the memory was handed over: no later process
+            # could read it either. A file that cannot be opened may still have its content, so that
+            # error ends the worker.
             if self._inherited_memory is None:
                 raise
             self._log.error(

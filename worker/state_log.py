@@ -17,9 +17,9 @@ SETTLED_S: Final = 5.0
 class StateLog:
     """Logs the states of one worker.
 
-    A node can cause `ready` and `backoff` without bound. They are logged once a minute, `backoff`
-    for each kind of loss. A suppressed state that lasts is logged later, so that the last line in
-    the log is soon correct again.
+    A node can cause `ready` and `backoff` without bound. `ready` is logged at most once a minute,
+    and `backoff` at most once a minute for each kind of loss. A suppressed state that lasts is
+    logged later, so that the last line in the log is soon correct again.
 
     Args:
         log: the logger.

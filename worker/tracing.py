@@ -87,9 +87,8 @@ class WorkerTracing(Tracing):
             kind = SpanKind.INTERNAL
             parent = parent_of(job.trace)
         else:
-            # A node's query is a WebSocket message without trace context, so the span has no
-            # parent. It is a CONSUMER, not a SERVER, because no tracer can have seen a request for
-            # it.
+            # A SERVER span is expected to have the client's span as its parent. A node sends none,
+            # so the kind is CONSUMER.
             path = "node"
             kind = SpanKind.CONSUMER
             parent = None

@@ -2,7 +2,8 @@
 
 When code runs for the first time, Python adapts it in place, and libraries create objects that they
 need later. In a worker, each of these writes would copy a page of memory that all workers share
-otherwise. Nothing here opens a connection or starts a thread. libuv keeps one pipe open.
+otherwise. A fork would share connections and lose threads, so nothing here opens or starts one.
+libuv keeps one pipe open, and replaces it in each forked process.
 """
 
 from __future__ import annotations

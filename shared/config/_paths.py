@@ -9,7 +9,9 @@ from shared.errors import ConfigError
 
 
 def absolute(path: Path, folder: Path, key: str) -> Path:
-    """Return a configured path with `~` expanded, relative to `folder`.
+    """Return a configured path as an absolute one.
+
+    `~` is expanded, and a relative path is taken from `folder`.
 
     Args:
         path: the path in the configuration.

@@ -1,9 +1,8 @@
 """Reads, signs and checks JWTs.
 
-em_disco requires an HS256 token whose claim `sub` is the agent's name, with the claims `iat` and
-`exp`. A token is read from its source on every connection attempt: em_disco issues tokens that are
-valid for a day, and a worker runs for months. Functions here do not log, and no error text contains
-a token or a secret.
+em_disco issues HS256 tokens with the claims `sub` (the agent's name), `iat` and `exp`. They are
+valid for a day, and a worker runs for months. So a token is read from its source on every
+connection attempt. Functions here do not log, and no error text contains a token or a secret.
 """
 
 from __future__ import annotations
@@ -193,7 +192,7 @@ def inspect(token: str) -> TokenClaims:
 
 
 def verify(token: str, secret: str) -> TokenClaims:
-    """Return the claims of a token after the checks that em_disco makes: signature and expiry.
+    """Return the claims of a token after the checks that an embedded node makes.
 
     Raises:
         TokenError: if it is malformed, has another signature, is expired, or lacks `sub` or `exp`.

@@ -264,8 +264,9 @@ class HttpConnection(asyncio.Protocol):
         # each would take many times their memory. A piece is parsed only when no earlier
         # request waits for its turn.
         start = 0
-        # Empty until the end, because `data` includes it. Otherwise `_may_parse` would find that
-        # bytes wait, and `_start_next`, which a response calls, would parse them a second time.
+        # `_unparsed` is empty while this runs, because `data` already includes it. Otherwise
+        # `_may_parse` would find that bytes wait, and `_start_next`, which a response calls, would
+        # parse them a second time.
         self._unparsed = b""
         while start < len(data) and self._may_parse():
             start += self._parse_piece(data[start : start + PIECE_BYTES])

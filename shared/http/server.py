@@ -32,7 +32,7 @@ from shared.http.limits import HttpLimits
 _BACKLOG: Final = 2048
 
 _CUT_S: Final = 0.25
-"""How long the server waits for the requests of connections that it has cut to end."""
+"""After it has cut connections, how long the server waits until their requests end."""
 
 _MAX_SWEEP_S: Final = 1.0
 """The longest interval between two checks of the timeouts and updates of the `date` header."""
@@ -183,8 +183,8 @@ class HttpServer:
         stuck = [connection for connection in self._http_connections() if connection.write_paused]
         stuck.sort(key=lambda connection: connection.stuck_since_s)
         unsent_bytes = sum(connection.unsent_bytes for connection in stuck)
-        # The last one has just got its response: it had no chance to read. Otherwise one response
-        # that is larger than the limit could never be sent.
+        # The last one has just got its response: it had no chance to read. If it were cut too, a
+        # response larger than the limit could never be sent.
         for connection in stuck[:-1]:
             if unsent_bytes <= self.limits.max_unsent_bytes:
                 return

@@ -1,14 +1,14 @@
 """Removes secrets from texts of libraries, nodes and handlers.
 
 Such a text may quote a secret that its author received: all of it, truncated, or in a URL. So each
-longer run of characters that the text has in common with a secret is removed too.
+run of at least 12 characters that the text has in common with a secret is removed too.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-_RUN_CHARS: Final = 12
+_MIN_RUN_CHARS: Final = 12
 """A text and a secret may have a shorter run in common by coincidence."""
 
 _MARK: Final = "***"
@@ -22,25 +22,26 @@ def redact(text: str, *secrets: str | None) -> str:
 
 
 def _without_runs(text: str, secret: str) -> str:
-    """Replace each run of at least `_RUN_CHARS` characters that also occurs in `secret`.
+    """Replace each run of at least `_MIN_RUN_CHARS` characters that also occurs in `secret`.
 
     Upper and lower case count as equal, because some libraries change the case of a host.
     """
     lower = _lowered(text)
     secret = _lowered(secret)
-    starts = range(len(secret) - _RUN_CHARS + 1)
-    runs = {secret[at : at + _RUN_CHARS] for at in starts}
+    starts = range(len(secret) - _MIN_RUN_CHARS + 1)
+    runs = {secret[at : at + _MIN_RUN_CHARS] for at in starts}
     parts: list[str] = []
-    # A window of `_RUN_CHARS` characters moves over the text, so the time is linear in its length.
+    # A window of `_MIN_RUN_CHARS` characters moves over the text, so the time is linear in its
+    # length.
     at = kept = 0
-    while at <= len(text) - _RUN_CHARS:
-        if lower[at : at + _RUN_CHARS] not in runs:
+    while at <= len(text) - _MIN_RUN_CHARS:
+        if lower[at : at + _MIN_RUN_CHARS] not in runs:
             at += 1
             continue
         parts += (text[kept:at], _MARK)
-        at += _RUN_CHARS
+        at += _MIN_RUN_CHARS
         # The run may be longer than the window: extend it while its last characters still match.
-        while at < len(text) and lower[at - _RUN_CHARS + 1 : at + 1] in runs:
+        while at < len(text) and lower[at - _MIN_RUN_CHARS + 1 : at + 1] in runs:
             at += 1
         kept = at
     return "".join((*parts, text[kept:]))

@@ -251,7 +251,7 @@ async def test_async_handler_is_awaited(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("handler", "note"),
     [
-        ("omits_type", "embryo 0 has no 'type'"),
+        ("omits_type", "embryo 0 is not an object with a 'type'"),
         ("returns_text", "the result is a str, which nodes drop: they expect a list"),
         (
             "returns_too_much",

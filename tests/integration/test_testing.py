@@ -208,9 +208,10 @@ def test_agents_with_memory_on_disk_do_not_share_it(run_agent: RunAgent, tmp_pat
         ("hi", "the result is a str, which nodes drop: they expect a list of embryos"),
         (None, "the result is None, which nodes drop"),
         (b'"hi"', "the result is a str, which nodes drop"),
-        ([{"properties": {}}], "embryo 0 has no 'type'"),
-        ([{"type": "x"}, 3], "embryo 1 has no 'type'"),
-        ({"title": "x"}, "embryo 0 has no 'type'"),
+        ([{"properties": {}}], "embryo 0 is not an object with a 'type'"),
+        ([{"type": 1}], "embryo 0 is not an object with a 'type' that is a string"),
+        ([{"type": "x"}, 3], "embryo 1 is not an object with a 'type'"),
+        ({"title": "x"}, "embryo 0 is not an object with a 'type'"),
     ],
 )
 @pytest.mark.parametrize("kind", ["plain", "async"])

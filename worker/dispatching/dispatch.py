@@ -1,4 +1,4 @@
-"""Runs one query after another through the handler, with its memory.
+"""Runs queries through the handler: one at a time, or `concurrency` at once without memory.
 
 A source submits `Job`s, and gets an answer to each exactly once, on the event loop. A subclass
 decides where the handler runs: `_loop_dispatcher` for `async def`, `_thread_dispatcher` for plain
@@ -183,7 +183,7 @@ class Dispatcher(ABC):
         """Try to stop what runs in a slot. Return False if that is impossible in this process."""
 
     def _not_started(self) -> Iterable[Job]:
-        """Return the submitted jobs that the handler may not have started."""
+        """Return the submitted jobs that the handler has perhaps not started."""
         return list(self._queue)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -375,8 +375,8 @@ class Dispatcher(ABC):
                 default=now,
             )
             # The sleep lasts at least a millisecond, so that rounding cannot make this a busy loop.
-            # It lasts at most the timeout: a query that starts during the sleep may be due right
-            # after that. Without this limit, a grace period in another slot could delay its check.
+            # It lasts at most the timeout. With a longer sleep (a slot in its grace period), a
+            # query that starts meanwhile would be checked too late.
             due = max(earliest_start + timeout_ns, now + 1_000_000)
             due = min(due, now + timeout_ns)
             await anyio.sleep((due - now) / _NS_PER_S)

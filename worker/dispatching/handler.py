@@ -66,7 +66,7 @@ class Handler(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def with_query_logging(self, level: LogLevel) -> Handler:
-        """Return a handler that logs the start of each query's text at debug level."""
+        """Return a handler that logs each query's text, shortened, at debug level."""
         # At other levels it costs a query nothing, not even a call.
         if level != "debug":
             return self

@@ -200,7 +200,8 @@ def _open(path: Path) -> tuple[sqlite3.Connection, bytes]:
             hint="the agent starts with an empty memory; repair the file, and move it back "
             "while the runner is stopped",
         )
-    # Autocommit, so that `flush` is one statement. It runs on another thread than `open`.
+    # Autocommit, so that `flush` is one statement. `check_same_thread` is off, because `flush` runs
+    # on another thread than `open`.
     database = sqlite3.connect(
         path,
         timeout=_BUSY_TIMEOUT_S,
@@ -219,12 +220,12 @@ def _open(path: Path) -> tuple[sqlite3.Connection, bytes]:
 
 
 def _problem(path: Path) -> str | None:
-    """Return why a file is not this memory; None if it is, or does not exist."""
+    """Return why a file is not this memory. None if it is, or if neither it nor its log exists."""
     if not path.exists() or path.stat().st_size == 0:
         # SQLite deletes the write-ahead log when it opens an empty file, but the log may contain
         # the whole memory.
         log = path.with_name(f"{path.name}-wal")
-        return "it is empty, but its write-ahead log exists" if log.exists() else None
+        return "it is missing or empty, but its write-ahead log exists" if log.exists() else None
     # Read-only: a connection that can write would write the write-ahead log into the file, even if
     # the file is another program's.
     uri = f"{path.absolute().as_uri()}?mode=ro"
@@ -301,5 +302,5 @@ def _move_aside(path: Path) -> Path:
 
 
 def _decode(data: bytes) -> dict[Any, Any]:
-    # msgspec decodes any hashable msgpack value as a key.
+    # `dict` and not `dict[str, Any]`: a handler may use keys that are not strings.
     return msgspec.msgpack.decode(data, type=dict)

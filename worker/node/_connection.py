@@ -2,7 +2,7 @@
 
 The session decides what bytes mean, this module moves them. Callbacks move a query, without tasks
 and streams: a read is decoded and submitted, and all answers of a loop turn are one write. No
-exception that a node causes leaves this module: `run` returns it as the cause of the loss.
+exception that a node causes leaves this module: `run` returns a `Loss` instead.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class NodeConnection(asyncio.Protocol):
         self._request_end()
 
     def pause_writing(self) -> None:
-        """Update reading: the node has stopped reading its answers, or reads them again."""
+        """Pause or resume reading. Both callbacks do the same."""
         self._update_reading()
 
     resume_writing = pause_writing
@@ -146,8 +146,8 @@ class NodeConnection(asyncio.Protocol):
         finally:
             self._finished = True
             # The answers to these jobs cannot be sent. If a connection is lost again and again, its
-            # queries must not fill the memory while they wait for the handler. The text is dropped
-            # after `skipped_as` is set, see `Job`.
+            # queries must not fill this process's memory while they wait for the handler. The text
+            # is dropped after `skipped_as` is set, see `Job`.
             for job in self._jobs:
                 job.skipped_as = CANCELLED
                 job.body = ""
@@ -201,7 +201,8 @@ class NodeConnection(asyncio.Protocol):
     # --- from the node ---
 
     def _submit(self, queries: list[tuple[bytes, str]]) -> None:
-        # No handler will answer these. Without the `null`, the node would wait for its timeout.
+        # Queries that arrive during a drain are not run. Without the `null`, the node would wait
+        # for its timeout.
         if self._draining:
             for query_id, _ in queries:
                 self._session.answer(query_id, b"null")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 class LossKind(StrEnum):
     """What ended a connection, or prevented it."""
 
-    # Before the node is reached.
+    # Before the upgrade request.
     NO_TOKEN = "no_token"
     CONNECT_TIMEOUT = "connect_timeout"
     CONNECT_FAILED = "connect_failed"
