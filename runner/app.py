@@ -63,7 +63,7 @@ class Runner:
         watched_file: the configuration file, to watch it and the handlers' folders; None to watch
             nothing.
         listener: the socket that HTTP clients connect to.
-        make_exchange: makes the exchange of a traced query; None without tracing.
+        make_exchange: makes the responder of a traced direct query; None without tracing.
     """
 
     def __init__(
@@ -182,9 +182,9 @@ class Runner:
         # collection, which would delay the queries that arrive during it.
         gc.freeze()
         await self._supervisor.run()
-        # Each query in flight has its answer by now, from its worker or from the runner in the
-        # worker's place. Queries that were held for a worker have none: refuse them before the
-        # server stops, or their clients would get a closed connection.
+        # Every query that a worker had is answered by now. One that was returned may still be held
+        # for a worker that had ended before. It is refused before the server stops, or its client
+        # would get a closed connection.
         self._router.refuse_all()
         self._api.end_streams()
         await self._server.stop(_REPLY_GRACE_S)
@@ -228,10 +228,11 @@ class Runner:
         # Requests that were sent before the signal may not be read from their sockets yet. They
         # are read and answered first.
         await anyio.sleep(_ACCEPT_GRACE_S)
-        # From here on, new queries and connections are refused. A reload's probe runs on a thread,
-        # which a cancellation does not stop. It returns at once when its process is killed.
+        # From here on, new queries and connections are refused.
         self._api.close()
         self._server.close()
+        # A reload may wait for a probe on a thread, which cannot be cancelled. The thread returns
+        # when the probe's process is killed.
         self._probes.abandon()
         await self._supervisor.drain()
 

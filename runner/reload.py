@@ -46,7 +46,7 @@ folder, and the workers' tracers.
 
 
 def workers_by_agent(specs: Sequence[WorkerSpec]) -> dict[str, tuple[str, ...]]:
-    """Return each agent's workers in the order of its nodes."""
+    """Return each agent's workers, in the order in which they are chosen for a direct query."""
     found: dict[str, tuple[str, ...]] = {}
     for spec in specs:
         agent = spec.agent.name

@@ -16,10 +16,10 @@ from runner import table
 from runner.table import WorkerRow
 
 CHECK_INTERVAL_S: Final = 0.05
-"""How often the table is checked until all agents are up."""
+"""How often the table is checked until the start is complete."""
 
 _REPORT_INTERVAL_S: Final = 5.0
-"""The longest time between two checks after that. A status that has not changed is not sent."""
+"""The longest time between two checks after the start. An unchanged status is not sent."""
 
 _STARTING: Final = frozenset({"starting", "standby", "connecting", "registering"})
 
@@ -44,7 +44,7 @@ class ServiceManager:
         self._status = ""
 
     async def report(self, rows: Callable[[], Sequence[WorkerRow]]) -> None:
-        """Report the status, and that the event loop runs. When all agents are up, report ready.
+        """Report the status, that the event loop runs, and once that the start is complete.
 
         Returns only without a service manager; otherwise it runs until cancelled.
 
@@ -54,7 +54,7 @@ class ServiceManager:
         if not self._address:
             return
         tried: set[str] = set()
-        while not _all_up(rows(), tried):
+        while not _is_start_complete(rows(), tried):
             self._report_status(rows())
             await anyio.sleep(CHECK_INTERVAL_S)
         self._send("READY=1")
@@ -92,15 +92,15 @@ class ServiceManager:
             return
 
 
-def _all_up(rows: Sequence[WorkerRow], tried: set[str]) -> bool:
+def _is_start_complete(rows: Sequence[WorkerRow], tried: set[str]) -> bool:
     """Return whether each agent has a ready worker, or all its workers have tried to connect.
 
     Args:
         rows: the table of workers.
         tried: the names of the workers that have tried. New ones are added.
     """
-    # One attempt is enough: a node that is down must not keep systemd waiting for the start until
-    # it gives up and kills the runner, while the agents at other nodes work.
+    # One attempt is enough. Otherwise, a node that is down would keep systemd waiting until it
+    # kills the runner, although the agents at other nodes work.
     tried |= {row.name for row in rows if row.state not in _STARTING}
     ready = {row.agent for row in rows if row.state == "ready"}
     return all(row.agent in ready or row.name in tried for row in rows)

@@ -46,8 +46,8 @@ def run(
 
     Raises:
         ConfigError: if a handler cannot be loaded, or a variable for tracing is invalid.
-        StartError: if the state folder or the address is in use, or there are too few file
-            descriptors.
+        StartError: if the state folder or the address is in use, no process can be started, or
+            there are too few file descriptors.
     """
     # Before the fork server, because that inherits the raised limit, and the workers from it. It
     # needs a descriptor for each worker that runs.
@@ -97,7 +97,7 @@ def run(
 
 @contextmanager
 def _tracing(config: Config) -> Iterator[ExchangeFactory | None]:
-    """Return what makes the exchange of a traced query, or None without tracing."""
+    """Return the factory of traced responders, or None without tracing."""
     if not config.runner.tracing:
         yield None
         return

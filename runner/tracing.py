@@ -22,7 +22,11 @@ _MAX_PATH: Final = 256
 
 
 class TracedExchange(QueryExchange):
-    """One direct query, with a span from its turn on the connection to its answer."""
+    """One direct query with a span.
+
+    The span starts when all earlier requests of the connection are answered, and ends with the
+    query's own answer.
+    """
 
     __slots__ = ("_end_attributes", "_span", "_tracing", "trace")
 

@@ -145,7 +145,7 @@ class Watcher:
                 file=str(changed),
             )
             self._due[ref] = changed
-            # Processes that still load the previous code must not hold up the new one.
+            # Processes that still load the previous code must not delay the new code.
             self._supervisor.outdate(ref)
             self._probes.abandon(ref)
             # One task per handler: two at once could leave workers with the older code.
@@ -185,8 +185,8 @@ class Watcher:
         if self._supervisor.stopping:
             return
         if self._supervisor.has_other_handler(ref, agents):
-            # An agent's worker still has its old handler, because this one's code failed at an
-            # earlier reload of the configuration. Now the code may work.
+            # A worker of these agents still has its former handler, because this handler failed to
+            # load at an earlier reload of the configuration. Now it may load.
             self._reload()
         replaced = [worker for worker, failure in failures.items() if failure is None]
         if replaced:

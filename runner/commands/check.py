@@ -43,7 +43,8 @@ def check(config: Config) -> tuple[list[Row], list[str]]:
     if config.runner.tracing:
         from shared.tracing import Tracing
 
-        # OpenTelemetry logs a warning for a variable that it ignores.
+        # A tracer reads the variables when it is created. An invalid one is an error. OpenTelemetry
+        # logs a warning for one that it ignores.
         logs.configure("warning")
         Tracing({}).close(0)
     capabilities = check_handlers(config.agents, Probes(fork_server))
@@ -104,7 +105,7 @@ def token_problems(agent: Agent) -> list[str]:
         # The signature is not checked, because only the node has the secret.
         problems = tokens.inspect(token).problems(agent.name)
         if source.secret_file is not None:
-            # Workers mint tokens with a shorter secret, too, but em_disco refuses them.
+            # A worker also accepts a shorter secret, but em_disco refuses tokens signed with it.
             secret = tokens.read_secret_file(source.secret_file)
             tokens.require_strong(secret, str(source.secret_file))
     except (TokenError, ConfigError) as exc:

@@ -121,7 +121,8 @@ def call(
             with error_response:
                 return _read_answer(base, path, error_response)
     except (OSError, ValueError, http.client.HTTPException) as exc:
-        # urllib wraps the errors of a connection that fails, but not those of one that breaks.
+        # urllib wraps the error of a connection that cannot be made, but not that of one that is
+        # lost later.
         reason = getattr(exc, "reason", None) or exc
         if isinstance(reason, TimeoutError):
             problem = f" within {timeout_s:g} s; {timeout_hint}"

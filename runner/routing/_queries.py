@@ -1,4 +1,4 @@
-"""Queries without a reply: which worker has each, when it expires and how it ended.
+"""The queries in flight: which worker has each, when it expires, and how it ends.
 
 This module is pure: it has no socket, no timer and no event loop. The clock is an argument. The
 router sends what is in the peers' outboxes, and reports what the workers reply.
@@ -73,14 +73,14 @@ class PendingQueries:
         return self._assigned.get(peer.name) is peer
 
     def drop(self, peer: Peer, reason: str) -> None:
-        """Answer the queries of an incarnation that has ended.
+        """Answer each query of an incarnation that has ended with an error.
 
         Those that were not sent yet go to another worker, or wait for the next incarnation.
         """
         # First, so that `_reroute` below does not give this incarnation its unsent queries again.
         if self.is_assigned(peer):
             del self._assigned[peer.name]
-            # A draining one may have a successor that is not up yet. Its queries stay held.
+            # A draining one may have a successor that is not up yet: new queries stay held for it.
             if not peer.draining:
                 self.stop_holding(peer.name)
         # A query that was sent may have been handled, and a handler may have side effects: it is
@@ -107,13 +107,13 @@ class PendingQueries:
             self._place(pending, peer)
 
     def refuse_held(self, name: str) -> None:
-        """Answer the queries that are held for a worker that will not be up soon."""
+        """Answer each query held for a worker with an error, as it will not be up soon."""
         self.stop_holding(name)
         for pending in self._held.pop(name, {}).values():
             self.finish(pending, Outcome.WORKER_UNAVAILABLE, b"the worker is not up")
 
     def refuse_all(self) -> None:
-        """Answer every query that still waits, because the runner shuts down."""
+        """Answer every query that still waits with an error, because the runner shuts down."""
         for pending in list(self._pending.values()):
             self.finish(
                 pending,

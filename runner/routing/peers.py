@@ -19,7 +19,12 @@ UNANSWERED: Final = (
 
 
 class Reply(NamedTuple):
-    """How a query ended. `payload` is JSON for OK, else a message. `worker` is the worker asked."""
+    """How a query ended.
+
+    Attributes:
+        payload: JSON for OK, else a message.
+        worker: the worker that had the query last, or would have had it.
+    """
 
     outcome: Outcome
     payload: bytes
@@ -33,7 +38,7 @@ OnReport = Callable[[int, ipc.Report], None]
 
 
 # Structs, because they are created in C: a `Pending` is created for each direct query. They are
-# compared by identity, so that each can be a key.
+# compared by identity: no two are equal, and a `Peer` is a key.
 class Peer(msgspec.Struct, eq=False):
     """One incarnation of a worker.
 
@@ -76,11 +81,11 @@ class Pending(msgspec.Struct, eq=False):
 
     Attributes:
         sequence: its number, which no other query of this runner has.
-        name: the worker that was asked.
+        name: the worker that was chosen for it. Another one has it if it was rerouted.
         query: the text.
         deadline_s: when it expires, by the event loop's clock.
         on_reply: called with its reply.
-        alternatives: the workers that may get it if `name` returns it.
+        alternatives: the workers that may get it instead, while no handler has started it.
         trace: its trace context.
         peer: the incarnation that has it. None while it is held for the next one.
     """

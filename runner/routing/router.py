@@ -104,7 +104,7 @@ class Router:
         self._context.term()
 
     def refuse_all(self) -> None:
-        """Answer every query that still waits, because the runner shuts down."""
+        """Answer every query that still waits with an error, because the runner shuts down."""
         self._queries.refuse_all()
 
     # --- workers start and end ---
@@ -118,7 +118,7 @@ class Router:
             self._queries.assign(peer)
 
     def drop(self, launch: Launch, reason: str) -> None:
-        """Forget an incarnation, and answer every query that it still had.
+        """Forget an incarnation, and answer every query that it still had with an error.
 
         Queries that were not sent yet go to another worker, or wait for the next incarnation.
         """
@@ -152,7 +152,7 @@ class Router:
         self._send(peer, ipc.Promote(memory))
 
     def refuse_held(self, name: str) -> None:
-        """Answer the queries that are held for a worker that will not be up soon."""
+        """Answer each query held for a worker with an error, as it will not be up soon."""
         self._queries.refuse_held(name)
 
     def accepts(self, name: str) -> bool:
@@ -164,7 +164,7 @@ class Router:
         self._read()
 
     def silent_for_s(self, launch: Launch) -> float:
-        """Return the time since the last message of an incarnation that was processed."""
+        """Return the time since an incarnation's last processed message."""
         peer = self._peers.get(launch.routing_id)
         return 0.0 if peer is None else self._loop.time() - peer.last_message_s
 
@@ -190,7 +190,7 @@ class Router:
             name: the worker.
             query: its text.
             on_reply: may be called before this returns.
-            alternatives: workers that may get the query if the worker returns it unhandled.
+            alternatives: workers that may get it instead, while no handler has started it.
             trace: its trace context.
 
         Returns:
@@ -304,14 +304,15 @@ class Router:
                 )
             return False
         # ZeroMQ's descriptor is edge-triggered (zmq_getsockopt, ZMQ_FD): it becomes readable once
-        # for new messages, and a send may consume this. Without the check, a reply would wait for
-        # the next message.
+        # for new messages, and a send may consume that notification. Without the check, a reply
+        # would wait for the next message.
         if int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:
             self._loop.call_soon(self._on_readable)
         return True
 
     def _on_readable(self) -> None:
-        # The descriptor does not become readable again for the rest, see `_send`.
+        # The descriptor does not become readable again for the messages that are still unread, see
+        # `_send`.
         if self._read(_READ_BYTES):
             self._loop.call_soon(self._on_readable)
 

@@ -160,7 +160,8 @@ class Child:
             current = await lineage.fork(lineage.spec, standby=False)
         except StartError as exc:
             return Failure("not_started", str(exc)), 0.0
-        self._state = "crashed"  # what operators see once no process is current
+        # Set in advance: it is shown only while no process is current.
+        self._state = "crashed"
         while True:
             lineage.current = current
             # A replacement finds no process to replace while one is being forked. It then changes
@@ -196,7 +197,7 @@ class Child:
         }
         if decision.failed:
             self._state = "failed"
-            # Queries wait for a worker that restarts soon, but not for one that may not recover.
+            # Held queries wait for a worker that restarts soon, not for one that may not recover.
             self._router.refuse_held(self.spec.name)
             lineage.log.error("worker_failed", **fields)
         else:
@@ -256,8 +257,8 @@ class Child:
         self.stop_restarting()
         current = self._lineage.current
         if current is not None:
-            # During a hand-over, `Succession` promotes the successor when this process has ended,
-            # so the successor is killed only after that.
+            # During a hand-over, `Succession` promotes the successor when this process has ended.
+            # If the successor had been killed, the log would say that it is unreachable.
             self._lineage.kill(spared=(current, current.successor))
             current.successor = None
             await current.drain(timeout_s)

@@ -18,8 +18,8 @@ from shared.logs.logger import get_logger
 _LAST_MESSAGES_S: Final = 1.0
 """How long the last messages of a process that drained may take to arrive."""
 
-_LAST_REASON_S: Final = 0.25
-"""The same for a process that exited unplanned: its restart waits for this."""
+_LAST_MESSAGES_AFTER_EXIT_S: Final = 0.25
+"""How long those of a process that exited unplanned may take. Its restart waits for them."""
 
 _LAST_MESSAGES_POLL_S: Final = 0.002
 
@@ -32,7 +32,7 @@ class Incarnation:
 
     Attributes:
         handler_version: how often the handler had changed before this process was started.
-        failure: why it cannot continue: as it reported, or why it was killed.
+        failure: the failure that it reported, else why the runner killed it.
         replacement_reason: why it asks to be replaced; None if it does not.
         handover: its memory for the successor, once it has sent that.
         draining: whether the runner has asked it to finish and exit.
@@ -115,7 +115,7 @@ class Incarnation:
             return
         limit_s = _LAST_MESSAGES_S
         if not self.draining and self.state != "draining":
-            limit_s = _LAST_REASON_S
+            limit_s = _LAST_MESSAGES_AFTER_EXIT_S
             failure = await self.process.exit_failure()
             if failure.kind != "exited":
                 return

@@ -43,9 +43,10 @@ class Lineage:
 
     Attributes:
         spec: the spec of the next process.
-        current: the process that has the worker's name; None while there is none.
+        current: the process that gets the worker's queries; None while there is none.
         incarnation_count: how many processes were started.
-        handler_version: how often the handler changed. A process that started before is stale.
+        handler_version: how often the handler changed. A process that started before the last
+            change is stale.
         record: what is recorded of the worker at its node.
         stopping: set when no process may be started any more.
         restart_now: set when a worker that waits for its restart should start at once.
@@ -90,7 +91,7 @@ class Lineage:
         return counted
 
     def _is_counted(self, incarnation: Incarnation) -> bool:
-        """Return whether a process has the node that the worker has now, so its counters count."""
+        """Return whether `counted` includes a process: it has the node that the worker has now."""
         return incarnation.launch.spec.node == self.spec.node
 
     def adopt(self, spec: WorkerSpec) -> None:
@@ -163,10 +164,10 @@ class Lineage:
         if self.current is incarnation:
             self.current = incarnation.successor
         # Before the wait for the exit status: clients get their answers at once.
-        lost = "the worker died"
+        reason = "the worker died"
         if incarnation.draining:
-            lost = "the worker ended before it answered"
-        self._router.drop(incarnation.launch, lost)
+            reason = "the worker ended before it answered"
+        self._router.drop(incarnation.launch, reason)
         # No one else has a reference to the process, so it is released even if this is cancelled.
         with anyio.CancelScope(shield=True):
             kind, reason = await incarnation.process.exit_failure()

@@ -50,7 +50,7 @@ class WorkerProcess:
         self.ended.set()
 
     async def exit_failure(self) -> Failure:
-        """Return what the exit status of the ended process means."""
+        """Return what the exit status of the ended process means, also if its end was planned."""
         # The fork server reports the status a little later than the kernel reports the end.
         with anyio.move_on_after(STATUS_TIMEOUT_S):
             await anyio.wait_readable(self._process.sentinel)

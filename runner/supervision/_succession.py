@@ -183,16 +183,15 @@ class Succession:
         if lineage.stopping.is_set():
             return _Stopping()
         if is_up:
-            # The old process has ended, and another one with the old spec may run already. From
-            # now on restarts use the new spec. If the memory moves, they must still use the old
-            # spec: the memory's file keeps its old name until no process has it open.
+            # The old process has ended, and another one with the old spec may run already.
+            # Restarts use the new spec from now on, unless the memory moves: its file keeps the old
+            # name until no process has it open.
             if lineage.current is not None and not replacement.moves_memory:
                 lineage.adopt(spec)
             return _Overtaken()
-        # The handler changed again while the new process was loading it. If the worker has this
-        # handler already, the watcher replaces the worker. If a reload gives it this handler, the
-        # worker still has its old one, and nothing repeats the reload. So this replacement is
-        # retried.
+        # The handler changed again while the new process was loading it. The watcher replaces only
+        # workers that already have this handler. No one repeats a reload that gives it to a worker,
+        # so that is retried here.
         if self._outdated.is_set() and replacement.kind == "configuration":
             return _Overtaken()
         return _NotUp(failure)
@@ -236,7 +235,7 @@ class Succession:
         after = new.launch.spec
         lineage.adopt(after)
         lineage.record.replacements[replacement.kind] += 1
-        # A shutdown has to be over soon, a replacement has not: a running query may use its
+        # A shutdown has to be over soon, a replacement need not be: a running query may use its
         # handler's whole timeout.
         longest_ms = max(
             after.agent.supervision.shutdown_timeout_ms,

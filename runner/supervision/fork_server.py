@@ -130,7 +130,7 @@ class ForkServer:
 
 @contextmanager
 def _isolated_imports() -> Iterator[None]:
-    """Keep new processes from importing the runner, and modules of the current folder."""
+    """Keep new processes from importing the runner or modules of the current folder."""
     # multiprocessing sends each child the name or file of the program's main module, and the child
     # imports it. For a worker that would be the whole runner. No public setting turns this off, so
     # the main module is an empty one while a process is started.

@@ -46,16 +46,15 @@ def hand_over(
     if {before.agent.memory, after.agent.memory} != {"ram"}:
         return None
     if state is None:
-        lost = "the old process sent no memory"
+        reason = "the old process sent no memory"
     elif moves or before.node == after.node or state.memory is None:
         # None if the old process could not pickle its memory. It has logged that itself.
         return state.memory
     else:
-        lost = "the memory belongs to the worker's former node"
-    reason = f"{lost}; the agent starts with an empty memory"
+        reason = "the memory belongs to the worker's former node"
     _log.error(
         "memory_not_handed_over",
-        reason=reason,
+        reason=f"{reason}; the agent starts with an empty memory",
         **old.log_context,
     )
     return None
@@ -73,9 +72,10 @@ def move_file(before: WorkerSpec, after: WorkerSpec) -> None:
     if new.exists() or not old.exists():
         return
     try:
-        # The database comes last. A database without its log opens as an older state of itself,
-        # and no one would notice if the runner was killed between the two. A log without its
-        # database is an error that the worker logs (`memory_moved_aside`).
+        # The database comes last, because the runner may be killed between two renames. A database
+        # without its write-ahead file opens as an older state of itself, and no one would notice.
+        # A write-ahead file without its database is an error that the worker logs
+        # (`memory_moved_aside`).
         for suffix in (*SIDE_FILES, ""):
             source = old.with_name(old.name + suffix)
             with suppress(FileNotFoundError):

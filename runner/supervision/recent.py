@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from shared.ipc import BUCKETS, Counters
 
 STEP_S: Final = 5.0
-"""The time between two points. A worker reports its counters at most once a second."""
+"""The time between two points. It is longer than the time between two heartbeats."""
 
 STEPS: Final = 60
 """How many steps are kept: five minutes."""

@@ -1,4 +1,4 @@
-"""When a worker is restarted: OTP's restart intensity, with delays. No I/O, no clock."""
+"""When a worker is restarted. As in Erlang/OTP, restarts are limited. No I/O, no clock."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class Supervisor:
         return self._stopping.is_set()
 
     async def record_counts(self) -> None:
-        """Record what the workers count after each step, until cancelled."""
+        """After each step, record what the workers have counted. Runs until cancelled."""
         while True:
             await anyio.sleep(STEP_S)
             for child in self._children.values():
@@ -242,7 +242,7 @@ class Supervisor:
             child.stop_restarting()
 
     async def drain(self) -> None:
-        """Drain all workers at once."""
+        """Drain all workers together."""
         self.stop_restarting()
         async with anyio.create_task_group() as tasks:
             for child in self._children.values():
@@ -275,9 +275,10 @@ def _memory_movers(
     after: Mapping[str, WorkerSpec],
 ) -> set[str]:
     """Return the workers that move their memory: their old node is gone, their new one is added."""
-    # A worker's name has the position of its node in the agent's list, not the node's address. So
-    # a worker keeps its memory only if no worker of the agent has the old node now, and none had
-    # the new node before: two nodes that swap places, or a list that shifts by one, move nothing.
+    # A worker's name has the position of its node in the agent's list, not the node's address. So a
+    # memory moves along with its worker only if no worker of the agent has the old node now, and
+    # none had the new node before. Two nodes that swap places, or a list that shifts by one, move
+    # nothing.
     old = {_memory_owner(spec) for spec in before.values()}
     new = {_memory_owner(spec) for spec in after.values()}
     moving: set[str] = set()

@@ -7,7 +7,7 @@ and any web page can use the browser for this:
 - With a form or `fetch`, a page sends a request to another site. `Origin` has the page's site.
 
 With a token, a browser asks its user for it as the password of HTTP's Basic scheme. It then adds
-the password to the requests of any page, so that `Origin` is checked there as well.
+the password to the requests of any page. So `Origin` is checked for Basic, too.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class LocalOnly:
         if found is None:
             return False
         name = found[1] or found[2]
-        # Any address is safe: unlike a name, it cannot be pointed at another machine.
+        # An address is safe: after DNS rebinding, `Host` is the name of the page's site.
         return name in self._names or is_address(name)
 
 
@@ -166,7 +166,7 @@ def _host_and_origin(headers: _Headers) -> tuple[bytes, bytes]:
 
 
 class Refusals:
-    """Counts requests that were refused before any worker was asked.
+    """Counts requests that were refused before a worker was chosen.
 
     Attributes:
         by_status: how many were refused with each status.

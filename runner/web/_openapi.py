@@ -48,7 +48,7 @@ _DESCRIPTIONS: Final = {
     "the handler.",
 }
 _WORKER: Final = {
-    "X-Worker": {"description": "The worker that was asked.", "schema": {"type": "string"}}
+    "X-Worker": {"description": "The worker that had the query last.", "schema": {"type": "string"}}
 }
 _RETRY: Final = {"Retry-After": {"description": "In seconds.", "schema": {"type": "integer"}}}
 _HEADERS: Final = {500: _WORKER, 503: _WORKER | _RETRY, 504: _WORKER}
@@ -101,7 +101,7 @@ def document(with_token: bool) -> bytes:
 def _queries() -> dict[str, Any]:
     routes = (
         ("/agent/query", "ask", "Ask the only agent, or the agent or worker that the body names"),
-        ("/agents/{agent}/query", "askAgent", "Ask the first worker of an agent that is up"),
+        ("/agents/{agent}/query", "askAgent", "Ask the first worker that is up"),
         ("/workers/{worker}/query", "askWorker", "Ask this worker and no other"),
     )
     return {path: {"post": _query(path, name, summary)} for path, name, summary in routes}

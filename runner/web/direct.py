@@ -1,8 +1,8 @@
-"""Direct queries over HTTP: POST /agent/query, the one route that has to be fast.
+"""Direct queries over HTTP: the three POST routes, which have to be fast.
 
 A request goes from the parser to the router, and its reply from the router to the socket, by
-callbacks alone. Every error is `{"error": ..., "code": ...}`, and its text says what to do. The
-message of an exception in a handler goes to the log, never to the client.
+callbacks alone. Every error is `{"error": ..., "code": ...}`. The message of an exception in a
+handler goes to the log, never to the client.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Directory:
 
     Args:
         router: knows which workers are up.
-        agents: each agent's workers, its primary first.
+        agents: each agent's workers, in the order in which they are chosen.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class _Directory:
             names = ", ".join(self._agents)
             text = f"there is no agent {agent!r}; there are: {names}"
             return Refusal(ErrorCode.UNKNOWN_AGENT, text)
-        # The primary first, so that an agent with memory answers from the same one if possible. If
-        # no worker is up, the primary is returned too, and the router refuses its query.
+        # The first one that is up, so that an agent with memory answers from the same memory if
+        # possible. If no worker is up, the router refuses the query.
         return next(filter(self._router.accepts, workers), workers[0])
 
     def _check_worker(self, agent: str | None, worker: str) -> str | Refusal:
@@ -148,9 +148,9 @@ class DirectQueries:
 
     Args:
         router: carries them to workers.
-        agents: each agent's workers, its primary first.
+        agents: each agent's workers, in the order in which they are chosen.
         guard: decides which clients may send queries.
-        refusals: counts the queries that reached no worker.
+        refusals: counts the queries that are refused before a worker is chosen.
         make_exchange: makes the responder for a query, by default a `QueryExchange`.
 
     Attributes:

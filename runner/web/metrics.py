@@ -188,13 +188,12 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
     )
     in_flight = GaugeMetricFamily(
         "em_runner_queries_in_flight",
-        "Queries that the worker has received and not answered; "
-        "those from its node as of its last heartbeat.",
+        "Queries that wait for the worker's answer; those from its node as of its last heartbeat.",
         labels=(*_WORKER, "path"),
     )
     age = GaugeMetricFamily(
         "em_runner_worker_heartbeat_age_seconds",
-        "The time since the worker's last heartbeat.",
+        "The time since the worker's last message.",
         labels=_WORKER,
     )
     uptime = GaugeMetricFamily(
@@ -227,7 +226,7 @@ def _runner(sample: RunnerSample) -> Iterator[Metric]:
     refused = CounterMetricFamily(
         "em_runner_requests_refused",
         "Requests that were refused with 401 or 403, "
-        "and direct queries that reached no worker, by status.",
+        "and direct queries that were refused before a worker was chosen, by status.",
         labels=("status",),
     )
     for status in sorted({*_REFUSED_STATUSES, *sample.refused}):

@@ -32,7 +32,7 @@ class Api:
 
     Args:
         router: carries queries to workers.
-        agents: each agent's workers, its primary first.
+        agents: each agent's workers, in the order in which they are chosen.
         workers: the running workers.
         address: where the runner listens.
         token: every route except /health requires it. If None, only programs of this machine are

@@ -29,7 +29,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         spark: the points of a sparkline of the query rate.
-        peak: the height of the sparkline, as a text for screen readers.
+        peak: the highest rate in the sparkline, as a text for screen readers.
         last_error: the last error of each part of the worker, in full and with its time.
         brief: one line for each of these errors, with its age.
     """
@@ -58,7 +58,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         version: em-runner's version. The page reloads when it changes.
-        summary: how many workers are in which state.
+        summary: how many workers are ready.
         layout: changes with the set and the order of the workers. The page then reloads its table.
         changed: the name and the changed cells of each worker that changed since the last event.
             The first event has all cells of all workers.
