@@ -26,9 +26,9 @@ from benchmarks.ws import workload_for
 from runner.routing._queries import PendingQueries
 from shared.config.schema import RunnerSection
 from shared.ipc import Outcome
-from worker.counts import NodeCounts
 from worker.dispatching import _loop_dispatcher as loop_dispatcher
 from worker.node import _connection as node_connection
+from worker.node.counts import NodeCounts
 
 ROUNDS = 20
 SECONDS = 1.0

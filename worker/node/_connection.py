@@ -17,10 +17,10 @@ from websockets.frames import CloseCode
 from shared.config.schema import ConnectionSection
 from shared.ipc import Outcome, WorkerState
 from shared.logs.logger import get_logger
-from worker.counts import NodeCounts
 from worker.dispatching.dispatch import Dispatcher
 from worker.dispatching.jobs import CANCELLED, Answer, Job
 from worker.dispatching.results import encode_result
+from worker.node.counts import NodeCounts
 from worker.node.losses import Loss, LossKind
 from worker.node.session import Session, SessionState
 

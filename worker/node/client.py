@@ -23,9 +23,9 @@ from shared.config.tokens import TokenError
 from shared.ipc import WorkerState
 from shared.logs.logger import LogThrottle, get_logger
 from shared.logs.redaction import redact
-from worker.counts import NodeCounts
 from worker.dispatching.dispatch import Dispatcher
 from worker.node._connection import NodeConnection
+from worker.node.counts import NodeCounts
 from worker.node.losses import Loss, LossKind
 from worker.node.session import Session
 

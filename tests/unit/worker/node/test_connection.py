@@ -14,9 +14,9 @@ from shared.config.nodes import parse_node
 from shared.config.schema import ConnectionSection
 from shared.ipc import Outcome
 from tests.unit.worker.node.test_session import READY, NodePeer
-from worker.counts import NodeCounts
 from worker.dispatching.jobs import Job
 from worker.node._connection import MAX_PENDING, MAX_PENDING_BYTES, NodeConnection
+from worker.node.counts import NodeCounts
 from worker.node.session import Session
 
 pytestmark = pytest.mark.anyio
