@@ -129,7 +129,7 @@ class Link:
             ipc.Status(
                 self._state,
                 self._reason,
-                self.counters(),
+                self.all_counters(),
             )
         )
         changed = status != self._last_status
@@ -158,8 +158,8 @@ class Link:
         """Send a message now. Replies that wait for the loop's next turn are sent after it."""
         self._send_encoded(ipc.encode(message))
 
-    def counters(self) -> Counters:
-        """Return what this worker has counted."""
+    def all_counters(self) -> Counters:
+        """Return what all parts of this worker have counted."""
         counters = self._read_counters()
         counters.direct_answers = self._answer_counts
         # The dispatcher counts the jobs of all sources.

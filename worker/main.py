@@ -314,7 +314,7 @@ class Worker:
             changed = self._link.send_status()
             self._states.log_if_settled()
             logs.report_suppressed()
-            counters = self._link.counters()
+            counters = self._link.all_counters()
             reason = self._limits.reached(counters)
             if reason is not None:
                 self._link.send(ReplaceRequest(reason))

@@ -250,7 +250,7 @@ class Dispatcher(ABC):
         """Return the fields of `Counters` that describe the handler. The others are zero.
 
         `in_flight_node` includes the direct queries, because jobs of all sources are counted here.
-        `Link.counters` subtracts them.
+        `Link.all_counters` subtracts them.
         """
         durations = (slot.durations for slot in self._slots)
         busy_ns = sum(slot.busy_ns for slot in self._slots)
