@@ -27,10 +27,11 @@ from worker.node.session import Session, SessionState
 MAX_PENDING: Final = 1024
 """How many queries of a node may wait for the handler. Then reading pauses, and TCP pushes back."""
 
-MAX_PENDING_BYTES: Final = 8 * 1024 * 1024
-"""The same bound for their size, and for unsent answers. A single message may exceed it.
+MAX_PENDING_SIZE: Final = 8 * 1024 * 1024
+"""How much these queries may hold together, and separately the unsent answers.
 
-The size counts characters of text: encoding it only to count its bytes would cost each query.
+A single message may exceed it. A query counts with the characters of its text, an answer with its
+bytes: encoding a text only to count its bytes would cost each query.
 """
 
 CLOSE_TIMEOUT_S: Final = 1.0
@@ -91,7 +92,7 @@ class NodeConnection(asyncio.Protocol):
         """Send the upgrade request."""
         # uvloop's transports have the methods of `asyncio.Transport`, but are not of its class.
         self._transport = transport  # type: ignore[assignment]
-        self._transport.set_write_buffer_limits(high=MAX_PENDING_BYTES)
+        self._transport.set_write_buffer_limits(high=MAX_PENDING_SIZE)
         self._write()
 
     def data_received(self, data: bytes) -> None:
@@ -229,7 +230,7 @@ class NodeConnection(asyncio.Protocol):
         if self._finished or self._transport.is_closing():
             return
         behind = self._handler_is_behind()
-        if behind or self._unsent_bytes >= MAX_PENDING_BYTES:
+        if behind or self._unsent_bytes >= MAX_PENDING_SIZE:
             # Queries that are not read yet may delay a pong. The node does not cause that delay.
             self._ping_excused = self._ping_excused or behind
             if not self._paused:
@@ -240,7 +241,7 @@ class NodeConnection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _handler_is_behind(self) -> bool:
-        return len(self._jobs) >= MAX_PENDING or self._waiting_size >= MAX_PENDING_BYTES
+        return len(self._jobs) >= MAX_PENDING or self._waiting_size >= MAX_PENDING_SIZE
 
     @property
     def _unsent_bytes(self) -> int:

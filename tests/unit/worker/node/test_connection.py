@@ -15,7 +15,7 @@ from shared.config.schema import ConnectionSection
 from shared.ipc import Outcome
 from tests.unit.worker.node.test_session import READY, NodePeer
 from worker.dispatching.jobs import Job
-from worker.node._connection import MAX_PENDING, MAX_PENDING_BYTES, NodeConnection
+from worker.node._connection import MAX_PENDING, MAX_PENDING_SIZE, NodeConnection
 from worker.node.counts import NodeCounts
 from worker.node.session import Session
 
@@ -108,7 +108,7 @@ async def test_reading_pauses_while_pending_queries_have_too_many_bytes(part: st
         node.query(1, **{part: megabyte})
         sent += 1
         assert sent < 20, "20 MB are pending"
-    assert sent * 1_000_000 >= MAX_PENDING_BYTES
+    assert sent * 1_000_000 >= MAX_PENDING_SIZE
     node.dispatcher.answer(sent // 2)
     await asyncio.sleep(0)
     assert node.transport.reads
@@ -128,7 +128,7 @@ async def test_reading_pauses_while_too_many_queries_are_pending() -> None:
 async def test_reading_pauses_while_the_node_does_not_read_its_answers() -> None:
     node = FakeNode()
     node.query(3)
-    node.transport.buffered = MAX_PENDING_BYTES
+    node.transport.buffered = MAX_PENDING_SIZE
     node.connection.pause_writing()
     assert not node.transport.reads
     node.transport.buffered = 0
