@@ -108,7 +108,7 @@ class Session:
         self._message: bytearray | None = None
         self._framing = TextFraming(max_frame_bytes)
         self._output: list[bytes] = []
-        self._head_tail = b""
+        self._last_head_bytes = b""
         self._closing = False
         # `surrogateescape`: a token from the environment may have bytes that are not UTF-8, and the
         # node must get these bytes.
@@ -192,10 +192,10 @@ class Session:
         # would keep the start of an incomplete frame, and the framing would mistake the rest of it
         # for the start of another frame. The blank line that ends the response may be split between
         # two reads.
-        seen = self._head_tail + data
+        seen = self._last_head_bytes + data
         found = seen.find(_END_OF_HEAD)
-        end = len(data) if found < 0 else found + len(_END_OF_HEAD) - len(self._head_tail)
-        self._head_tail = seen[1 - len(_END_OF_HEAD) :]
+        end = len(data) if found < 0 else found + len(_END_OF_HEAD) - len(self._last_head_bytes)
+        self._last_head_bytes = seen[1 - len(_END_OF_HEAD) :]
         self._feed(data[:end])
         if self._protocol.state is OPEN:
             self._receive_frames(data[end:])
