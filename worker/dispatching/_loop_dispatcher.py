@@ -79,7 +79,7 @@ class LoopDispatcher(Dispatcher):
                 continue
             slot.job = job
             try:
-                answer = self._answer_returned(
+                answer = self._answer_to_return_value(
                     job,
                     await self._handler.handle(job.body, self._memory.checkout()),
                 )
@@ -87,7 +87,7 @@ class LoopDispatcher(Dispatcher):
             except BaseException as exc:
                 if self._stopping:
                     raise
-                answer = self._answer_raised(job, exc)
+                answer = self._answer_to_exception(job, exc)
             if slot.timed_out:
                 slot.timed_out = False
                 slot.grace_ns = 0

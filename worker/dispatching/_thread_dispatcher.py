@@ -146,9 +146,9 @@ class ThreadDispatcher(Dispatcher):
                     "handle() returned a coroutine; write it as 'async def', and if it is behind a "
                     "decorator, use functools.wraps there"
                 )
-            return self._answer_returned(job, returned)
+            return self._answer_to_return_value(job, returned)
         except BaseException as exc:  # noqa: BLE001 - SystemExit, too: it fails only the query
-            return self._answer_raised(job, exc)
+            return self._answer_to_exception(job, exc)
 
     def _batch_done(self, batch: list[Job]) -> None:
         # The next batch goes to the thread first, so that it runs while these answers are sent.

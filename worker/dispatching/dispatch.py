@@ -317,7 +317,7 @@ class Dispatcher(ABC):
             self._all_answered.set()
             self._all_answered = None
 
-    def _answer_returned(self, job: Job, returned: Any) -> Answer:
+    def _answer_to_return_value(self, job: Job, returned: Any) -> Answer:
         """Commit the returned memory, and return the answer. Runs where the handler runs."""
         if not isinstance(returned, tuple) or len(returned) != 2:
             text = f"handle() must return (result, memory), it returned {_shape_of(returned)}"
@@ -338,7 +338,7 @@ class Dispatcher(ABC):
         job.commit = self._memory.commit(memory)
         return Outcome.OK, encoded
 
-    def _answer_raised(self, job: Job, exc: BaseException) -> Answer:
+    def _answer_to_exception(self, job: Job, exc: BaseException) -> Answer:
         """Roll back the memory, and return the answer. Runs where the handler runs."""
         self._memory.rollback()
         if job.settled:
