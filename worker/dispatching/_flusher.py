@@ -66,7 +66,7 @@ class Flusher:
         """Flush on the calling thread, and mark the jobs whose memory is durable now."""
         self._flush()
         for job in jobs:
-            job.durable = self._memory.is_durable(job.commit)
+            job.durable = self._memory.is_durable(job.commit_number)
 
     def _start_flush(self) -> None:
         batch = self._waiting
@@ -103,7 +103,7 @@ class Flusher:
         if self._waiting:
             self._start_flush()
         for job, answer in batch:
-            if not self._memory.is_durable(job.commit):
+            if not self._memory.is_durable(job.commit_number):
                 answer = (Outcome.HANDLER_FAILED, self._error.encode())
             self._settle(job, answer)
         batch[-1][0].source.send_answers()

@@ -335,7 +335,7 @@ class Dispatcher(ABC):
         if job.settled:
             self._memory.rollback()
             return CANCELLED
-        job.commit = self._memory.commit(memory)
+        job.commit_number = self._memory.commit(memory)
         return Outcome.OK, encoded
 
     def _answer_to_exception(self, job: Job, exc: BaseException) -> Answer:

@@ -40,7 +40,7 @@ class Job:
         skipped_as: the answer of a job that must not run, because its source cancelled it or it is
             given back. None if it may run. Written on the event loop.
         settled: whether it is answered. Written on the event loop.
-        commit: the number of the memory that it left.
+        commit_number: the number of the memory that it left.
         durable: whether that memory is on disk.
     """
 
@@ -66,7 +66,7 @@ class Job:
     __slots__ = (
         "body",
         "claimed",
-        "commit",
+        "commit_number",
         "durable",
         "settled",
         "size",
@@ -86,7 +86,7 @@ class Job:
         self.ticket = ticket
         self.body = body
         self.size = size
-        self.commit = 0
+        self.commit_number = 0
         self.durable = False
         self.claimed = False
         self.skipped_as: Answer | None = None
