@@ -132,7 +132,7 @@ class ThreadDispatcher(Dispatcher):
             # One flush for the whole batch, before `_batch_done` delivers its answers, so that they
             # need no switch to the flusher's thread and back. Answers that were delivered earlier,
             # after a slice or by `_poll`, wait for the flusher.
-            if self._memory.durable:
+            if self._memory.needs_flush:
                 self._flusher.flush_on_this_thread(item)
             self._to_loop(self._batch_done, item)
 

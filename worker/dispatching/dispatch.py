@@ -202,7 +202,7 @@ class Dispatcher(ABC):
         """Start the tasks or threads of the handler, and stop them at the end of the block."""
         async with anyio.create_task_group() as tasks:
             self._start(tasks)
-            if self._memory.durable:
+            if self._memory.needs_flush:
                 self._flusher.start()
             if self._timeout_s is not None:
                 tasks.start_soon(self._watch, round(self._timeout_s * _NS_PER_S))
@@ -294,7 +294,7 @@ class Dispatcher(ABC):
         """Settle a job, if necessary after its memory is durable. Runs on the event loop."""
         # If an answer left before its memory is on disk, a crash could undo a memory that the
         # answer already depends on.
-        if self._memory.durable and answer[0] is Outcome.OK and not job.durable:
+        if self._memory.needs_flush and answer[0] is Outcome.OK and not job.durable:
             self._flusher.hold(job, answer)
         else:
             self._settle(job, answer)

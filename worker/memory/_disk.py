@@ -50,7 +50,7 @@ class DiskMemory(Memory):
         path: the file. It and its folder are created if they do not exist.
     """
 
-    durable = True
+    needs_flush = True
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -34,10 +34,10 @@ class Memory:
     subclasses are the other kinds.
 
     Attributes:
-        durable: whether `flush` must make a commit durable before its answer may leave.
+        needs_flush: whether `flush` must make a commit durable before its answer may leave.
     """
 
-    durable = False
+    needs_flush = False
 
     def open(self, handover: bytes | None = None) -> None:
         """Prepare for the first query. `handover` is what the predecessor's `handover` returned.
