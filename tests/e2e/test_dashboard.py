@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Browser, Locator, Page, Route, expect
@@ -289,8 +290,23 @@ async def test_failed_query_is_shown_and_counted(
         await expect(seen.cell("a_server", "errors")).to_have_text("1")
         await expect(seen.cell("a_server", "queries")).to_have_text("2")
         await expect(seen.cell("a_server", "p99")).to_contain_text("s")
-        await expect(seen.cell("a_server", "rate")).not_to_have_text("0")
         assert [message for message in seen.console if "500" not in message] == []
+
+
+async def test_rate_of_a_worker_is_shown_while_it_gets_queries(
+    tmp_path: Path, chromium: Browser, node: Node
+) -> None:
+    async with one_agent(tmp_path, chromium, node) as (running, seen):
+
+        async def ask_repeatedly() -> None:
+            while True:
+                await running.ask("x")
+                await anyio.sleep(0.1)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask_repeatedly)
+            await expect(seen.cell("a_server", "rate")).not_to_have_text("0")
+            tasks.cancel_scope.cancel()
 
 
 async def test_error_of_a_handler_is_shown_as_text_not_as_markup(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from disco import Node
 from tests.cluster import TIMEOUT_S, Cluster, agent, cluster, until
+from tests.integration.test_reload import configure
 
 pytestmark = pytest.mark.anyio
 
@@ -157,14 +159,9 @@ def handle(body, memory):
         time.sleep(0.005)
     return body, memory
 """
+    only = agent("a", [node.url])
     beats = "liveness_timeout_ms = 4000"  # a heartbeat each second
-    async with cluster(
-        tmp_path,
-        agent("a", [node.url]),
-        handlers=handlers,
-        runner="query_timeout_ms = 300",
-        supervision=beats,
-    ) as running:
+    async with cluster(tmp_path, only, handlers=handlers, supervision=beats) as running:
         await running.wait_ready()
         answers: list[httpx.Response] = []
 
@@ -175,11 +172,17 @@ def handle(body, memory):
             tasks.start_soon(ask, "slow")
             await until((tmp_path / "ran").exists, "the handler has started")
             tasks.start_soon(ask, "behind")
+            await running.wait_in_flight(2)
+            configure(tmp_path, only, runner="query_timeout_ms = 1", supervision=beats)
+            running.process.send_signal(signal.SIGHUP)
         assert {answer.status_code for answer in answers} == {504}
         for _ in range(
             2
         ):  # The worker got this query after it was notified that the first one was cancelled.
             await heartbeat(running)
+        configure(tmp_path, only, supervision=beats)
+        running.process.send_signal(signal.SIGHUP)
+        await until(lambda: len(running.events("reloaded")) == 2, "the timeout is the default")
         (tmp_path / "gate").touch()
         assert await running.results("next") == "next"
         assert (tmp_path / "ran").read_text().split() == ["slow", "next"]
@@ -342,7 +345,6 @@ class Agent:
         return body, memory
 """
     import os
-    import signal
 
     async with cluster(
         tmp_path,

@@ -66,7 +66,7 @@ async def test_metrics_continue_after_a_worker_is_replaced(tmp_path: Path, node:
         assert await value("em_runner_handler_duration_seconds_bucket", le="68.719476736") == 5
         assert await value("em_runner_handler_duration_seconds_sum") >= 0.02
         assert await value("em_runner_worker_resident_memory_bytes") > 10e6
-        assert 0 <= await value("em_runner_worker_heartbeat_age_seconds") < 5
+        assert 0 <= await value("em_runner_worker_heartbeat_age_seconds") < 10
 
         os.kill(await running.worker_pid("a_server"), signal.SIGKILL)
         lowest = 5.0

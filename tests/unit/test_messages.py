@@ -17,7 +17,7 @@ REWORDED = (
 
 
 @pytest.mark.message_text  # so that the copy does not run it again
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("paths", REWORDED, ids=" ".join)
 def test_behaviour_does_not_depend_on_the_text_of_a_message(
     tmp_path: Path, paths: tuple[str, ...]

@@ -22,7 +22,7 @@ def test_thread_prints_while_another_one_logs_its_line() -> None:
         if text == "first":
             thread = threading.Thread(target=printed.write, args=("second\n",), daemon=True)
             thread.start()
-            thread.join(5)
+            thread.join(60)
         lines.append(text)
 
     printed: Any = _LogStream("stdout", log, None)

@@ -420,7 +420,7 @@ async def test_query_is_accepted_if_the_workers_status_waits_in_the_socket() -> 
         worker.authenticate()
         assert not setup.router.accepts("echo_server")
         # The status is on its way. The event loop, which would read it, does not run here.
-        for _ in range(50):
+        for _ in range(600):
             setup.router._socket.poll(100)
             if (sequence := setup.client.submit("q")) is not None:
                 break

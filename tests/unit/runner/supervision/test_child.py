@@ -23,7 +23,7 @@ POLICY = RestartPolicy(stable_s=1e-9, first_delay_s=60)
 @asynccontextmanager
 async def running(router: Any, server: Any) -> AsyncIterator[Child]:
     child = Child(SPEC, POLICY, server, router)
-    with anyio.fail_after(5):
+    with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(child.run)
             await anyio.wait_all_tasks_blocked()

@@ -602,7 +602,7 @@ def test_destructor_that_logs_during_admit_does_not_deadlock() -> None:
     )
     LogsInDestructor()
     admitting.start()
-    admitting.join(10)
+    admitting.join(60)
     assert not admitting.is_alive()
     assert throttle.admit("from the destructor") is None
 
