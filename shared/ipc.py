@@ -183,12 +183,12 @@ class Counters(msgspec.Struct, kw_only=True):
     connection_error: LastError | None = None
 
     @property
-    def queries_node(self) -> int:
+    def answered_node(self) -> int:
         """The number of answers to queries of the node."""
         return sum(self.node_answers)
 
     @property
-    def queries_direct(self) -> int:
+    def answered_direct(self) -> int:
         """The number of answers to direct queries."""
         return sum(self.direct_answers)
 

@@ -50,7 +50,7 @@ class Limits:
         now_s = time.monotonic()
         if now_s < self._next_request_s:
             return None
-        queries = counters.queries_node + counters.queries_direct
+        queries = counters.answered_node + counters.answered_direct
         rss_mb = _rss_mb()
         if queries >= self._max_queries:
             reason = f"it has answered {queries} queries (max_queries)"

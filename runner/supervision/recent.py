@@ -40,7 +40,7 @@ class Recent:
         last = self._points[-1].durations
         if durations == last:
             durations = last
-        queries = counted.queries_node + counted.queries_direct
+        queries = counted.answered_node + counted.answered_direct
         self._points.append(_Point(now_s, queries, durations))
 
     @property

@@ -26,13 +26,13 @@ async def test_counters_of_a_process_stay_included_while_it_is_reaped() -> None:
     current.counters = Counters()
     current.counters.direct_answers[Outcome.OK] = 5
     processes.current = current
-    assert processes.counted.queries_direct == 5
+    assert processes.counted.answered_direct == 5
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(processes.reap, current)
         await process.awaited.wait()
-        assert processes.counted.queries_direct == 5
+        assert processes.counted.answered_direct == 5
         process.reported.set()
-    assert processes.counted.queries_direct == 5
+    assert processes.counted.answered_direct == 5
 
 
 async def test_successor_is_current_while_its_predecessor_is_reaped() -> None:
