@@ -96,7 +96,7 @@ class Cancel(msgspec.Struct, array_like=True, tag=2):
 class Drain(msgspec.Struct, array_like=True, tag=3):
     """Finish what came before this message, then exit. No query follows it.
 
-    With `hand_over`, send the memory in a `HandoverState` before exiting: a successor waits for it.
+    With `hand_over`, send the memory in a `Handover` before exiting: a successor waits for it.
     """
 
     hand_over: bool = False
@@ -241,7 +241,7 @@ class ReplaceRequest(msgspec.Struct, array_like=True, tag=6):
     reason: str
 
 
-class HandoverState(msgspec.Struct, array_like=True, tag=7):
+class Handover(msgspec.Struct, array_like=True, tag=7):
     """The memory of a draining worker for its successor.
 
     `memory` is None if it has nothing to hand over, or after an error, which it logged.
@@ -252,7 +252,7 @@ class HandoverState(msgspec.Struct, array_like=True, tag=7):
     memory: bytes | None
 
 
-Report = Status | Failed | ReplaceRequest | HandoverState
+Report = Status | Failed | ReplaceRequest | Handover
 """What a worker reports about itself. The router passes it on to the supervisor."""
 
 WorkerMessage = Hello | Replies | DrainRequest | Report

@@ -14,7 +14,7 @@ from shared.ipc import (
     Counters,
     DrainRequest,
     Failed,
-    HandoverState,
+    Handover,
     Launch,
     ReplaceRequest,
     WorkerState,
@@ -280,7 +280,7 @@ class Worker:
         except MemoryFault as exc:
             # The successor starts with an empty memory. It must not wait for this one.
             self._log.error("memory_not_handed_over", error=str(exc))
-        self._link.send(HandoverState(memory))
+        self._link.send(Handover(memory))
 
     # --- what happens while it serves ---
 

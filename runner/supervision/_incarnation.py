@@ -58,7 +58,7 @@ class Incarnation:
         self.reason = ""
         self.failure: Failure | None = None
         self.replacement_reason: str | None = None
-        self.handover: ipc.HandoverState | None = None
+        self.handover: ipc.Handover | None = None
         self.successor: Incarnation | None = None
         self.started_s = time.monotonic()
         self.up_since_s = inf
@@ -86,7 +86,7 @@ class Incarnation:
             case ipc.ReplaceRequest(reason):
                 self.replacement_reason = reason
                 self._wake()
-            case ipc.HandoverState():
+            case ipc.Handover():
                 self.handover = message
 
     def _wake(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.config.load import WorkerSpec
-from shared.ipc import HandoverState, Launch
+from shared.ipc import Handover, Launch
 from shared.logs.logger import get_logger
 from shared.memory_files import SIDE_FILES, memory_file, memory_name
 
@@ -25,7 +25,7 @@ _log: Final = get_logger()
 def hand_over(
     old: Launch,
     after: WorkerSpec,
-    state: HandoverState | None,
+    handover: Handover | None,
     *,
     moves: bool,
 ) -> bytes | None:
@@ -34,7 +34,7 @@ def hand_over(
     Args:
         old: the process that has ended.
         after: the successor's spec.
-        state: what the old process sent.
+        handover: what the old process sent.
         moves: whether the memory moves to another node.
 
     Returns:
@@ -45,11 +45,11 @@ def hand_over(
         move_file(before, after)
     if {before.agent.memory, after.agent.memory} != {"ram"}:
         return None
-    if state is None:
+    if handover is None:
         reason = "the old process sent no memory"
-    elif moves or before.node == after.node or state.memory is None:
+    elif moves or before.node == after.node or handover.memory is None:
         # None if the old process could not pickle its memory. It has logged that itself.
-        return state.memory
+        return handover.memory
     else:
         reason = "the memory belongs to the worker's former node"
     _log.error(

@@ -272,7 +272,7 @@ messages = st.one_of(
             ipc.DrainRequest(),
             ipc.Failed("x"),
             ipc.ReplaceRequest("x"),
-            ipc.HandoverState(b"x"),
+            ipc.Handover(b"x"),
             ipc.Status("stopped", "", Counters()),
         ]
     ).map(ipc.encode),

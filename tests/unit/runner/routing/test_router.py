@@ -60,7 +60,7 @@ class Reports:
     Attributes:
         states: from each `Status`.
         reasons: from each other message, why the worker exits.
-        handovers: the memory from each `HandoverState`.
+        handovers: the memory from each `Handover`.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Reports:
         match message:
             case Status():
                 self.states.append((incarnation, message.state))
-            case ipc.HandoverState():
+            case ipc.Handover():
                 self.handovers.append((incarnation, message.memory))
             case _:
                 self.reasons.append((incarnation, message.reason))
@@ -866,7 +866,7 @@ async def test_queries_are_held_while_a_worker_hands_over_to_its_successor() -> 
         assert await worker.receive() == Drain(True)
         setup.client.ask("held 1")
         setup.client.ask("held 2")
-        worker.send(ipc.HandoverState(b"memory"))
+        worker.send(ipc.Handover(b"memory"))
         await until(lambda: setup.reports.handovers)
         setup.router.promote(standby, b"memory")
         assert await successor.receive() == ipc.Promote(b"memory")
