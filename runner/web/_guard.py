@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 from runner.web.answers import Refusal
 from runner.web.dashboard import PATHS
 from shared.config.load import HttpAddress
-from shared.config.nodes import is_address
+from shared.config.nodes import is_ip_address
 from shared.config.tokens import Secret
 from shared.http.errors import ErrorCode
 from shared.logs.logger import LogThrottle, get_logger
@@ -153,7 +153,7 @@ class LocalOnly:
             return False
         name = found[1] or found[2]
         # An address is safe: after DNS rebinding, `Host` is the name of the page's site.
-        return name in self._names or is_address(name)
+        return name in self._names or is_ip_address(name)
 
 
 def _host_and_origin(headers: _Headers) -> tuple[bytes, bytes]:

@@ -64,7 +64,7 @@ class NodeAddress(msgspec.Struct, frozen=True, order=True):
         return f"{'wss' if self.tls else 'ws'}://{self.authority}"
 
 
-def is_address(host: str) -> bool:
+def is_ip_address(host: str) -> bool:
     """Return whether a host is an IP address, which needs no name resolution."""
     try:
         ipaddress.ip_address(host)
@@ -220,11 +220,11 @@ def _parse_all(texts: Iterable[str], origin: str) -> NodeList:
 
 def _without_secrets(text: str) -> str:
     """Return an invalid address for a message, without the two parts in which users put secrets."""
-    address, query, _ = text.partition("?")  # after it, a token
-    _, password, host = address.rpartition("@")  # before it, a user and a password
-    if password:
+    address, mark, _ = text.partition("?")  # after it, a token
+    _, at, host = address.rpartition("@")  # before it, a user and a password
+    if at:
         address = f"...@{host}"
-    return repr(address) + ("?..." if query else "")
+    return repr(address) + ("?..." if mark else "")
 
 
 def _read_emergence_conf(path: Path) -> list[str] | None:

@@ -18,7 +18,7 @@ import aiohappyeyeballs
 import anyio
 
 from shared.config.load import WorkerSpec
-from shared.config.nodes import is_address
+from shared.config.nodes import is_ip_address
 from shared.config.tokens import TokenError
 from shared.ipc import WorkerState
 from shared.logs.logger import LogThrottle, get_logger
@@ -140,7 +140,7 @@ class NodeClient:
         """Return arguments of `create_connection`: an address, or for a name a connected socket."""
         node = self._spec.node
         # An address needs no resolver, so the resolver's threads are not started.
-        if is_address(node.host):
+        if is_ip_address(node.host):
             return {"host": node.host, "port": node.port}
         # The loop would try the addresses of a name one after another. A dead one could take the
         # whole timeout, and the others would never be tried.
