@@ -73,7 +73,7 @@ class Tracing:
         self._throttle = LogThrottle("span_failed")
         # Before the exporter is made, which logs what it cannot read in the environment.
         _redirect_library_logs(_LibraryLogs(self._log))
-        is_sending = _sends(os.environ)
+        is_sending = _check_environ(os.environ)
         try:
             self.provider = TracerProvider(
                 resource=_resource(attributes),
@@ -145,8 +145,8 @@ class Tracing:
 # --- the environment ---
 
 
-def _sends(environ: Mapping[str, str]) -> bool:
-    """Return whether spans are sent to a collector.
+def _check_environ(environ: Mapping[str, str]) -> bool:
+    """Check the OTEL_* variables. Return whether spans are sent to a collector.
 
     Raises:
         ConfigError: if the environment asks for something that is not supported.

@@ -12,7 +12,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, Trace
 from runner.tracing import _trace_in
 from shared.errors import ConfigError
 from shared.ipc import NO_TRACE, Trace
-from shared.tracing import MAX_HEADER_CHARS, _sends, parent_of, trace_of
+from shared.tracing import MAX_HEADER_CHARS, _check_environ, parent_of, trace_of
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -146,7 +146,7 @@ UNSUPPORTED = [
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, value, _ in UNSUPPORTED])
 def test_unsupported_environment_variable_is_refused(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        _sends({name: value})
+        _check_environ({name: value})
     assert "s3cr3t" not in str(caught.value)
 
 
@@ -156,7 +156,7 @@ def test_message_for_an_unsupported_variable_names_it_and_the_fault(
     name: str, value: str, expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
-        _sends({name: value})
+        _check_environ({name: value})
     assert name in str(caught.value)
 
 
@@ -175,4 +175,4 @@ def test_message_for_an_unsupported_variable_names_it_and_the_fault(
     ],
 )
 def test_environment_may_disable_the_sending_of_spans(environ: dict[str, str], sends: bool) -> None:
-    assert _sends(environ) is sends
+    assert _check_environ(environ) is sends
