@@ -169,7 +169,7 @@ class AsgiResponder(Responder):
                 closes = True
             lines.append(b"%b: %b\r\n" % (name, value))
         self.start_response()
-        self._frame(status, lines)
+        self._delimit_body(status, lines)
         # RFC 9112, 9.6: the last response on a connection has `Connection: close`.
         if closes:
             self.keep_alive = False
@@ -178,7 +178,7 @@ class AsgiResponder(Responder):
         lines.append(b"\r\n")
         self.channel.transport.write(b"".join(lines))
 
-    def _frame(self, status: int, lines: list[bytes]) -> None:
+    def _delimit_body(self, status: int, lines: list[bytes]) -> None:
         """Decide how the client finds the end of the body (RFC 9112, 6.3)."""
         if self.head.method == b"HEAD" or status in _WITHOUT_BODY:
             # RFC 9112, 6.3, item 1: these end with the head, even if their headers announce a body.

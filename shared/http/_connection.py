@@ -284,7 +284,7 @@ class HttpConnection(asyncio.Protocol):
             self._parser.feed_data(piece)
         except httptools.HttpParserUpgrade as exc:
             if not self._is_websocket():
-                # The request has no body (see `_ignore_upgrade`), so the next one follows.
+                # The request has no body (see `_check_ignorable_upgrade`), so the next one follows.
                 return cast(int, exc.args[0])
             self._switch_to_websocket()
         except httptools.HttpParserError as exc:
@@ -376,7 +376,7 @@ class HttpConnection(asyncio.Protocol):
         if self._parser.should_upgrade():
             if self._is_websocket():
                 return  # `_parse_piece` continues
-            self._ignore_upgrade()
+            self._check_ignorable_upgrade()
         head = RequestHead(
             self._parser.get_method(),
             self._url,
@@ -388,8 +388,8 @@ class HttpConnection(asyncio.Protocol):
         )
         self._enqueue(self._server.respond(head, self))
 
-    def _ignore_upgrade(self) -> None:
-        """Serve a request as if it had not offered an upgrade (RFC 9110, 7.8).
+    def _check_ignorable_upgrade(self) -> None:
+        """Check that a request can be served as if it had offered no upgrade (RFC 9110, 7.8).
 
         Raises:
             BadHead: if the offer cannot be ignored.
