@@ -120,7 +120,7 @@ class Runner:
         self._server = HttpServer(
             self._api.app,
             listener,
-            direct=self._api.queries.take,
+            respond_first=self._api.queries.take,
             has_error_codes=True,
         )
         self._server.reserve(descriptors.needed(len(specs)))

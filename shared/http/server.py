@@ -48,7 +48,7 @@ _REASONS: Final = {
     errno.EADDRNOTAVAIL: "this machine has no such address",
 }
 
-_Direct = Callable[[RequestHead, Channel], Responder | None]
+_RespondFirst = Callable[[RequestHead, Channel], Responder | None]
 _Upgrade = Callable[[set[Any]], asyncio.Protocol]
 
 
@@ -62,8 +62,8 @@ class HttpServer:
             protocol that adds itself to the set, and removes itself at its end. Without `upgrade`,
             the server ignores offers of a WebSocket.
         limits: what clients may take.
-        direct: called first for each request. If it returns a responder, that one answers the
-            request instead of the application.
+        respond_first: called first for each request. If it returns a responder, that one answers
+            the request instead of the application.
         has_error_codes: whether the server's own error responses have a `code`. Those of an
             em_disco node do not.
 
@@ -81,7 +81,7 @@ class HttpServer:
         listener: socket.socket,
         upgrade: _Upgrade | None = None,
         limits: HttpLimits | None = None,
-        direct: _Direct | None = None,
+        respond_first: _RespondFirst | None = None,
         has_error_codes: bool = False,
     ) -> None:
         self.limits = limits or HttpLimits()
@@ -91,7 +91,7 @@ class HttpServer:
         self.has_error_codes = has_error_codes
         self._app = app
         self._listener = listener
-        self._direct = direct
+        self._respond_first = respond_first
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -157,7 +157,7 @@ class HttpServer:
 
     def respond(self, head: RequestHead, channel: Channel) -> Responder:
         """Return the responder for a request."""
-        responder = None if self._direct is None else self._direct(head, channel)
+        responder = None if self._respond_first is None else self._respond_first(head, channel)
         return responder or AsgiResponder(
             head,
             channel,

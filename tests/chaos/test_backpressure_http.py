@@ -145,7 +145,7 @@ async def served(**limits: Any) -> AsyncIterator[Served]:
         target.app,
         listener,
         limits=HttpLimits(**limits),
-        direct=direct,
+        respond_first=direct,
         has_error_codes=True,
     )
     await target.server.start()
