@@ -151,7 +151,7 @@ class Sink:
             except RuntimeError:  # the system allows no more threads
                 self._dropped += len(self._waiting)
                 self._waiting.clear()
-                self._stop_thread()
+                self._note_thread_ended()
 
     def _write_later(self) -> None:
         # The thread ends when no line waits, so that an idle process has none. The first line stays
@@ -172,13 +172,13 @@ class Sink:
                 self._dropped += lost
                 self._waiting_bytes -= len(self._waiting.popleft())
                 if not self._waiting:
-                    self._stop_thread()
+                    self._note_thread_ended()
                     if not lost:
                         self._report_dropped()
                     return
                 rest = self._on_new_line(self._waiting[0])
 
-    def _stop_thread(self) -> None:
+    def _note_thread_ended(self) -> None:
         self._thread = None
         self._waiting_bytes = 0
         self._idle.set()

@@ -37,7 +37,9 @@ _MAX_KEYS_PER_PLACE: Final = 8
 LONGEST_CHARS: Final = 3800
 """The longest value of a field. A value may quote a node or a client, as a traceback does."""
 
-_SHORTEST_CHARS: Final = 24
+_MIN_FIELD_CHARS: Final = 24
+"""Fields are not cut below this. If a line is still too long, only `_ESSENTIAL` ones are kept."""
+
 _ESSENTIAL: Final = ("timestamp", "level", "event", "worker", "agent", "node", "incarnation")
 
 # At exit: a reader that has stalled, such as a terminal after Ctrl-S, must not keep the process.
@@ -207,14 +209,14 @@ def _truncating(render: Processor) -> Processor:
         # How long a rendered field is depends on the format and the characters: JSON writes six
         # bytes for one control character. So the result is measured, and rendered again if needed.
         chars = LONGEST_CHARS
-        while chars > _SHORTEST_CHARS:
+        while chars > _MIN_FIELD_CHARS:
             line: str = render(logger, method, _truncated_fields(event, chars))
             if len(_encoded(line)) <= MAX_LINE_BYTES:
                 return line
             chars = chars * 3 // 4
         # There are too many fields: a handler can bind any number of them.
         event = {key: event[key] for key in _ESSENTIAL if key in event}
-        fields = _truncated_fields(event, _SHORTEST_CHARS)
+        fields = _truncated_fields(event, _MIN_FIELD_CHARS)
         line = render(logger, method, {**fields, "truncated": True})
         return line
 
