@@ -77,4 +77,4 @@ class Hub:
         """
         # The flag first: streams that the notification wakes must see it, and end.
         self.stopping = True
-        self.registry.changed()
+        self.registry.notify()

@@ -171,7 +171,7 @@ async def serve(settings: NodeSettings) -> AsyncIterator[Node]:
         )
     listener = address.listen()
     bound, port = listener.getsockname()[:2]
-    node = Node(settings, _reachable(bound), port)
+    node = Node(settings, _local_address(bound), port)
     hub = node._hub
     server = HttpServer(application(hub), listener, functools.partial(AgentSocket, hub))
     try:
@@ -185,7 +185,7 @@ async def serve(settings: NodeSettings) -> AsyncIterator[Node]:
             await server.stop(_GRACE_S)
 
 
-def _reachable(host: str) -> str:
+def _local_address(host: str) -> str:
     """Return the address at which this machine reaches a socket that is bound to `host`."""
     # 0.0.0.0 and :: are no destinations.
     if not ipaddress.ip_address(host).is_unspecified:

@@ -85,7 +85,7 @@ class Registry:
         agent = self._agents[name] = RegisteredAgent(name, capabilities, connected_at)
         self._connections[name] = connection
         self._names[connection] = name
-        self.changed()
+        self.notify()
         return agent
 
     def release(self, connection: AgentConnection) -> RegisteredAgent | None:
@@ -96,7 +96,7 @@ class Registry:
             return None
         del self._connections[name]
         agent = self._agents.pop(name)
-        self.changed()
+        self.notify()
         return agent
 
     def recipients(self, capabilities: Collection[str]) -> list[AgentConnection]:
@@ -121,7 +121,7 @@ class Registry:
         self._subscribers.add(callback)
         return functools.partial(self._subscribers.discard, callback)
 
-    def changed(self) -> None:
+    def notify(self) -> None:
         """Drop the cached listing, and call every subscriber."""
         self._listing = None
         for callback in list(self._subscribers):
