@@ -8,7 +8,7 @@ import pytest
 
 from disco._log import REFUSALS_PER_WINDOW, WINDOW_S, NodeLog
 from disco._rate import TokenBucket
-from disco._registry import Agent
+from disco._registry import RegisteredAgent
 from shared.logs.logger import report_suppressed
 from tests.logs import capture_logs
 
@@ -49,8 +49,8 @@ def test_suppressed_changes_are_reported_under_their_event() -> None:
     with capture_logs() as lines:
         log = NodeLog("ws://127.0.0.1:8080", clock=lambda: now)
         for _ in range(changes):
-            log.registered(Agent("a", (), 0))
-            log.gone(Agent("a", (), 0), "it closed")
+            log.registered(RegisteredAgent("a", (), 0))
+            log.gone(RegisteredAgent("a", (), 0), "it closed")
         logged = Counter(line["event"] for line in lines)
         now = WINDOW_S
         report_suppressed()
