@@ -20,7 +20,7 @@ class PendingQueries:
 
     Args:
         clock: returns a time in seconds that never decreases.
-        on_work: called with a peer after its outbox or its cancelled queries have grown.
+        on_outgoing: called with a peer after its outbox or its cancelled queries have grown.
         limits: how long a query may wait, and how many may wait at once.
 
     Attributes:
@@ -30,12 +30,12 @@ class PendingQueries:
     def __init__(
         self,
         clock: Callable[[], float],
-        on_work: Callable[[Peer], None],
+        on_outgoing: Callable[[Peer], None],
         limits: RunnerSection,
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._on_work = on_work
+        self._on_outgoing = on_outgoing
         # By worker name: the incarnation that gets its queries.
         self._assigned: dict[str, Peer] = {}
         # By sequence number. All queries have the same timeout, so the order of arrival is the
@@ -92,7 +92,7 @@ class PendingQueries:
         for pending in list(peer.in_flight.values()):
             self.finish(pending, Outcome.WORKER_UNAVAILABLE, reason.encode())
 
-    def hold(self, name: str) -> None:
+    def start_holding(self, name: str) -> None:
         """Hold the queries for a worker until its successor is up."""
         self._awaiting_successor.add(name)
 
@@ -123,7 +123,7 @@ class PendingQueries:
 
     def accepts(self, name: str) -> bool:
         """Return whether a worker can be given a query now."""
-        return self._accepting(name) is not None or name in self._awaiting_successor
+        return self._accepting_peer(name) is not None or name in self._awaiting_successor
 
     def in_flight_at(self, name: str) -> int:
         """Return how many queries a worker has, or will have once it is up."""
@@ -148,7 +148,7 @@ class PendingQueries:
         trace: Trace,
     ) -> Pending | None:
         """Give a query to a worker, or hold it. See `Router.submit`."""
-        peer = self._accepting(name)
+        peer = self._accepting_peer(name)
         refusal = self._check(name, peer)
         if refusal is not None:
             self._count(name, refusal.outcome)
@@ -232,7 +232,7 @@ class PendingQueries:
     def _new_deadline_s(self) -> float:
         return self._clock() + self.limits.query_timeout_ms / 1000
 
-    def _accepting(self, name: str) -> Peer | None:
+    def _accepting_peer(self, name: str) -> Peer | None:
         """Return the incarnation that takes new queries for a worker, or None."""
         peer = self._assigned.get(name)
         return peer if peer is not None and peer.accepting else None
@@ -270,7 +270,7 @@ class PendingQueries:
         pending.peer = peer
         peer.in_flight[pending.sequence] = pending
         peer.outbox.append(pending)
-        self._on_work(peer)
+        self._on_outgoing(peer)
 
     def _reroute(self, pending: Pending) -> None:
         """Give a query that no handler has started to a worker that is up, or hold it."""
@@ -278,7 +278,7 @@ class PendingQueries:
         pending.peer = None
         # The worker that was asked comes first: its successor may be up already.
         for name in (pending.name, *pending.alternatives):
-            peer = self._accepting(name)
+            peer = self._accepting_peer(name)
             if peer is not None and len(peer.in_flight) < self.limits.max_in_flight:
                 self._place(pending, peer)
                 return
@@ -293,7 +293,7 @@ class PendingQueries:
         self._remove(pending)
         if pending.peer is not None:
             pending.peer.cancelled.append(pending.sequence)
-            self._on_work(pending.peer)
+            self._on_outgoing(pending.peer)
 
     def _remove(self, pending: Pending) -> None:
         peer = pending.peer

@@ -136,7 +136,7 @@ class Router:
         if peer is None or not peer.authenticated:
             return False
         if hand_over:
-            self._queries.hold(peer.name)
+            self._queries.start_holding(peer.name)
         return peer.draining or self._drain_peer(peer, hand_over=hand_over)
 
     def promote(self, launch: Launch, memory: bytes | None) -> None:
@@ -168,7 +168,7 @@ class Router:
         peer = self._peers.get(launch.routing_id)
         return 0.0 if peer is None else self._loop.time() - peer.last_message_s
 
-    def reset_timer(self, launch: Launch) -> None:
+    def restart_silence(self, launch: Launch) -> None:
         """Count an incarnation's silence from now, because the runner did not listen before."""
         peer = self._peers.get(launch.routing_id)
         if peer is not None:
@@ -364,7 +364,7 @@ class Router:
                     self._queries.release(peer)
             case ipc.Failed():
                 # It exits. Queries that it returns from now on must not be given to it again.
-                self._stop_queries(peer)
+                self._stop_new_queries(peer)
             case ipc.DrainRequest() if not peer.draining:
                 self._drain_peer(peer)
         if isinstance(message, ipc.Report):
@@ -373,10 +373,10 @@ class Router:
     def _drain_peer(self, peer: Peer, *, hand_over: bool = False) -> bool:
         # The worker answers the queries that it gets before this message.
         self._flush_peer(peer)
-        self._stop_queries(peer)
+        self._stop_new_queries(peer)
         return self._send(peer, ipc.Drain(hand_over))
 
-    def _stop_queries(self, peer: Peer) -> None:
+    def _stop_new_queries(self, peer: Peer) -> None:
         peer.accepting = False
         peer.draining = True
 

@@ -134,7 +134,7 @@ class Incarnation:
             late = f"it was not up within {start_timeout_s:.0f} s of its start"
             self.kill(Failure("not_up", late))
             return
-        self._router.reset_timer(self.launch)
+        self._router.restart_silence(self.launch)
         silent_s = 0.0
         max_late_s = heartbeat_interval_s(liveness_timeout_s)
         while silent_s < liveness_timeout_s:
@@ -150,7 +150,7 @@ class Incarnation:
             # If the check itself is late, the runner was busy or suspended. Then the worker may
             # have been suspended, too, and its silence means nothing: the time starts again.
             if check_late_s > max_late_s:
-                self._router.reset_timer(self.launch)
+                self._router.restart_silence(self.launch)
                 silent_s = 0.0
         silent_ms = round(liveness_timeout_s * 1000)
         self.kill(Failure("silent", f"it sent nothing for {silent_ms} ms"))

@@ -76,7 +76,7 @@ class Router:
     def silent_for_s(self, launch: Launch) -> float:
         return time.monotonic() - self.heard_s
 
-    def reset_timer(self, launch: Launch) -> None:
+    def restart_silence(self, launch: Launch) -> None:
         self.resets += 1
         self.heard_s = time.monotonic()
 
