@@ -195,7 +195,7 @@ class Runner:
         Raises:
             StartError: if the system does not allow that many.
         """
-        descriptors.require(workers)
+        descriptors.raise_limit(workers)
         self._server.reserve(descriptors.needed(workers))
 
     def _set_config(self, config: Config) -> None:

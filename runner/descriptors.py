@@ -23,7 +23,7 @@ def needed(workers: int) -> int:
     return _BASE + _PER_WORKER * workers
 
 
-def require(workers: int) -> None:
+def raise_limit(workers: int) -> None:
     """Raise the soft limit to what these workers and the clients may need, if it is lower.
 
     Raises:

@@ -51,7 +51,7 @@ def run(
     """
     # Before the fork server, because that inherits the raised limit, and the workers from it. It
     # needs a descriptor for each worker that runs.
-    descriptors.require(len(worker_specs(config)))
+    descriptors.raise_limit(len(worker_specs(config)))
     signal.signal(signal.SIGTERM, _exit_early)
     # The configuration was read a moment ago, so it need not be read again.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
