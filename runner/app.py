@@ -82,7 +82,7 @@ class Runner:
         self._service_manager = service_manager
         self._probes = Probes(fork_server)
         self._router = Router(
-            state.socket_path,
+            state.router_path,
             config.runner,
             traced=make_exchange is not None,
         )

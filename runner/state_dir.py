@@ -55,7 +55,7 @@ class StateDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.socket_path = path / "ipc" / "router.sock"
+        self.router_path = path / "ipc" / "router.sock"
         self.reload_path = path / "ipc" / "reload.sock"
         self._address_path = path / "runner.json"
 
@@ -80,7 +80,7 @@ class StateDir:
         # does no harm: `read_address` checks the lock.
         with contextlib.suppress(OSError):
             self._address_path.unlink(missing_ok=True)
-        shutil.rmtree(self.socket_path.parent, ignore_errors=True)
+        shutil.rmtree(self.router_path.parent, ignore_errors=True)
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def locked_state_dir(path: Path) -> Iterator[StateDir]:
     """
     state = StateDir(path.absolute())
     # Checked here, because ZeroMQ would only report "invalid argument".
-    if len(os.fsencode(state.socket_path)) > _MAX_SOCKET_PATH:
+    if len(os.fsencode(state.router_path)) > _MAX_SOCKET_PATH:
         raise StartError(
             f"the path of the state folder {path} is too long for a socket in it; "
             "choose a shorter one"
@@ -106,7 +106,7 @@ def locked_state_dir(path: Path) -> Iterator[StateDir]:
             state.clear()
             # Only this user may enter the folder of the sockets: a process that reaches them
             # needs no token.
-            state.socket_path.parent.mkdir(mode=0o700)
+            state.router_path.parent.mkdir(mode=0o700)
         except OSError as exc:
             raise _unusable(path, exc) from None
         yield state

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_only_this_user_can_enter_the_state_and_socket_folders(tmp_path: Path) -> None:
     with locked_state_dir(tmp_path / "new" / "state") as state:
-        folder = state.socket_path.parent
+        folder = state.router_path.parent
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert stat.S_IMODE(state.path.stat().st_mode) == 0o700
 
@@ -33,7 +33,7 @@ def test_announced_address_is_readable_until_the_folder_is_released(tmp_path: Pa
         state.announce("http://127.0.0.1:2")
         assert read_address(tmp_path) == RunnerAddress(os.getpid(), "http://127.0.0.1:2")
     assert read_address(tmp_path) is None
-    assert not state.socket_path.parent.exists()
+    assert not state.router_path.parent.exists()
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_files_of_a_killed_runner_are_removed(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from runner.state_dir import locked_state_dir\n"
         "with locked_state_dir(Path(sys.argv[1])) as state:\n"
-        "    state.announce('http://127.0.0.1:1'); state.socket_path.touch()\n"
+        "    state.announce('http://127.0.0.1:1'); state.router_path.touch()\n"
         "    os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run(
@@ -98,7 +98,7 @@ def test_files_of_a_killed_runner_are_removed(tmp_path: Path) -> None:
     assert read_address(tmp_path) is None, "its pid and port may belong to other processes"
     with locked_state_dir(tmp_path) as state:
         assert read_address(tmp_path) is None
-        assert not state.socket_path.exists()
+        assert not state.router_path.exists()
 
 
 def test_path_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
