@@ -241,9 +241,9 @@ class Child:
         """
         return await self._succession.replace_for_handler(reason)
 
-    def outdate(self, handler: HandlerRef) -> None:
+    def give_up_starting(self, handler: HandlerRef) -> None:
         """Give up a new process that is still loading this handler, because the handler changed."""
-        self._succession.outdate(handler)
+        self._succession.give_up_starting(handler)
 
     # --- the end ---
 

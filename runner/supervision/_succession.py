@@ -82,7 +82,7 @@ class Succession:
         self._lineage = lineage
         self._router = router
         self._outdated = anyio.Event()
-        self._starting: WorkerSpec | None = None
+        self._starting_spec: WorkerSpec | None = None
         self._one_at_a_time = anyio.Lock()
 
     async def replace_for_handler(self, reason: str) -> Failure | None:
@@ -166,14 +166,14 @@ class Succession:
         """Start a new process, and have it take over from the old one once it stands by."""
         lineage = self._lineage
         self._outdated = anyio.Event()
-        self._starting = spec
+        self._starting_spec = spec
         try:
             new = await lineage.fork(spec, standby=True)
             is_up = await self._wait_until_up(new)
         except StartError as exc:
             return _NotUp(Failure("not_started", str(exc)))
         finally:
-            self._starting = None
+            self._starting_spec = None
         # There is no `await` between this check and the start of the hand-over, so it still holds.
         may_take_over = lineage.current is old and not lineage.stopping.is_set()
         if is_up and may_take_over:
@@ -252,10 +252,10 @@ class Succession:
         )
         self._router.promote(new.launch, memory)
 
-    def outdate(self, handler: HandlerRef) -> None:
+    def give_up_starting(self, handler: HandlerRef) -> None:
         """Give up a new process that is still loading this handler, because the handler changed."""
-        starting = self._starting
-        if starting is not None and starting.agent.handler == handler:
+        spec = self._starting_spec
+        if spec is not None and spec.agent.handler == handler:
             self._outdated.set()
 
     async def replace_on_request(self, incarnation: Incarnation, tasks: TaskGroup) -> None:

@@ -218,10 +218,10 @@ class Supervisor:
                 return True
         return False
 
-    def outdate(self, handler: HandlerRef) -> None:
+    def give_up_starting(self, handler: HandlerRef) -> None:
         """Give up new processes that are still loading this handler, because it changed again."""
         for child in self._children.values():
-            child.outdate(handler)
+            child.give_up_starting(handler)
 
     async def _remove(self, child: Child) -> None:
         # It is in no table any more, but a second signal must still kill it (see `kill`).

@@ -52,7 +52,7 @@ class FakeRunner:
     def has_other_handler(self, ref: HandlerRef, agents: tuple[str, ...]) -> bool:
         return False
 
-    def outdate(self, ref: HandlerRef) -> None:
+    def give_up_starting(self, ref: HandlerRef) -> None:
         pass
 
     async def replace_for_handler(self, ref: HandlerRef, reason: str) -> dict[str, Failure | None]:
