@@ -233,7 +233,7 @@ class Runner:
         self._server.close()
         # A reload may wait for a probe on a thread, which cannot be cancelled. The thread returns
         # when the probe's process is killed.
-        self._probes.abandon()
+        self._probes.kill()
         await self._supervisor.drain()
 
 

@@ -147,7 +147,7 @@ class Watcher:
             self._due[ref] = changed
             # Processes that still load the previous code must not delay the new code.
             self._supervisor.give_up_starting(ref)
-            self._probes.abandon(ref)
+            self._probes.kill(ref)
             # One task per handler: two at once could leave workers with the older code.
             if ref not in self._busy:
                 self._busy.add(ref)

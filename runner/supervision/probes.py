@@ -91,7 +91,7 @@ class Probes:
         latest = Trial(None, repr(memory))
         with self._running(trial, ref, text, memory, timeout_s) as (process, receiver):
             try:
-                while _has_message(receiver, phase, timeout_s, report):
+                while _wait_for_message(receiver, phase, timeout_s, report):
                     message = receiver.recv()
                     if isinstance(message, Phase):
                         phase = message
@@ -108,7 +108,7 @@ class Probes:
             raise ConfigError(f"the handler {ref}: {error}")
         return latest._replace(error=error)
 
-    def abandon(self, ref: HandlerRef | None = None) -> None:
+    def kill(self, ref: HandlerRef | None = None) -> None:
         """Kill the processes that still load this handler; without an argument, all of them."""
         with self._lock:
             for process, loading in self._processes.items():
@@ -142,14 +142,14 @@ class Probes:
                 process.kill()
                 raise
             finally:
-                # In this order: `abandon` must not kill a process that is closed already.
+                # In this order: `kill` must not kill a process that is closed already.
                 with self._lock:
                     del self._processes[process]
                 process.join(STATUS_TIMEOUT_S)
                 release(process)
 
 
-def _has_message(
+def _wait_for_message(
     receiver: Connection,
     phase: Phase,
     timeout_s: float,

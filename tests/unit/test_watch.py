@@ -46,7 +46,7 @@ class FakeRunner:
         self.probed.append(ref.file.read_text())
         return ()
 
-    def abandon(self, ref: HandlerRef) -> None:
+    def kill(self, ref: HandlerRef) -> None:
         pass
 
     def has_other_handler(self, ref: HandlerRef, agents: tuple[str, ...]) -> bool:
@@ -76,7 +76,7 @@ class HangingRunner(FakeRunner):
             raise ConfigError("killed by SIGKILL")
         return ()
 
-    def abandon(self, ref: HandlerRef) -> None:
+    def kill(self, ref: HandlerRef) -> None:
         if self.importing.is_set():
             self.killed.set()
 
