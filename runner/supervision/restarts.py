@@ -69,8 +69,8 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         supervision: after more than `max_restarts` in the window, the worker is `failed`.
         retry_s: the delay before a failed worker is restarted.
-        first_delay_s, max_delay_s: the first restart is immediate. The next one waits for
-            `first_delay_s`, and each later one twice as long, up to `max_delay_s`.
+        second_delay_s, max_delay_s: the first restart is immediate. The next one waits for
+            `second_delay_s`, and each later one twice as long, up to `max_delay_s`.
         stable_s: after the end of a worker that was up for this time, the delays start over. The
             end still counts as a restart in the window.
     """
@@ -78,7 +78,7 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     supervision: SupervisionSection = SupervisionSection()
     # A worker that dies once is restarted immediately. One that dies at each start must not keep a
     # core busy with starts until it has failed.
-    first_delay_s: float = 0.1
+    second_delay_s: float = 0.1
     max_delay_s: float = 5.0
     stable_s: float = 1.0
     retry_s: float = 60.0
@@ -89,7 +89,7 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
             return 0.0
         # `max_restarts` may allow a thousand restarts, and 2.0**1024 is too large for a float.
         doublings = min(restarts_in_a_row - 1, _MAX_DOUBLINGS)
-        return min(self.max_delay_s, self.first_delay_s * 2.0**doublings)
+        return min(self.max_delay_s, self.second_delay_s * 2.0**doublings)
 
 
 class RestartHistory:

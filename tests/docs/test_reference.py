@@ -183,12 +183,12 @@ def test_default_from_another_section_or_the_handler_names_its_origin() -> None:
 
 def test_pages_give_the_delays_of_the_restart_policy() -> None:
     policy = RestartPolicy()
-    first, longest = f"{policy.first_delay_s * 1000:.0f} ms", f"{policy.max_delay_s:g} s"
+    second, longest = f"{policy.second_delay_s * 1000:.0f} ms", f"{policy.max_delay_s:g} s"
     assert f"up for at least {policy.stable_s:g} s" in one_line("explanation/supervision.md")
     for page in ("explanation/supervision.md", "../README.md", "reference/states.md"):
         text = one_line(page)
         assert f"tried again after {policy.retry_s:g} s" in text, page
-        assert f"waits {first}, " in text, page
+        assert f"waits {second}, " in text, page
         assert f"each later one twice as long, up to {longest}" in text, page
 
 

@@ -16,7 +16,7 @@ from tests.unit.runner.supervision.processes import SPEC, ForkServer, Router
 
 pytestmark = pytest.mark.anyio
 
-POLICY = RestartPolicy(stable_s=1e-9, first_delay_s=60)
+POLICY = RestartPolicy(stable_s=1e-9, second_delay_s=60)
 """A worker that was up for any time is restarted at once, another one after a minute."""
 
 

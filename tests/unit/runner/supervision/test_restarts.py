@@ -96,7 +96,7 @@ def test_deaths_of_one_worker_do_not_count_for_another() -> None:
 
 def test_thousandth_restart_waits_no_longer_than_the_maximum_delay() -> None:
     assert RestartPolicy().delay_s(1000) == 5.0
-    assert RestartPolicy(first_delay_s=1e-9).delay_s(100_000) == pytest.approx(2**30 * 1e-9)
+    assert RestartPolicy(second_delay_s=1e-9).delay_s(100_000) == pytest.approx(2**30 * 1e-9)
 
 
 @given(
