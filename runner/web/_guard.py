@@ -72,7 +72,7 @@ class Guard(Protocol):
         """Return why a request is refused, or None. A direct query has an empty `path`."""
 
 
-class BearerToken:
+class TokenGuard:
     """Requires the token in every request except for /health.
 
     Programs send `Authorization: Bearer`, browsers `Basic` with the token as the password and any
@@ -122,7 +122,7 @@ def _password(credentials: bytes) -> bytes:
     return decoded.partition(b":")[2]
 
 
-class LocalOnly:
+class LocalGuard:
     """Refuses requests that a web page caused: a foreign `Host`, or an `Origin` other than `Host`.
 
     Args:
@@ -133,18 +133,18 @@ class LocalOnly:
         self._names = frozenset({"localhost", address.host.lower()})
         # Direct queries have to be fast, and usually have the same host. The cache is bounded,
         # because a client can send any number of hosts.
-        self._is_local = lru_cache(_CACHED_HOSTS)(self._names_this_machine)
+        self._is_trusted_host = lru_cache(_CACHED_HOSTS)(self._check_host)
 
     def check(self, headers: _Headers, path: str = "") -> Refusal | None:
         """Return why a request is refused, or None."""
         host, origin = _host_and_origin(headers)
-        if not self._is_local(host):
+        if not self._is_trusted_host(host):
             return _FOREIGN_HOST
         if origin not in (b"", b"http://" + host):
             return _FOREIGN_ORIGIN
         return None
 
-    def _names_this_machine(self, host: bytes) -> bool:
+    def _check_host(self, host: bytes) -> bool:
         # HTTP/1.0 clients may send no Host. Browsers always send one.
         if not host:
             return True

@@ -17,7 +17,7 @@ from runner.routing.router import Router
 from runner.supervision.supervisor import Supervisor
 from runner.table import Ready, Table, readiness
 from runner.web import _openapi
-from runner.web._guard import BearerToken, Guard, LocalOnly, Refusals
+from runner.web._guard import Guard, LocalGuard, Refusals, TokenGuard
 from runner.web.answers import JSON, Refusal
 from runner.web.dashboard.routes import Dashboard
 from runner.web.direct import DirectQueries, ExchangeFactory
@@ -52,7 +52,7 @@ class Api:
         self._agents = agents
         self._workers = workers
         self._with_token = token is not None
-        guard: Guard = LocalOnly(address) if token is None else BearerToken(token)
+        guard: Guard = LocalGuard(address) if token is None else TokenGuard(token)
         self._router = router
         self._refusals = Refusals()
         self.queries = DirectQueries(

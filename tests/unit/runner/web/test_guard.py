@@ -6,12 +6,12 @@ import base64
 
 import pytest
 
-from runner.web._guard import BearerToken, LocalOnly
+from runner.web._guard import LocalGuard, TokenGuard
 from shared.config.load import HttpAddress
 from shared.config.tokens import Secret
 
-LOCAL = LocalOnly(HttpAddress("runner.example", 9600))
-TOKEN = BearerToken(Secret("sekrit"))
+LOCAL = LocalGuard(HttpAddress("runner.example", 9600))
+TOKEN = TokenGuard(Secret("sekrit"))
 
 
 @pytest.mark.parametrize(
