@@ -117,7 +117,7 @@ class Watcher:
                 # needs no watches.
                 if not polls:
                     self._log.error(
-                        "watching_without_kernel",
+                        "watching_by_polling",
                         error=" ".join(str(exc).split()),
                         hint="files are checked once a second; if a limit is reached, raise "
                         "fs.inotify.max_user_instances or max_user_watches",
@@ -226,9 +226,9 @@ class Watcher:
 
     def _report_slow(self, ref: HandlerRef) -> None:
         self._log.warning(
-            "handler_importing",
+            "handler_import_slow",
             handler=str(ref),
-            since_s=SLOW_IMPORT_S,
+            after_s=SLOW_IMPORT_S,
             hint="the old code still answers; the import is stopped "
             f"after {PROBE_TIMEOUT_S:g} s, or when the handler changes again",
         )

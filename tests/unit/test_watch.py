@@ -213,7 +213,7 @@ async def test_files_are_polled_if_the_kernel_refuses_more_watches(
 
             await until(replaced, "it is replaced")
     (error,) = (line for line in lines if line["log_level"] == "error")
-    assert error["event"] == "watching_without_kernel"
+    assert error["event"] == "watching_by_polling"
     assert str(refusal) == error["error"]
     assert "max_user_watches" in error["hint"]
 
@@ -230,13 +230,13 @@ async def test_hanging_import_is_reported_and_killed_by_the_next_save(
             save(tmp_path / "a.py", "# hangs")
             await runner.importing.wait()
             await until(
-                lambda: any(line["event"] == "handler_importing" for line in lines),
+                lambda: any(line["event"] == "handler_import_slow" for line in lines),
                 "it is reported",
             )
             assert not runner.killed.is_set(), "the import may still finish"
             save(tmp_path / "a.py", "# fixed")
             await until(lambda: runner.replaced, "it is replaced")
     assert runner.probed == ["# hangs", "# fixed"]
-    (report,) = (line for line in lines if line["event"] == "handler_importing")
+    (report,) = (line for line in lines if line["event"] == "handler_import_slow")
     assert report["handler"] == str(ref)
     assert not any(line["event"] == "handler_not_reloaded" for line in lines), "it was out of date"
