@@ -28,7 +28,7 @@ from shared.config.handlers import HandlerRef, parse_handler
 from shared.config.load import Agent, WorkerSpec
 from shared.config.nodes import NodeAddress
 from shared.config.schema import DEFAULT_MEMORY, ConnectionSection, MemoryKind
-from shared.embryos import objection
+from shared.embryos import drop_reason
 from shared.errors import ConfigError
 from shared.ipc import Outcome
 from worker.dispatching.choose import create_dispatcher
@@ -135,7 +135,7 @@ class AgentUnderTest:
             if outcome is not Outcome.OK:
                 raise QueryFailed(payload.decode("utf-8", "replace"))
             result = msgspec.json.decode(payload)
-            problem = objection(result)
+            problem = drop_reason(result)
             if problem is not None:
                 raise QueryFailed(problem)
             if result and not embryos:

@@ -7,7 +7,7 @@ from typing import Any
 from shared.errors import kind_of
 
 
-def objection(result: Any) -> str | None:
+def drop_reason(result: Any) -> str | None:
     """Return why nodes drop a result, given as decoded JSON; None if they accept it."""
     if not isinstance(result, list | dict):
         return (

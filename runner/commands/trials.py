@@ -12,7 +12,7 @@ from runner.supervision.fork_server import ForkServer
 from runner.supervision.probes import Probes
 from shared.config.handlers import parse_handler
 from shared.config.schema import ConnectionSection
-from shared.embryos import objection
+from shared.embryos import drop_reason
 from shared.errors import ConfigError, with_hint
 from shared.logs.logger import printable_json
 from shared.trial import EncodingFault, Trial
@@ -92,7 +92,7 @@ def _lines(trial: Trial) -> list[str]:
     if trial.result is not None:
         # A node may refuse a result that a direct query would get: notes, not errors.
         notes = (
-            objection(msgspec.json.decode(trial.result)),
+            drop_reason(msgspec.json.decode(trial.result)),
             _too_large(trial.result),
             *trial.notes,
         )
