@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final, Protocol
 
-from runner.web.answers import Refusal
+from runner.web.answers import ErrorResponse
 from runner.web.dashboard import PATHS
 from shared.config.load import HttpAddress
 from shared.config.nodes import is_ip_address
@@ -36,12 +36,12 @@ _CACHED_HOSTS: Final = 64
 _HOST: Final = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]@]*?)\.?)(?::\d*)?")
 """An IPv6 address in brackets, or a name or IPv4 address; then a port (RFC 9110, 7.2)."""
 
-_NO_TOKEN: Final = Refusal(
+_NO_TOKEN: Final = ErrorResponse(
     ErrorCode.UNAUTHORIZED,
     "a bearer token is needed: Authorization: Bearer TOKEN",
     (("www-authenticate", "Bearer"),),
 )
-_NO_PASSWORD: Final = Refusal(
+_NO_PASSWORD: Final = ErrorResponse(
     ErrorCode.UNAUTHORIZED,
     "a token is needed: as a password in a browser, or Authorization: Bearer TOKEN",
     (
@@ -51,12 +51,12 @@ _NO_PASSWORD: Final = Refusal(
         ),
     ),
 )
-_FOREIGN_HOST: Final = Refusal(
+_FOREIGN_HOST: Final = ErrorResponse(
     ErrorCode.FOREIGN_HOST,
     "the Host of this request is not this runner's; "
     "ask by address, such as 127.0.0.1, or use a token",
 )
-_FOREIGN_ORIGIN: Final = Refusal(
+_FOREIGN_ORIGIN: Final = ErrorResponse(
     ErrorCode.FOREIGN_ORIGIN,
     "requests on behalf of other sites' pages are refused",
 )
@@ -68,7 +68,7 @@ _Headers = Sequence[tuple[bytes, bytes]]
 class Guard(Protocol):
     """Decides by a request's headers whether it is refused."""
 
-    def check(self, headers: _Headers, path: str = "") -> Refusal | None:
+    def check(self, headers: _Headers, path: str = "") -> ErrorResponse | None:
         """Return why a request is refused, or None. A direct query has an empty `path`."""
 
 
@@ -82,7 +82,7 @@ class TokenGuard:
     def __init__(self, token: Secret) -> None:
         self._expected = token.reveal().encode()
 
-    def check(self, headers: _Headers, path: str = "") -> Refusal | None:
+    def check(self, headers: _Headers, path: str = "") -> ErrorResponse | None:
         """Return why a request is refused, or None."""
         if path == _OPEN_PATH:
             return None
@@ -135,7 +135,7 @@ class LocalGuard:
         # because a client can send any number of hosts.
         self._is_trusted_host = lru_cache(_CACHED_HOSTS)(self._check_host)
 
-    def check(self, headers: _Headers, path: str = "") -> Refusal | None:
+    def check(self, headers: _Headers, path: str = "") -> ErrorResponse | None:
         """Return why a request is refused, or None."""
         host, origin = _host_and_origin(headers)
         if not self._is_trusted_host(host):
@@ -177,7 +177,7 @@ class Refusals:
         self._throttle = LogThrottle("request_refused")
         self._log = get_logger()
 
-    def record(self, refusal: Refusal, client: Sequence[Any] | None) -> None:
+    def record(self, refusal: ErrorResponse, client: Sequence[Any] | None) -> None:
         """Count a refusal, and log it if it may be an attack.
 
         Args:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from shared.http.errors import ErrorBody, ErrorCode
 
-CONTENT_TYPE: Final = b"content-type: application/json\r\n"
+CONTENT_TYPE_LINE: Final = b"content-type: application/json\r\n"
 _RETRY_AFTER: Final = ("retry-after", "1")
 
 
@@ -25,7 +25,7 @@ class JSON(Response):
         return msgspec.json.encode(content)
 
 
-class Refusal(NamedTuple):
+class ErrorResponse(NamedTuple):
     """An error response: its code, a text for people, and headers."""
 
     code: ErrorCode
@@ -46,7 +46,7 @@ class Refusal(NamedTuple):
     def header_lines(self) -> bytes:
         """The headers as HTTP/1.1 has them, each with its line end."""
         lines = "".join(f"{name}: {value}\r\n" for name, value in self.headers)
-        return CONTENT_TYPE + lines.encode()
+        return CONTENT_TYPE_LINE + lines.encode()
 
     def response(self) -> JSON:
         """Return it as an ASGI application."""
@@ -57,6 +57,6 @@ def unavailable(
     code: ErrorCode,
     message: str,
     *headers: tuple[str, str],
-) -> Refusal:
+) -> ErrorResponse:
     """Return the response to a request that may succeed if it is repeated soon."""
-    return Refusal(code, message, (_RETRY_AFTER, *headers))
+    return ErrorResponse(code, message, (_RETRY_AFTER, *headers))

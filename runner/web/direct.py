@@ -17,18 +17,18 @@ import msgspec
 from runner.routing.peers import Reply
 from runner.routing.router import Router
 from runner.web._guard import Guard, Refusals
-from runner.web.answers import CONTENT_TYPE, Refusal, unavailable
+from runner.web.answers import CONTENT_TYPE_LINE, ErrorResponse, unavailable
 from shared.http.errors import ErrorCode
 from shared.http.exchange import Channel, Responder
 from shared.http.head import RequestHead, declares_more_than
 from shared.ipc import NO_TRACE, Outcome, Trace
 
 MAX_BODY_BYTES: Final = 64 * 1024
-_TOO_LARGE: Final = Refusal(
+_TOO_LARGE: Final = ErrorResponse(
     ErrorCode.BODY_TOO_LARGE,
     f"the body is larger than {MAX_BODY_BYTES} bytes",
 )
-_BAD_BODY: Final = Refusal(
+_BAD_BODY: Final = ErrorResponse(
     ErrorCode.INVALID_BODY,
     "body must be JSON with a 'query' field",
 )
@@ -83,33 +83,33 @@ class _Directory:
                 self._agent_of[worker] = agent
                 self._paths[f"/workers/{worker}/query".encode()] = (None, worker)
 
-    def choose(self, agent: str | None, worker: str | None) -> str | Refusal:
-        """Return the worker to ask, or the refusal."""
+    def choose(self, agent: str | None, worker: str | None) -> str | ErrorResponse:
+        """Return the worker to ask, or why the query is refused."""
         if worker is not None:
             return self._check_worker(agent, worker)
         if agent is None:
             if len(self._agents) > 1:
                 names = ", ".join(self._agents)
                 text = f"there are several agents, name one of them as 'agent': {names}"
-                return Refusal(ErrorCode.AGENT_REQUIRED, text)
+                return ErrorResponse(ErrorCode.AGENT_REQUIRED, text)
             agent = next(iter(self._agents))
         workers = self._agents.get(agent)
         if workers is None:
             names = ", ".join(self._agents)
             text = f"there is no agent {agent!r}; there are: {names}"
-            return Refusal(ErrorCode.UNKNOWN_AGENT, text)
+            return ErrorResponse(ErrorCode.UNKNOWN_AGENT, text)
         # The first one that is up, so that an agent with memory answers from the same memory if
         # possible. If no worker is up, the router refuses the query.
         return next(filter(self._router.accepts, workers), workers[0])
 
-    def _check_worker(self, agent: str | None, worker: str) -> str | Refusal:
+    def _check_worker(self, agent: str | None, worker: str) -> str | ErrorResponse:
         if worker not in self._agent_of:
             names = ", ".join(self._agent_of)
             text = f"there is no worker {worker!r}; there are: {names}"
-            return Refusal(ErrorCode.UNKNOWN_WORKER, text)
+            return ErrorResponse(ErrorCode.UNKNOWN_WORKER, text)
         if agent not in (None, self._agent_of[worker]):
             text = f"the worker {worker!r} is not one of the agent {agent!r}"
-            return Refusal(ErrorCode.UNKNOWN_WORKER, text)
+            return ErrorResponse(ErrorCode.UNKNOWN_WORKER, text)
         return worker
 
     def siblings(self, worker: str) -> tuple[str, ...]:
@@ -242,7 +242,7 @@ class QueryExchange(Responder):
             if refusal is not None:
                 self._refuse_unsent(refusal)
 
-    def _submit(self) -> Refusal | None:
+    def _submit(self) -> ErrorResponse | None:
         """Give the query to the router, or return why not."""
         try:
             asked = _decode_body(self.body)
@@ -259,12 +259,12 @@ class QueryExchange(Responder):
         ):
             if in_body not in (None, name):
                 text = f"the path names the {kind} {name!r}, the body {in_body!r}"
-                return Refusal(ErrorCode.NAME_CONFLICT, text)
+                return ErrorResponse(ErrorCode.NAME_CONFLICT, text)
         if self._queries.closing:
             return _CLOSING
         directory = self._queries.directory
         chosen = directory.choose(agent, worker)
-        if isinstance(chosen, Refusal):
+        if isinstance(chosen, ErrorResponse):
             return chosen
         # A client that names a worker wants this one, and no other may answer.
         alternatives = directory.siblings(chosen) if worker is None else ()
@@ -279,7 +279,7 @@ class QueryExchange(Responder):
 
     def _on_reply(self, reply: Reply) -> None:
         if reply.outcome is Outcome.OK:
-            headers = CONTENT_TYPE + b"x-worker: %b\r\n" % reply.worker.encode()
+            headers = CONTENT_TYPE_LINE + b"x-worker: %b\r\n" % reply.worker.encode()
             # The handler's result is JSON already. It is neither decoded nor copied here.
             self.answer(200, headers, b'{"results":', reply.payload, b"}")
             return
@@ -287,18 +287,18 @@ class QueryExchange(Responder):
         worker = ("x-worker", reply.worker)
         if code.status == 503:
             reason = reply.payload.decode("utf-8", "replace")
-            refusal = unavailable(code, f"{code}: {reason}", worker)
+            response = unavailable(code, f"{code}: {reason}", worker)
         elif code is ErrorCode.TIMED_OUT:
-            refusal = Refusal(code, "no answer before the deadline", (worker,))
+            response = ErrorResponse(code, "no answer before the deadline", (worker,))
         else:
             # Without the payload: it is an exception's message, which may contain secrets.
-            refusal = Refusal(code, str(code), (worker,))
-        self._refuse(refusal)
+            response = ErrorResponse(code, str(code), (worker,))
+        self._send_error(response)
 
-    def _refuse_unsent(self, refusal: Refusal) -> None:
+    def _refuse_unsent(self, refusal: ErrorResponse) -> None:
         """Refuse a query that was given to no worker."""
         self._queries.refusals.record(refusal, self.head.client)
-        self._refuse(refusal)
+        self._send_error(refusal)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.answer(refusal.status, refusal.header_lines, refusal.body)
+    def _send_error(self, response: ErrorResponse) -> None:
+        self.answer(response.status, response.header_lines, response.body)

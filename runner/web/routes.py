@@ -18,7 +18,7 @@ from runner.supervision.supervisor import Supervisor
 from runner.table import Ready, Table, readiness
 from runner.web import _openapi
 from runner.web._guard import Guard, LocalGuard, Refusals, TokenGuard
-from runner.web.answers import JSON, Refusal
+from runner.web.answers import JSON, ErrorResponse
 from runner.web.dashboard.routes import Dashboard
 from runner.web.direct import DirectQueries, ExchangeFactory
 from runner.web.metrics import CONTENT_TYPE, RunnerSample, exposition
@@ -169,7 +169,7 @@ class _OnlyPost:
 
 async def _no_route(request: Request, exc: Exception) -> Response:
     text = f"there is no route {request.url.path}"
-    return Refusal(ErrorCode.UNKNOWN_ROUTE, text).response()
+    return ErrorResponse(ErrorCode.UNKNOWN_ROUTE, text).response()
 
 
 async def _wrong_method(request: Request, exc: Exception) -> Response:
@@ -180,14 +180,14 @@ async def _wrong_method(request: Request, exc: Exception) -> Response:
         f"method {request.method} is not allowed for {request.url.path}; "
         f"use {headers.get('allow', '')}"
     )
-    refusal = Refusal(
+    response = ErrorResponse(
         ErrorCode.METHOD_NOT_ALLOWED,
         text,
         tuple(headers.items()),
     )
-    return refusal.response()
+    return response.response()
 
 
 async def _internal_error(request: Request, exc: Exception) -> Response:
     # Without the exception's message: it may contain what clients must not see. It is logged.
-    return Refusal(ErrorCode.INTERNAL_ERROR, INTERNAL_ERROR_TEXT).response()
+    return ErrorResponse(ErrorCode.INTERNAL_ERROR, INTERNAL_ERROR_TEXT).response()

@@ -38,8 +38,8 @@ def test_behaviour_does_not_depend_on_the_text_of_a_message(
             "raise StartError(f'on rewsna morf {base}; yrt niaga')",
         ),
         (
-            'Refusal(code, "use --token-file or agent.name")',
-            "Refusal(code, 'esu --token-file ro agent.name')",
+            'ErrorResponse(code, "use --token-file or agent.name")',
+            "ErrorResponse(code, 'esu --token-file ro agent.name')",
         ),
         ('reply(b"the worker is not up")', "reply(b'eht rekrow si ton pu')"),
         ('"too many" in text', "'too many' in text"),
