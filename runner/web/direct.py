@@ -112,8 +112,8 @@ class _Directory:
             return ErrorResponse(ErrorCode.UNKNOWN_WORKER, text)
         return worker
 
-    def siblings(self, worker: str) -> tuple[str, ...]:
-        """Return the workers of a worker's agent, including itself."""
+    def workers_of_same_agent(self, worker: str) -> tuple[str, ...]:
+        """Return all workers of a worker's agent."""
         return self._agents[self._agent_of[worker]]
 
     def names_in(self, url: bytes) -> PathNames | None:
@@ -267,7 +267,7 @@ class QueryExchange(Responder):
         if isinstance(chosen, ErrorResponse):
             return chosen
         # A client that names a worker wants this one, and no other may answer.
-        alternatives = directory.siblings(chosen) if worker is None else ()
+        alternatives = directory.workers_of_same_agent(chosen) if worker is None else ()
         self._sequence = self._queries.router.submit(
             chosen,
             asked.query,
