@@ -229,7 +229,7 @@ class Runner:
         # are read and answered first.
         await anyio.sleep(_ACCEPT_GRACE_S)
         # From here on, new queries and connections are refused.
-        self._api.close()
+        self._api.refuse_queries()
         self._server.close()
         # A reload may wait for a probe on a thread, which cannot be cancelled. The thread returns
         # when the probe's process is killed.

@@ -33,7 +33,7 @@ class Api:
     Args:
         router: carries queries to workers.
         agents: each agent's workers, in the order in which they are chosen.
-        workers: the running workers.
+        supervisor: has the running workers.
         address: where the runner listens.
         token: every route except /health requires it. If None, only programs of this machine are
             answered.
@@ -44,13 +44,13 @@ class Api:
         self,
         router: Router,
         agents: Mapping[str, tuple[str, ...]],
-        workers: Supervisor,
+        supervisor: Supervisor,
         address: HttpAddress,
         token: Secret | None = None,
         make_exchange: ExchangeFactory | None = None,
     ) -> None:
         self._agents = agents
-        self._workers = workers
+        self._supervisor = supervisor
         self._with_token = token is not None
         guard: Guard = LocalGuard(address) if token is None else TokenGuard(token)
         self._router = router
@@ -62,7 +62,7 @@ class Api:
             self._refusals,
             make_exchange,
         )
-        self._dashboard = Dashboard(workers)
+        self._dashboard = Dashboard(supervisor)
         routes = [
             # `DirectQueries` takes POST requests before they get here. These routes answer the
             # other methods with 405 instead of 404.
@@ -93,8 +93,8 @@ class Api:
         self._agents = agents
         self.queries.set_agents(agents)
 
-    def close(self) -> None:
-        """Refuse new queries: the runner is shutting down."""
+    def refuse_queries(self) -> None:
+        """Refuse new queries from now on: the runner is shutting down."""
         self.queries.closing = True
 
     def end_streams(self) -> None:
@@ -105,14 +105,14 @@ class Api:
         return JSON(_openapi.Health("ok"))
 
     async def _ready(self, request: Request) -> Response:
-        agents = readiness(self._workers.rows, self._agents)
+        agents = readiness(self._supervisor.rows, self._agents)
         # A load balancer must send no more queries once they are refused.
         closing = self.queries.closing
         ready = not closing and all(agent.ready for agent in agents.values())
         return JSON(Ready(ready, agents), 200 if ready else 503)
 
     async def _table(self, request: Request) -> Response:
-        return JSON(Table(list(self._workers.rows)))
+        return JSON(Table(list(self._supervisor.rows)))
 
     async def _metrics(self, request: Request) -> Response:
         # On a thread: for a hundred workers it takes a tenth of a second, and queries must not
@@ -123,7 +123,7 @@ class Api:
         )
         text = await anyio.to_thread.run_sync(
             exposition,
-            self._workers.samples,
+            self._supervisor.samples,
             runner_sample,
         )
         return Response(text, media_type=CONTENT_TYPE)
@@ -180,12 +180,12 @@ async def _wrong_method(request: Request, exc: Exception) -> Response:
         f"method {request.method} is not allowed for {request.url.path}; "
         f"use {headers.get('allow', '')}"
     )
-    response = ErrorResponse(
+    error = ErrorResponse(
         ErrorCode.METHOD_NOT_ALLOWED,
         text,
         tuple(headers.items()),
     )
-    return response.response()
+    return error.response()
 
 
 async def _internal_error(request: Request, exc: Exception) -> Response:

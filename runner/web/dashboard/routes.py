@@ -69,11 +69,11 @@ class Dashboard:
     """The page and its events.
 
     Args:
-        workers: the running workers.
+        supervisor: has the running workers.
     """
 
-    def __init__(self, workers: Supervisor) -> None:
-        self._workers = workers
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
         self._views: list[View] = []
         self._viewed_s = float("-inf")
         self._streams = 0
@@ -151,7 +151,7 @@ class Dashboard:
         # and no page gets views that are nearly a tick old.
         now_s = time.monotonic()
         if now_s - self._viewed_s >= _TICK_S / 2 or self._closing.is_set():
-            self._views = views(self._workers.rows, self._workers.rates)
+            self._views = views(self._supervisor.rows, self._supervisor.rates)
             self._viewed_s = now_s
         return self._views
 
