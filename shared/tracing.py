@@ -106,7 +106,13 @@ class Tracing:
             self._report(exc)
             return INVALID_SPAN
 
-    def end(self, span: Span, attributes: Attributes, *, failed: bool) -> None:
+    def end(
+        self,
+        span: Span,
+        attributes: Attributes,
+        *,
+        failed: bool,
+    ) -> None:
         """End a span. Never raises."""
         try:
             span.set_attributes(attributes)

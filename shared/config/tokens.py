@@ -167,7 +167,13 @@ def require_private(path: Path, mode: int) -> None:
         raise TokenError(f"others can read {path} ({shown}); run: chmod 600 {path}")
 
 
-def mint(secret: str, subject: str, *, ttl_s: float, now: float | None = None) -> str:
+def mint(
+    secret: str,
+    subject: str,
+    *,
+    ttl_s: float,
+    now: float | None = None,
+) -> str:
     """Return a signed token for `subject`, valid for `ttl_s` seconds from `now` (Unix seconds).
 
     Raises:

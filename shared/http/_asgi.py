@@ -157,7 +157,11 @@ class AsgiResponder(Responder):
         else:
             self._write_head(message["status"], message.get("headers", ()))
 
-    def _write_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    def _write_head(
+        self,
+        status: int,
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
         lines = [STATUS_LINES[status], self.channel.date]
         closes = False
         for name, value in headers:

@@ -34,7 +34,11 @@ class Sink:
         on_dropped: called with the number of dropped lines, after the next line was written.
     """
 
-    def __init__(self, fd: int, on_dropped: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        fd: int,
+        on_dropped: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._fd = fd
         self._on_dropped = on_dropped
         self._opened: socket.socket | int | None = None

@@ -72,7 +72,12 @@ class Logging:
         # it grows. `list()` of a set is one step of the interpreter.
         self.throttles: set[weakref.ref[LogThrottle]] = set()
 
-    def emit(self, level: str, event: str, fields: dict[str, Any]) -> None:
+    def emit(
+        self,
+        level: str,
+        event: str,
+        fields: dict[str, Any],
+    ) -> None:
         """Write an event of any level."""
         values: Any = {"event": event, **fields}
         try:
@@ -117,7 +122,12 @@ class Logger:
     def error(self, event: str, **fields: Any) -> None:  # noqa: D102
         self._log("error", event, fields)
 
-    def _log(self, level: str, event: str, fields: dict[str, Any]) -> None:
+    def _log(
+        self,
+        level: str,
+        event: str,
+        fields: dict[str, Any],
+    ) -> None:
         if _LEVELS[level] < _logging.threshold:
             return
         fields = {**self._fields, **fields}
@@ -127,7 +137,12 @@ class Logger:
             # A handler can bind any object to structlog's context, also one whose repr raises.
             contextvars.copy_context().run(self._log_without_context, level, event, fields)
 
-    def _log_without_context(self, level: str, event: str, fields: dict[str, Any]) -> None:
+    def _log_without_context(
+        self,
+        level: str,
+        event: str,
+        fields: dict[str, Any],
+    ) -> None:
         structlog.contextvars.clear_contextvars()
         with contextlib.suppress(Exception):
             _logging.emit(level, event, fields)

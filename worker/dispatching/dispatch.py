@@ -231,7 +231,11 @@ class Dispatcher(ABC):
         """
         await self._call_life_cycle("close", self._handler.close)
 
-    async def _call_life_cycle(self, name: str, function: Callable[[], Any] | None) -> None:
+    async def _call_life_cycle(
+        self,
+        name: str,
+        function: Callable[[], Any] | None,
+    ) -> None:
         if function is None:
             return
         try:
