@@ -265,14 +265,14 @@ def show(value: Any) -> str:
     return text
 
 
-def _convert(value: Any, hint: Any, key: str, name: str) -> Any:
+def _convert(value: Any, annotation: Any, key: str, name: str) -> Any:
     try:
-        return msgspec.convert(value, hint, dec_hook=_from_text)
+        return msgspec.convert(value, annotation, dec_hook=_from_text)
     except (msgspec.ValidationError, OverflowError):
         # A secret of the wrong type is still a secret, such as a password of digits alone.
         found = "a value that is not shown" if name in HIDDEN_KEYS else show(value)
-        problem = f"{key}: found {found}, expected {expected(hint)}"
-        raise ConfigError(with_hint(problem, _near_choice(value, hint))) from None
+        problem = f"{key}: found {found}, expected {expected(annotation)}"
+        raise ConfigError(with_hint(problem, _near_choice(value, annotation))) from None
 
 
 def _from_text(kind: type, value: Any) -> Any:
@@ -285,18 +285,18 @@ def _from_text(kind: type, value: Any) -> Any:
     return kind(value)
 
 
-def _near_choice(value: Any, hint: Any) -> str | None:
-    is_choice = typing.get_origin(hint) is Literal
+def _near_choice(value: Any, annotation: Any) -> str | None:
+    is_choice = typing.get_origin(annotation) is Literal
     if not is_choice or not isinstance(value, str):
         return None
-    near = difflib.get_close_matches(value, typing.get_args(hint), n=1)
+    near = difflib.get_close_matches(value, typing.get_args(annotation), n=1)
     return f"did you mean {near[0]!r}?" if near else None
 
 
-def expected(hint: Any) -> str:
-    """Return a description of the values that a key of type `hint` may have."""
-    origin = typing.get_origin(hint)
-    arguments = typing.get_args(hint)
+def expected(annotation: Any) -> str:
+    """Return a description of the values that a key of type `annotation` may have."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin is Annotated:
         bounds = arguments[1]
         return f"a whole number from {bounds.ge} to {bounds.le}"
@@ -306,12 +306,12 @@ def expected(hint: Any) -> str:
         return "a list of strings"
     if origin is not None:
         # A union with None: the key may be omitted, but TOML has no value that means None.
-        (hint,) = (part for part in arguments if part is not type(None))
-        return expected(hint)
+        (annotation,) = (part for part in arguments if part is not type(None))
+        return expected(annotation)
     names = {
         str: "a string",
         Secret: "a string",
         Path: "a path",
         bool: "true or false",
     }
-    return names.get(hint, str(hint))
+    return names.get(annotation, str(annotation))
