@@ -126,6 +126,7 @@ class Runner:
         self._server.reserve(descriptors.needed(len(specs)))
         # With port 0 the kernel chose the port, so the configuration does not have it.
         self._address = HttpAddress(config.http.host, listener.getsockname()[1])
+        self._started = anyio.Event()
         self._stopping_since_s: float | None = None
         self._log = get_logger()
 
@@ -171,6 +172,7 @@ class Runner:
         tasks.start_soon(_report_suppressed)
         tasks.start_soon(self._service_manager.report, lambda: self._supervisor.rows)
         await self._server.start()
+        self._started.set()
         http = f"http://{self._address}"
         self._log.info(
             "started",
@@ -225,6 +227,8 @@ class Runner:
             self._supervisor.kill()
 
     async def _drain(self) -> None:
+        # A signal may arrive during the start. The server cannot start once it is closed.
+        await self._started.wait()
         # Requests that were sent before the signal may not be read from their sockets yet. They
         # are read and answered first.
         await anyio.sleep(_ACCEPT_GRACE_S)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from disco import Node
-from tests.cluster import ROOT, TIMEOUT_S, Cluster, agent, alive, cluster, until
+from tests.cluster import COUNTER, ROOT, TIMEOUT_S, Cluster, agent, alive, cluster, until
 
 pytestmark = pytest.mark.anyio
 
@@ -147,6 +147,43 @@ async def test_sigterm_leaves_no_process_and_no_socket(tmp_path: Path, node: Nod
         assert not (tmp_path / "state" / "runner.json").exists()
         await node.wait_gone("count")
         assert "Traceback" not in running.log
+
+
+# Its start takes so long that the signal arrives, and the drain begins, before it is complete.
+SIGNALLED_AT_ITS_START = """
+import asyncio, os, signal
+from runner.cli import main
+from shared.http.server import HttpServer
+
+start = HttpServer.start
+
+async def start_late(server):
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(0.3)
+    await start(server)
+
+HttpServer.start = start_late
+main()
+"""
+
+
+async def test_sigterm_during_the_start_ends_the_runner(tmp_path: Path) -> None:
+    (tmp_path / "handlers.py").write_text(COUNTER)
+    (tmp_path / "em-runner.toml").write_text(agent("count", ["127.0.0.1:9"]))
+    command = [sys.executable, "-c", SIGNALLED_AT_ITS_START, "run", "--http", "127.0.0.1:0"]
+    ended = await anyio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [*command, "--state-dir", "state"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "state" / "ipc").exists()
 
 
 async def test_drain_answers_the_queries_in_flight(tmp_path: Path, node: Node) -> None:
