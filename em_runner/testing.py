@@ -333,7 +333,6 @@ def _spec(node: Node) -> WorkerSpec:
         name=_NAME,
         agent=agent,
         node=address,
-        index=1,
     )
 
 

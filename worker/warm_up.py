@@ -82,7 +82,6 @@ def _answer_runner() -> None:
         name=_NAME,
         agent=agent,
         node=_NODE,
-        index=1,
     )
     launch = Launch(
         spec=spec,

@@ -14,8 +14,8 @@ from runner.reload import check_handlers
 from runner.supervision.fork_server import ForkServer
 from runner.supervision.probes import Probes
 from shared.config import tokens
-from shared.config.load import Agent, Config, WorkerSpec, worker_specs
-from shared.config.nodes import OWN_NODES
+from shared.config.load import Agent, Config, worker_specs
+from shared.config.nodes import OWN_NODES, NodeAddress
 from shared.config.tokens import TokenError
 from shared.errors import ConfigError
 from shared.logs import logger as logs
@@ -48,11 +48,12 @@ def check(config: Config) -> tuple[list[Row], list[str]]:
         logs.configure("warning")
         Tracing({}).close(0)
     capabilities = check_handlers(config.agents, Probes(fork_server))
+    origins = {agent.name: agent.nodes_origin for agent in config.agents}
     rows: list[Row] = [
         (
             spec.name,
             spec.agent.name,
-            _node(spec),
+            _node(spec.node, origins[spec.agent.name]),
             str(spec.agent.handler),
             spec.agent.memory,
             ", ".join(capabilities[spec.agent.name]),
@@ -64,12 +65,9 @@ def check(config: Config) -> tuple[list[Row], list[str]]:
     return rows, problems
 
 
-def _node(spec: WorkerSpec) -> str:
+def _node(node: NodeAddress, origin: str) -> str:
     """Return a worker's node, and where it comes from if not from the agent's own keys."""
-    origin = spec.agent.nodes_origin
-    if origin == OWN_NODES:
-        return str(spec.node)
-    return f"{spec.node} ({origin})"
+    return str(node) if origin == OWN_NODES else f"{node} ({origin})"
 
 
 def show(rows: Sequence[Row], console: Console) -> None:

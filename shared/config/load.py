@@ -1,7 +1,8 @@
 """Reads the configuration from a TOML file and the environment.
 
-The result is frozen Structs, or one clear error. Values are checked here and nowhere else. `load`
-reads a file; `worker_specs` returns one `WorkerSpec` for each agent and node.
+The result is frozen Structs, or one clear error. The modules of this folder check the values, and
+the code that uses them does not check them again. `load` reads a file; `worker_specs` returns one
+`WorkerSpec` for each agent and node.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _CONNECTION_KEYS = ConnectionSection.__struct_fields__
 
 
 class Agent(AgentOptions, frozen=True, kw_only=True):
-    """One agent, with what its section refers to and what it inherits from other sections.
+    """One agent: its section's keys, what these refer to, and what other sections define for it.
 
     It is not an `AgentSection`, because that one has the names of a handler and of nodes, and None
     for what other sections or the environment define.
@@ -104,7 +105,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that one worker process depends on. `index` counts the agent's nodes from 1.
+    """All that one worker process depends on.
 
     A reload replaces exactly the workers whose spec has changed. So a value that a worker does not
     use must not be in here: a change of it would restart the worker for nothing.
@@ -113,7 +114,6 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     agent: Agent
     node: NodeAddress
-    index: int
     runner: RunnerOptions = RunnerOptions()
 
 
@@ -128,10 +128,10 @@ def worker_specs(config: Config) -> tuple[WorkerSpec, ...]:
     return tuple(
         WorkerSpec(
             name=worker_name(agent.name, index),
-            # Without the other nodes: a change of these must not change the spec.
-            agent=msgspec.structs.replace(agent, nodes=(node,)),
+            # Without the other nodes, and without where they were found: a change of these must not
+            # change the spec.
+            agent=msgspec.structs.replace(agent, nodes=(node,), nodes_origin=OWN_NODES),
             node=node,
-            index=index,
             runner=runner,
         )
         for agent in config.agents
@@ -197,8 +197,9 @@ def parse(
 def _runner(section: RunnerSection, folder: Path) -> RunnerSection:
     """Return `[runner]` with absolute paths, and with the token in `http_token`."""
     token = _http_token(section, folder)
-    # Only processes of this machine reach a loopback address, and the guard of the routes refuses
-    # what a web page makes a browser send. In a network, anyone could query the agents.
+    # A loopback address needs no token: only processes of this machine reach it, and the guard of
+    # the routes refuses what a web page makes a browser send. At any other address, anyone in the
+    # network could query the agents.
     if not parse_http_address(section.http).loopback and token is None:
         raise ConfigError(
             f"runner.http: {section.http!r} can be reached from other machines and there is no "

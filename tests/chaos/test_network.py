@@ -303,7 +303,6 @@ async def test_lost_connection_leaves_no_task_and_no_object(node: Node, tmp_path
                 connection=ConnectionSection(reconnect_interval_ms=10, ping_interval_ms=500),
             ),
             node=NodeAddress("127.0.0.1", proxy.port, False),
-            index=1,
         )
         dispatcher = create_dispatcher(load_handler(spec.agent.handler), Memory())
         client = NodeClient(spec, (), dispatcher, lambda state, _: states.append(state))

@@ -547,7 +547,6 @@ class Agent:
         name="e_server",
         agent=AgentConfig(name="e", handler=handler, nodes=(parse_node(node.url),)),
         node=parse_node(node.url),
-        index=1,
         runner=RunnerOptions(state_dir=tmp_path, log_level="error"),
     )
     router, fork_server = Router(tmp_path / "router.sock", RunnerSection()), ForkServer()

@@ -267,7 +267,6 @@ async def test_wildcard_certificate_verifies(
                 connection=ConnectionSection(tls_ca_file=tmp_path / "ca.pem"),
             ),
             node=NodeAddress("node.disco.example", port, True),
-            index=1,
         )
         dispatcher = create_dispatcher(load(spec.agent.handler), Memory())
         connection = NodeClient(spec, (), dispatcher, lambda *state: states.append(state))

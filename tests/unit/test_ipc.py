@@ -130,7 +130,7 @@ def launch() -> Launch:
         nodes=(parse_node("localhost"),),
         token=TokenSource(token=Secret("s3cr3t")),
     )
-    spec = WorkerSpec(name="echo_server_2", agent=agent, node=agent.nodes[0], index=2)
+    spec = WorkerSpec(name="echo_server_2", agent=agent, node=agent.nodes[0])
     return Launch(spec=spec, incarnation=7, endpoint="ipc:///tmp/x", key=b"k3y-k3y-k3y")
 
 

@@ -23,7 +23,7 @@ AGENT = Agent(
     handler=HandlerRef("worker.echo", None, "handle", Path("/")),
     nodes=(parse_node("h"),),
 )
-SPEC = WorkerSpec(name="a_server", agent=AGENT, node=AGENT.nodes[0], index=1)
+SPEC = WorkerSpec(name="a_server", agent=AGENT, node=AGENT.nodes[0])
 
 
 async def test_many_errors_of_a_handler_cost_few_messages(tmp_path: Path) -> None:

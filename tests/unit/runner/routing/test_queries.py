@@ -41,7 +41,7 @@ class Setup:
         """Return a new incarnation that is assigned a worker's queries."""
         handler = HandlerRef("worker.echo", None, "handle", Path("/"))
         agent = Agent(name="echo", handler=handler, nodes=(parse_node("h"),))
-        spec = WorkerSpec(name=name, agent=agent, node=agent.nodes[0], index=1)
+        spec = WorkerSpec(name=name, agent=agent, node=agent.nodes[0])
         on_report: Any = None
         peer = Peer(Launch(spec=spec, incarnation=1, endpoint="", key=b"k"), on_report)
         peer.accepting = accepting

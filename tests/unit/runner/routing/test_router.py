@@ -168,7 +168,7 @@ class Setup:
             handler=HandlerRef("worker.echo", None, "handle", Path("/")),
             nodes=(parse_node("h"),),
         )
-        spec = WorkerSpec(name=name, agent=agent, node=agent.nodes[0], index=1)
+        spec = WorkerSpec(name=name, agent=agent, node=agent.nodes[0])
         launch = Launch(
             spec=spec,
             incarnation=incarnation,

@@ -21,7 +21,7 @@ AGENT = Agent(
     handler=HandlerRef("worker.echo", None, "handle", Path("/")),
     nodes=(parse_node("h"),),
 )
-SPEC = WorkerSpec(name="a_server", agent=AGENT, node=AGENT.nodes[0], index=1)
+SPEC = WorkerSpec(name="a_server", agent=AGENT, node=AGENT.nodes[0])
 
 
 class Process:

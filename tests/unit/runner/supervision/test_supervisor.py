@@ -97,9 +97,7 @@ def changes_by(folder: Path, section: str, key: str, value: Any) -> Changes:
 
 
 def specs(*names: str) -> dict[str, WorkerSpec]:
-    return {
-        name: WorkerSpec(name=name, agent=AGENT, node=AGENT.nodes[0], index=1) for name in names
-    }
+    return {name: WorkerSpec(name=name, agent=AGENT, node=AGENT.nodes[0]) for name in names}
 
 
 def test_equal_specs_change_nothing() -> None:
@@ -113,7 +111,7 @@ def test_new_worker_is_added_and_missing_one_is_removed() -> None:
 
 def test_worker_with_another_spec_is_replaced() -> None:
     after = specs("a", "b")
-    after["a"] = msgspec.structs.replace(after["a"], index=2)
+    after["a"] = msgspec.structs.replace(after["a"], node=parse_node("other"))
     assert Changes.between(specs("a", "b"), after) == Changes(replaced=("a",), unchanged=1)
 
 
@@ -122,6 +120,10 @@ def test_change_of_a_key_that_a_worker_depends_on_replaces_it(
     tmp_path: Path, section: str, key: str, value: Any
 ) -> None:
     assert changes_by(tmp_path, section, key, value) == Changes(replaced=("a_server",))
+
+
+def test_default_node_that_is_written_out_replaces_no_worker(tmp_path: Path) -> None:
+    assert changes_by(tmp_path, "agent", "nodes", ["localhost"]) == Changes(unchanged=1)
 
 
 @pytest.mark.parametrize(("section", "key", "value"), items(OTHER_KEYS))

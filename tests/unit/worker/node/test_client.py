@@ -45,9 +45,7 @@ async def test_reconnect_delays_spread_over_the_last_fifth_of_the_interval(
         nodes=(),
         connection=ConnectionSection(reconnect_interval_ms=1000),
     )
-    spec = WorkerSpec(
-        name="a_server", agent=agent, node=NodeAddress("localhost", 9, False), index=1
-    )
+    spec = WorkerSpec(name="a_server", agent=agent, node=NodeAddress("localhost", 9, False))
     dispatcher = create_dispatcher(load(handler), Memory())
     monkeypatch.setattr(client.NodeClient, "_connect", refuse)
     monkeypatch.setattr(client.anyio, "sleep", record)
@@ -145,4 +143,4 @@ def spec_for(host: str, port: int) -> WorkerSpec:
     handler = HandlerRef("worker.echo", None, "handle", Path("/"))
     options = ConnectionSection(reconnect_interval_ms=1000)
     agent = Agent(name="a", handler=handler, nodes=(), connection=options)
-    return WorkerSpec(name="a_server", agent=agent, node=NodeAddress(host, port, False), index=1)
+    return WorkerSpec(name="a_server", agent=agent, node=NodeAddress(host, port, False))
