@@ -1,4 +1,4 @@
-"""`shared.tracing`, `runner.tracing`: which headers are read as a trace (W3C Trace Context)."""
+"""`shared.tracing`: which headers are read as a trace (W3C Trace Context)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState
 
-from runner.tracing import _trace_in
 from shared.errors import ConfigError
-from shared.ipc import NO_TRACE, Trace
 from shared.tracing import MAX_HEADER_CHARS, _check_environ, parent_of, trace_of
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -107,27 +105,6 @@ def test_large_headers_are_read_quickly(state: str) -> None:
         parent_of((PARENT, state[:MAX_HEADER_CHARS]))
         parent_of((state, ""))
     assert time.process_time() - started_s < 1.0
-
-
-PARENT_HEADER = (b"traceparent", PARENT.encode())
-
-
-@pytest.mark.parametrize(
-    ("headers", "trace"),
-    [
-        ([(b"host", b"h")], NO_TRACE),
-        ([(b"tracestate", b"a=b")], NO_TRACE),
-        ([PARENT_HEADER], (PARENT, "")),
-        ([PARENT_HEADER, (b"tracestate", b"a=b"), (b"tracestate", b"c=d")], (PARENT, "a=b,c=d")),
-        ([PARENT_HEADER, PARENT_HEADER], NO_TRACE),
-        ([(b"traceparent", b"\xff\xfe")], ("\xff\xfe", "")),
-    ],
-    ids=["none", "only a state", "parent", "parent and two states", "two parents", "no ascii"],
-)
-def test_headers_may_contain_one_parent_and_several_states(
-    headers: list[tuple[bytes, bytes]], trace: Trace
-) -> None:
-    assert _trace_in(headers) == trace
 
 
 UNSUPPORTED = [

@@ -16,7 +16,7 @@ import pytest
 from runner.state_dir import RunnerAddress, locked_state_dir, read_address
 from shared.errors import StartError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_only_this_user_can_enter_the_state_and_socket_folders(tmp_path: Path) -> None:
