@@ -28,9 +28,6 @@ from shared.logs.logger import get_logger
 ReadConfig = Callable[[], Config]
 """Reads the configuration file. It may raise `ConfigError`."""
 
-MAX_CLIENTS: Final = 16
-"""How many clients of the reload socket are served at once. The others wait in its backlog."""
-
 ACCEPT_RETRY_S: Final = 0.1
 """The time between two attempts to accept a client when no file descriptor is left."""
 
@@ -113,43 +110,26 @@ class Reloader:
         *,
         task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept connections to the reload socket until cancelled."""
-        slots = anyio.Semaphore(MAX_CLIENTS)
+        """Serve the clients of the reload socket, one at a time, until cancelled."""
         # The socket has the mode 600, and its folder the mode 700. HTTP has no route for a reload,
         # because without a token any user of the machine can send requests to its port.
-        async with (
-            await anyio.create_unix_listener(path, mode=0o600) as listener,
-            anyio.create_task_group() as tasks,
-        ):
+        async with await anyio.create_unix_listener(path, mode=0o600) as listener:
             task_status.started()
             while True:
-                # Wait for a slot before accepting a client. Until then, the client stays in the
-                # kernel's backlog, where it costs no file descriptor.
-                await slots.acquire()
-                tasks.start_soon(
-                    self._reply,
-                    await _accept(listener),
-                    slots,
-                )
+                # The next client waits in the kernel's backlog, where it needs no file descriptor.
+                await self._reply(await _accept(listener))
 
-    async def _reply(
-        self,
-        stream: anyio.abc.SocketStream,
-        slots: anyio.Semaphore,
-    ) -> None:
+    async def _reply(self, stream: anyio.abc.SocketStream) -> None:
         """Reload, and send the outcome as JSON. The connection itself is the request."""
-        try:
-            async with stream:
-                # The next reload, not one that is running: that one may have read the file before
-                # the user saved it.
-                reload = self._next
-                self.request()
-                await reload.done.wait()
-                # A client that does not read its outcome must not keep its slot.
-                with anyio.move_on_after(_SEND_TIMEOUT_S), suppress(anyio.BrokenResourceError):
-                    await stream.send(msgspec.json.encode(reload.outcome))
-        finally:
-            slots.release()
+        async with stream:
+            # The next reload, not one that is running: that one may have read the file before the
+            # user saved it.
+            reload = self._next
+            self.request()
+            await reload.done.wait()
+            # A client that does not read its outcome must not delay the next one.
+            with anyio.move_on_after(_SEND_TIMEOUT_S), suppress(anyio.BrokenResourceError):
+                await stream.send(msgspec.json.encode(reload.outcome))
 
     async def run(self) -> None:
         """Do the requested reloads until cancelled."""
@@ -160,19 +140,12 @@ class Reloader:
             # version of the file, so it causes another reload.
             self._next = _Reload()
             outcome = reload.outcome = await self._reload()
-            match outcome.result:
-                case "done":
-                    self._log.info("reloaded", changes=outcome.message)
-                case "incomplete":
-                    self._log.error("reload_incomplete", error=outcome.message)
-                case "invalid":
-                    self._log.error(
-                        "reload_refused",
-                        error=outcome.message,
-                        hint="fix the configuration, then save it or reload again",
-                    )
-                case "refused":
-                    self._log.error("reload_refused", error=outcome.message)
+            if outcome.result == "done":
+                self._log.info("reloaded", changes=outcome.message)
+            else:
+                incomplete = outcome.result == "incomplete"
+                event = "reload_incomplete" if incomplete else "reload_refused"
+                self._log.error(event, error=outcome.message)
             reload.done.set()
 
     async def _reload(self) -> ReloadOutcome:
@@ -248,7 +221,7 @@ async def _accept(listener: anyio.abc.SocketListener) -> anyio.abc.SocketStream:
 
 
 class _Reload:
-    """One reload, which several clients may have requested."""
+    """One reload, which several requests may share."""
 
     def __init__(self) -> None:
         self.requested = anyio.Event()

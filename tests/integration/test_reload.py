@@ -31,9 +31,9 @@ async def reload(running: Cluster) -> Any:
 
 
 def reload_clients(running: Cluster) -> list[object]:
-    """Return the connections to the runner's reload socket."""
+    """Return the connections to the runner's reload socket, also those in its backlog."""
     path = str(running.state_dir / "ipc" / "reload.sock")
-    sockets = psutil.Process(running.process.pid).net_connections("unix")
+    sockets = psutil.net_connections("unix")  # of all processes: no one has those in the backlog
     return [each for each in sockets if each.laddr == path][1:]  # without the listener
 
 

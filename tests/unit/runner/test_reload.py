@@ -16,7 +16,7 @@ import anyio.to_thread
 import msgspec
 import pytest
 
-from runner.reload import ACCEPT_RETRY_S, MAX_CLIENTS, Reloader
+from runner.reload import ACCEPT_RETRY_S, Reloader
 from runner.state_dir import ReloadOutcome, ReloadResult
 from shared.config.handlers import HandlerRef
 from shared.config.load import Agent, Config
@@ -119,10 +119,9 @@ async def test_next_client_is_served_after_one_that_does_not_wait(tmp_path: Path
 
 
 async def test_stopping_runner_reloads_nothing(tmp_path: Path) -> None:
-    with capture_logs() as logs:
+    with capture_logs():
         outcome = await outcome_of(FakeRunner("set_config", stopping=True), tmp_path / "s")
     assert outcome.result == "refused"
-    assert "hint" not in logs[-1], "no change of the configuration would help"
 
 
 @pytest.mark.message_text
@@ -148,7 +147,7 @@ async def test_client_is_served_once_a_file_descriptor_is_free(tmp_path: Path) -
     assert msgspec.json.decode(reply, type=ReloadOutcome).result == "refused"
 
 
-async def test_clients_beyond_the_limit_wait_for_their_outcome(tmp_path: Path) -> None:
+async def test_each_of_many_clients_at_once_gets_an_outcome(tmp_path: Path) -> None:
     outcomes: list[ReloadOutcome] = []
 
     async def request() -> None:
@@ -159,9 +158,9 @@ async def test_clients_beyond_the_limit_wait_for_their_outcome(tmp_path: Path) -
             serve_reloads(FakeRunner("reserve_descriptors"), tmp_path / "s"),
             anyio.create_task_group() as clients,
         ):
-            for _ in range(3 * MAX_CLIENTS):
+            for _ in range(50):
                 clients.start_soon(request)
-    assert len(outcomes) == 3 * MAX_CLIENTS
+    assert len(outcomes) == 50
 
 
 def lowest_free_descriptor() -> int:
