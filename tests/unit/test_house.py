@@ -101,6 +101,17 @@ def test_private_module_is_imported_only_within_its_folder(package: str) -> None
     assert found == []
 
 
+def test_only_the_loader_of_handlers_imports_a_module_by_a_variable_name() -> None:
+    pattern = re.compile(r"\b(import_module|__import__|exec_module|run_module|run_path)\((?!\")")
+    found = {
+        str(file.relative_to(ROOT))
+        for package in PACKAGES
+        for file in files(package)
+        if pattern.search(file.read_text())
+    }
+    assert found == {"worker/dispatching/handler.py"}
+
+
 def folder_of(file: str) -> str:
     return ".".join(Path(file).with_suffix("").parts[:-1])
 
