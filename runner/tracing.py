@@ -58,7 +58,7 @@ class TracedExchange(QueryExchange):
             "http.route": route,
             "url.path": path[:_MAX_PATH].decode("latin-1"),
             "url.scheme": "http",
-            "em_runner.path": "direct",
+            "em_runner.source": "direct",
         }
         parent = parent_of(_trace_in(self.head.headers))
         self._span = self._tracing.start(

@@ -31,7 +31,7 @@ TIMEOUT_S = 60.0
 NOT_CONNECTED_YET = ("starting", "standby", "connecting", "registering")
 ACCEPTS_QUERIES = ("connecting", "registering", "ready", "backoff")
 _FREE_PORT = "127.0.0.1:0"
-_IN_FLIGHT = re.compile(r'^em_runner_queries_in_flight\{.*path="direct".*\} (\S+)$', re.MULTILINE)
+_IN_FLIGHT = re.compile(r'^em_runner_queries_in_flight\{.*source="direct".*\} (\S+)$', re.MULTILINE)
 
 COUNTER = """
 def handle(body, memory):

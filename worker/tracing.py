@@ -83,16 +83,16 @@ class WorkerTracing(Tracing):
     def submitted(self, job: Job) -> None:
         """Start the span of a query."""
         if isinstance(job, TracedJob):
-            path = "direct"
+            source = "direct"
             kind = SpanKind.INTERNAL
             parent = parent_of(job.trace)
         else:
             # A SERVER span is expected to have the client's span as its parent. A node sends none,
             # so the kind is CONSUMER.
-            path = "node"
+            source = "node"
             kind = SpanKind.CONSUMER
             parent = None
-        attributes = self._attributes | {"em_runner.path": path}
+        attributes = self._attributes | {"em_runner.source": source}
         span = self.start(
             self._name,
             kind,

@@ -102,7 +102,7 @@ def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
     queries = CounterMetricFamily(
         "em_runner_queries",
         "Queries that workers answered.",
-        labels=(*_WORKER, "path", "outcome"),
+        labels=(*_WORKER, "source", "outcome"),
     )
     durations = HistogramMetricFamily(
         "em_runner_handler_duration_seconds",
@@ -115,9 +115,9 @@ def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
         labels=(*_WORKER[:2], "outcome"),
     )
     for row, counted, *_ in samples:
-        for path, counts in (("node", counted.node_answers), ("direct", counted.direct_answers)):
+        for source, counts in (("node", counted.node_answers), ("direct", counted.direct_answers)):
             for outcome in _WORKER_OUTCOMES:
-                queries.add_metric((*_labels(row), path, outcome.label), counts[outcome])
+                queries.add_metric((*_labels(row), source, outcome.label), counts[outcome])
         durations.add_metric(_labels(row), _buckets(counted.durations), counted.busy_s)
     for sample in samples:
         for outcome in _DIRECT_OUTCOMES:
@@ -189,7 +189,7 @@ def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:
     in_flight = GaugeMetricFamily(
         "em_runner_queries_in_flight",
         "Queries that wait for the worker's answer; those from its node as of its last heartbeat.",
-        labels=(*_WORKER, "path"),
+        labels=(*_WORKER, "source"),
     )
     age = GaugeMetricFamily(
         "em_runner_worker_heartbeat_age_seconds",

@@ -101,7 +101,7 @@ async def test_trace_continues_from_the_client_to_the_handler(
         "http.response.status_code": 200,
         "url.path": "/agent/query",
         "url.scheme": "http",
-        "em_runner.path": "direct",
+        "em_runner.source": "direct",
         "em_runner.worker": "a_server",
         "em_runner.outcome": "ok",
     }
@@ -109,7 +109,7 @@ async def test_trace_continues_from_the_client_to_the_handler(
         "em_runner.agent": "a",
         "em_runner.worker": "a_server",
         "em_runner.node": worker.attributes["em_runner.node"],
-        "em_runner.path": "direct",
+        "em_runner.source": "direct",
         "em_runner.outcome": "ok",
     }
     assert str(node.port) in worker.attributes["em_runner.node"]
@@ -165,7 +165,7 @@ async def test_query_from_a_node_starts_a_trace(
     assert (worker.kind, worker.parent_id, worker.failed) == ("CONSUMER", ROOT, False)
     assert embryo["properties"]["trace"] == worker.trace_id
     assert embryo["properties"]["span"] == worker.span_id
-    assert worker.attributes["em_runner.path"] == "node"
+    assert worker.attributes["em_runner.source"] == "node"
     assert worker.attributes["em_runner.outcome"] == "ok"
     assert [span for span in collector.spans if span.name != WORKER] == []
 

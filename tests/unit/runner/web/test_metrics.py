@@ -55,10 +55,10 @@ def test_queries_are_counted_by_path_and_outcome() -> None:
     counted.direct_answers[Outcome.HANDLER_FAILED] = 2
     counted.direct_answers[Outcome.TIMED_OUT] = 1
     found = exposed(sample(counted))
-    assert found["em_runner_queries_total{'outcome': 'ok', 'path': 'node'}"] == 7
-    assert found["em_runner_queries_total{'outcome': 'ok', 'path': 'direct'}"] == 0
-    assert found["em_runner_queries_total{'outcome': 'handler_failed', 'path': 'direct'}"] == 2
-    assert found["em_runner_queries_total{'outcome': 'timed_out', 'path': 'direct'}"] == 1
+    assert found["em_runner_queries_total{'outcome': 'ok', 'source': 'node'}"] == 7
+    assert found["em_runner_queries_total{'outcome': 'ok', 'source': 'direct'}"] == 0
+    assert found["em_runner_queries_total{'outcome': 'handler_failed', 'source': 'direct'}"] == 2
+    assert found["em_runner_queries_total{'outcome': 'timed_out', 'source': 'direct'}"] == 1
 
 
 def test_duration_counts_in_its_bucket_and_all_above() -> None:
@@ -90,7 +90,7 @@ def test_worker_status_is_exposed_as_gauges() -> None:
     )
     assert found["em_runner_worker_registered"] == 1
     assert found["em_runner_worker_state{'state': 'ready'}"] == 1
-    assert found["em_runner_queries_in_flight{'path': 'direct'}"] == 3
+    assert found["em_runner_queries_in_flight{'source': 'direct'}"] == 3
     assert found["em_runner_worker_heartbeat_age_seconds"] == 0.5
     assert found["em_runner_worker_uptime_seconds"] == 9
     assert found["em_runner_worker_restarts_total{'kind': 'killed'}"] == 2
@@ -182,5 +182,5 @@ def test_requests_that_reach_no_worker_are_counted_by_status() -> None:
 
 def test_queries_in_flight_are_counted_by_path() -> None:
     found = exposed(sample(Counters(in_flight_node=9), in_flight=4))
-    assert found["em_runner_queries_in_flight{'path': 'direct'}"] == 4
-    assert found["em_runner_queries_in_flight{'path': 'node'}"] == 9
+    assert found["em_runner_queries_in_flight{'source': 'direct'}"] == 4
+    assert found["em_runner_queries_in_flight{'source': 'node'}"] == 9
