@@ -93,7 +93,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
             "`errors`, too."
         ),
     ]
-    reconnects: Annotated[
+    connection_failures: Annotated[
         int, Meta(description="Connections to the node that were lost or failed.")
     ]
     ignored: Annotated[dict[str, int], Meta(description="Ignored frames of the node, by kind.")]

@@ -160,7 +160,7 @@ class Counters(msgspec.Struct, kw_only=True):
             queries.
         errors: handlers that failed or took too long.
         late: answers that came after their connection was lost.
-        reconnects: connections that were lost or failed.
+        connection_failures: connections that were lost or failed.
         ignored: invalid or unknown frames, by kind (see `IGNORED_KINDS`).
         durations: how long handlers took. Index n counts the durations in [2**(n-1), 2**n)
             nanoseconds: n is the duration's `bit_length`.
@@ -174,7 +174,7 @@ class Counters(msgspec.Struct, kw_only=True):
     direct_answers: list[int] = field(default_factory=lambda: [0] * len(Outcome))
     errors: int = 0
     late: int = 0
-    reconnects: int = 0
+    connection_failures: int = 0
     ignored: dict[str, int] = {}
     durations: list[int] = field(default_factory=lambda: [0] * BUCKETS)
     busy_s: float = 0.0
@@ -199,7 +199,7 @@ class Counters(msgspec.Struct, kw_only=True):
         self.durations = list(map(add, self.durations, other.durations))
         self.errors += other.errors
         self.late += other.late
-        self.reconnects += other.reconnects
+        self.connection_failures += other.connection_failures
         self.busy_s += other.busy_s
         self.ignored = dict(Counter(self.ignored) + Counter(other.ignored))
         self.handler_error = _latest(self.handler_error, other.handler_error)

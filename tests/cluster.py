@@ -156,7 +156,7 @@ class Cluster:
         async def settled() -> bool:
             rows = (await self.rows()).values()
             return await self.ready() and not any(
-                row["state"] in NOT_CONNECTED_YET and not row["reconnects"] for row in rows
+                row["state"] in NOT_CONNECTED_YET and not row["connection_failures"] for row in rows
             )
 
         await until(settled, f"all agents are ready\n{self.log[-2000:]}")

@@ -93,7 +93,7 @@ class Child:
             p50_s=record.recent.quantile(0.5),
             p99_s=record.recent.quantile(0.99),
             errors=counted.errors,
-            reconnects=counted.reconnects,
+            connection_failures=counted.connection_failures,
             ignored=counted.ignored,
             unanswered=sum(outcomes.get(each, 0) for each in UNANSWERED),
             last_error=errors[0].error if errors else "",

@@ -147,8 +147,8 @@ def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
         "Processes that were replaced gracefully, by kind.",
         labels=(*_WORKER, "kind"),
     )
-    reconnects = CounterMetricFamily(
-        "em_runner_reconnects",
+    connection_failures = CounterMetricFamily(
+        "em_runner_connection_failures",
         "Connections to the node that were lost or could not be made.",
         labels=_WORKER,
     )
@@ -168,11 +168,11 @@ def _counts(samples: Sequence[Sample]) -> Iterator[Metric]:
             restarts.add_metric((*labels, failure), sample.restarts.get(failure, 0))
         for replacement in REPLACEMENT_KINDS:
             replacements.add_metric((*labels, replacement), sample.replacements.get(replacement, 0))
-        reconnects.add_metric(labels, counted.reconnects)
+        connection_failures.add_metric(labels, counted.connection_failures)
         late.add_metric(labels, counted.late)
         for frame in IGNORED_KINDS:
             ignored.add_metric((*labels, frame), counted.ignored.get(frame, 0))
-    yield from (restarts, replacements, reconnects, late, ignored)
+    yield from (restarts, replacements, connection_failures, late, ignored)
 
 
 def _gauges(samples: Sequence[Sample]) -> Iterator[Metric]:

@@ -342,7 +342,7 @@ def _report(
     http_lost = len(http.lost) + len(http.hung)
     node_lost = sum(load.lost for load in nodes)
     restarts = sum(row["restarts"] for row in rows)
-    reconnects = sum(row["reconnects"] for row in rows)
+    failures = sum(row["connection_failures"] for row in rows)
     kills = chaos.done["workers killed"]
     table = [
         ("", "HTTP", "nodes"),
@@ -362,7 +362,7 @@ def _report(
     for row in table:
         print(f"{row[0]:<26}{row[1]:>12}{row[2]:>12}")
     print(f"\nfaults caused: {_list(chaos.done)}")
-    print(f"restarts {restarts}, reconnects {reconnects}")
+    print(f"restarts {restarts}, connection failures {failures}")
     print(f"refused by nodes: {_list(node_refused)}")
     print(f"wrong counts of a counter: {len(counts.violations)}")
     print(f"HTTP: p50 {http.percentile_ms(50):.1f} ms, p99 {http.percentile_ms(99):.1f} ms")

@@ -264,7 +264,10 @@ async def test_handler_that_ends_its_process_causes_only_one_restart(
         after = await running.rows()
         assert after["bad_server"]["restarts"] == 1
         for name in ("bad_server_2", "calm_server"):
-            assert (after[name]["pid"], after[name]["reconnects"]) == (before[name]["pid"], 0)
+            assert (after[name]["pid"], after[name]["connection_failures"]) == (
+                before[name]["pid"],
+                0,
+            )
 
 
 async def test_handler_that_raises_system_exit_loses_one_query(tmp_path: Path, node: Node) -> None:
@@ -295,7 +298,7 @@ async def test_forking_handler_gives_one_response_and_its_worker_keeps_running(
         load.assert_nothing_lost()
         assert load.answered == load.asked
         row = await running.row("bad_server")
-        assert (row["pid"], row["restarts"], row["reconnects"]) == (pid, 0, 0)
+        assert (row["pid"], row["restarts"], row["connection_failures"]) == (pid, 0, 0)
 
 
 async def test_worker_over_its_memory_limit_is_replaced_without_losing_a_query(

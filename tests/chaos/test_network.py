@@ -91,7 +91,7 @@ FAILURES: dict[str, Failure] = {
 }
 
 _ATTEMPTS = FAILURE_S * 1000 / (INTERVAL_MS * 1.5)
-MIN_RECONNECTS = {
+MIN_FAILURES = {
     "half-open": 1,
     "stalled all the time": 1,
     "closed": _ATTEMPTS,
@@ -125,12 +125,12 @@ class Resources(NamedTuple):
         )
 
 
-async def _ready(running: Cluster, proxy: Proxy, node: Node, reconnects: int) -> dict[str, Any]:
+async def _ready(running: Cluster, proxy: Proxy, node: Node, failures: int) -> dict[str, Any]:
     """Wait until the proxied worker has reconnected that often, is ready and answers a query."""
 
     async def reconnected() -> dict[str, Any] | None:
         row = await running.row("a_server")
-        ready = row["state"] == "ready" and row["reconnects"] >= reconnects
+        ready = row["state"] == "ready" and row["connection_failures"] >= failures
         return row if ready and proxy.open_connections == 1 else None
 
     row: dict[str, Any] = await until(reconnected, f"it is ready again\n{running.log[-2000:]}")
@@ -171,11 +171,11 @@ async def _warm_up(running: Cluster, proxy: Proxy, far: Node) -> int:
 
     What a process allocates once is then allocated, so that it does not look like a leak.
     """
-    reconnects = 0
+    failures = 0
     for _ in range(3):
         proxy.reset_connections()
-        reconnects = (await _ready(running, proxy, far, reconnects + 1))["reconnects"]
-    return reconnects
+        failures = (await _ready(running, proxy, far, failures + 1))["connection_failures"]
+    return failures
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -183,13 +183,13 @@ async def test_worker_reconnects_within_an_interval_after_the_network_is_restore
     name: str, tmp_path: Path, node: Node
 ) -> None:
     async with one_worker_proxied(tmp_path, node) as (running, proxy, far):
-        earlier_reconnects = await _warm_up(running, proxy, far)
+        earlier_failures = await _warm_up(running, proxy, far)
         pid, runner_pid = await running.worker_pid("a_server"), running.process.pid
         neighbour = await running.row("calm_server")
-        minimum = earlier_reconnects + MIN_RECONNECTS.get(name, 0)
+        minimum = earlier_failures + MIN_FAILURES.get(name, 0)
 
         async def reconnected() -> bool:
-            return (await running.row("a_server"))["reconnects"] >= minimum
+            return (await running.row("a_server"))["connection_failures"] >= minimum
 
         idle, runner_idle = Resources.of(pid), Resources.of(runner_pid)
         async with (
@@ -216,7 +216,7 @@ async def test_worker_reconnects_within_an_interval_after_the_network_is_restore
         row = await _ready(running, proxy, far, 0)
         report(
             name,
-            f"reconnected after {took_s * 1000:.0f} ms, {row['reconnects']} reconnects",
+            f"reconnected after {took_s * 1000:.0f} ms, {row['connection_failures']} failures",
             by_http,
             by_far,
         )
@@ -229,7 +229,10 @@ async def test_worker_reconnects_within_an_interval_after_the_network_is_restore
         assert not by_far.wrong
         assert (row["pid"], row["restarts"]) == (pid, 0)
         after = await running.row("calm_server")
-        assert (after["pid"], after["reconnects"]) == (neighbour["pid"], neighbour["reconnects"])
+        assert (after["pid"], after["connection_failures"]) == (
+            neighbour["pid"],
+            neighbour["connection_failures"],
+        )
         assert len(far.registry) == 1
         await no_leak(name, "worker", pid, before)
         await no_leak(name, "runner", runner_pid, runner_before)

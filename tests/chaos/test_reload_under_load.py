@@ -68,7 +68,11 @@ async def test_fifty_reloads_lose_no_query_and_keep_unchanged_workers(
         by_node.assert_nothing_lost()
         assert by_node.answered == by_node.asked
         after = await running.row("kept_server")
-        assert (after["pid"], after["reconnects"], after["restarts"]) == (before["pid"], 0, 0)
+        assert (after["pid"], after["connection_failures"], after["restarts"]) == (
+            before["pid"],
+            0,
+            0,
+        )
         assert node.registry.connection("kept") is connection
         agents = node.registry.agents()
         assert [each.connected_at for each in agents if each.name == "kept"] == [connected_at]

@@ -319,7 +319,7 @@ async def _assert_unharmed(
     found = await running.results("x", worker=before["name"])
     assert found["properties"]["count"] >= asked + 1
     row = await running.row(neighbour)
-    assert (row["state"], row["reconnects"], row["restarts"]) == ("ready", 0, 0)
+    assert (row["state"], row["connection_failures"], row["restarts"]) == ("ready", 0, 0)
 
 
 @pytest.mark.parametrize("name", STAYS)
@@ -491,7 +491,7 @@ def handle(body, memory):
         assert psutil.Process(pid).memory_info().rss < 150 * 1024 * 1024
         (tmp_path / "gate").touch()
         await until(lambda: answered == total, "all queries are answered", 2 * TIMEOUT_S)
-        assert (await running.row("slow_server"))["reconnects"] == 0
+        assert (await running.row("slow_server"))["connection_failures"] == 0
 
 
 async def test_drained_worker_closes_its_socket_as_going_away(tmp_path: Path) -> None:
@@ -531,6 +531,6 @@ async def test_flapping_node_causes_few_log_lines(tmp_path: Path) -> None:
         assert len(running.events("ready")) <= 2
 
         async def counted() -> bool:
-            return (await running.row("a_server"))["reconnects"] >= 40
+            return (await running.row("a_server"))["connection_failures"] >= 40
 
-        await until(counted, "the runner has counted the reconnects")
+        await until(counted, "the runner has counted the failures")

@@ -45,10 +45,10 @@ async def test_worker_joins_a_restarted_node_at_its_next_attempt(
         assert (await running.results("x"))["properties"]["count"] == 1
         for _ in range(2):
             async with serve(NodeSettings(port=reserved_port)):
-                failed = (await running.row("count_server"))["reconnects"]
+                failed = (await running.row("count_server"))["connection_failures"]
                 await running.wait_ready()
                 # The report of a failure before the node was up may arrive later.
-                assert (await running.row("count_server"))["reconnects"] <= failed + 1
+                assert (await running.row("count_server"))["connection_failures"] <= failed + 1
             await running.wait_state("count_server", "backoff")
             assert not await running.ready()
         after = await running.row("count_server")

@@ -73,7 +73,7 @@ async def test_reload_starts_stops_and_replaces_only_what_changed(
         after = await running.rows()
         assert list(after) == ["kept_server", "changed_server", "added_server"]
         assert after["kept_server"]["pid"] == before["kept_server"]["pid"]
-        assert after["kept_server"]["reconnects"] == 0
+        assert after["kept_server"]["connection_failures"] == 0
         assert after["changed_server"]["pid"] != before["changed_server"]["pid"]
         assert after["changed_server"]["restarts"] == 0, "a replacement does not count as a restart"
         await until(lambda: not alive(before["gone_server"]["pid"]), "the removed worker is gone")

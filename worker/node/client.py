@@ -92,7 +92,7 @@ class NodeClient:
             # The interval is shortened, not lengthened: an operator set it as the longest wait.
             delay_s = self._options.reconnect_interval_ms / 1000
             delay_s *= 1 - JITTER * random.random()
-            self.counts.reconnects += 1
+            self.counts.connection_failures += 1
             self._on_state("backoff", loss)
             await anyio.sleep(delay_s)
 

@@ -11,16 +11,16 @@ class NodeCounts:
     Attributes:
         answers: answers by `Outcome`.
         late: answers that came after their connection was lost.
-        reconnects: connections that were lost or failed.
+        connection_failures: connections that were lost or failed.
         ignored: invalid or unknown frames, by kind.
     """
 
-    __slots__ = ("answers", "ignored", "late", "reconnects")
+    __slots__ = ("answers", "connection_failures", "ignored", "late")
 
     def __init__(self) -> None:
         self.answers = [0] * len(Outcome)
         self.late = 0
-        self.reconnects = 0
+        self.connection_failures = 0
         self.ignored: dict[str, int] = {}
 
     def write_to(self, counters: Counters) -> None:
@@ -28,5 +28,5 @@ class NodeCounts:
         # Without a copy: the link encodes the counters at once.
         counters.node_answers = self.answers
         counters.late = self.late
-        counters.reconnects = self.reconnects
+        counters.connection_failures = self.connection_failures
         counters.ignored = self.ignored

@@ -36,7 +36,7 @@ def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
         "p50_s": None,
         "p99_s": None,
         "errors": 0,
-        "reconnects": 0,
+        "connection_failures": 0,
         "ignored": {},
         "unanswered": 0,
         "last_error": "",
