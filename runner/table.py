@@ -85,7 +85,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     ]
     p99_s: Annotated[float | None, Meta(description="Their 99th percentile.")]
     errors: Annotated[int, Meta(description="Queries whose handler failed or timed out.")]
-    unanswered: Annotated[
+    unserved: Annotated[
         int,
         Meta(
             description="Direct queries whose client got 503 or 504: `timed_out`, "

@@ -55,7 +55,7 @@ _COLUMNS: Final = (
     _Column("p50", lambda row: table.latency(row.p50_s), wide=True),
     _Column("p99", lambda row: table.latency(row.p99_s), wide=True),
     _Column("errors", lambda row: table.count(row.errors)),
-    _Column("503, 504", lambda row: table.count(row.unanswered), wide=True),
+    _Column("503, 504", lambda row: table.count(row.unserved), wide=True),
     _Column("restarts", lambda row: str(row.restarts)),
 )
 

@@ -10,7 +10,7 @@ import msgspec
 from shared import ipc
 from shared.ipc import Launch, Outcome, Trace
 
-UNANSWERED: Final = (
+UNSERVED: Final = (
     Outcome.TIMED_OUT,
     Outcome.WORKER_UNAVAILABLE,
     Outcome.WORKER_BUSY,

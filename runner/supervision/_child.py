@@ -8,7 +8,7 @@ from math import inf
 import anyio
 from anyio.abc import TaskGroup
 
-from runner.routing.peers import UNANSWERED
+from runner.routing.peers import UNSERVED
 from runner.routing.router import Router
 from runner.supervision._lineage import Lineage
 from runner.supervision._succession import START_TIMEOUT_S, Replacement, Succession
@@ -95,7 +95,7 @@ class Child:
             errors=counted.errors,
             connection_failures=counted.connection_failures,
             ignored=counted.ignored,
-            unanswered=sum(outcomes.get(each, 0) for each in UNANSWERED),
+            unserved=sum(outcomes.get(each, 0) for each in UNSERVED),
             last_error=errors[0].error if errors else "",
             last_errors=errors,
         )

@@ -177,7 +177,7 @@ async def test_last_error_is_shown_in_full_after_a_click(
         assert seen.console == []
 
 
-async def test_query_to_a_failed_worker_counts_as_unanswered(
+async def test_query_to_a_failed_worker_counts_as_unserved(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
     async with cluster(
@@ -188,7 +188,7 @@ async def test_query_to_a_failed_worker_counts_as_unanswered(
         await kill(running, "a_server")
         await expect(seen.cell("a_server", "state")).to_have_text("failed")
         assert (await running.ask("x", worker="a_server")).status_code == 503
-        await expect(seen.cell("a_server", "unanswered")).to_have_text("1")
+        await expect(seen.cell("a_server", "unserved")).to_have_text("1")
 
 
 async def test_worker_is_shown_in_backoff_until_its_node_is_back(
@@ -369,7 +369,7 @@ async def test_each_restart_is_announced(tmp_path: Path, chromium: Browser, node
 # Fills the cells of a worker with large numbers, and returns the texts that do not fit.
 FILL_CELLS = """() => {
     const numbers = {
-        queries: "1.23 G", errors: "999,999", unanswered: "12.3 M", restarts: "999,999",
+        queries: "1.23 G", errors: "999,999", unserved: "12.3 M", restarts: "999,999",
         rate: "99,999", p50: "9.9 ms", p99: "999 ms", uptime: "365d 23h",
     };
     for (const [field, text] of Object.entries(numbers))

@@ -47,7 +47,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     p99: str
     queries: str
     errors: str
-    unanswered: str
+    unserved: str
     restarts: str
     brief: str
     last_error: str
@@ -127,7 +127,7 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
         p99=table.latency(row.p99_s),
         queries=table.count(row.queries),
         errors=table.count(row.errors),
-        unanswered=table.count(row.unanswered),
+        unserved=table.count(row.unserved),
         restarts=table.count(row.restarts),
         brief="\n".join(
             f"{each.source}, {table.ago(each.at)}: {_cut(printable_line(each.error))}"

@@ -38,7 +38,7 @@ def row(name: str = "a_server", state: str = "ready", **more: Any) -> WorkerRow:
         "errors": 0,
         "connection_failures": 0,
         "ignored": {},
-        "unanswered": 0,
+        "unserved": 0,
         "last_error": "",
         "last_errors": [],
     }
@@ -118,10 +118,10 @@ def test_errors_of_a_row_have_the_newest_first() -> None:
 
 
 def test_only_a_wide_table_has_all_columns() -> None:
-    heading, line, *_ = printed(row(unanswered=1234))
+    heading, line, *_ = printed(row(unserved=1234))
     assert "503, 504" in heading
     assert " 1,234 " in line
-    heading, line, *_ = printed(row(unanswered=1234), wide=False)
+    heading, line, *_ = printed(row(unserved=1234), wide=False)
     assert heading.split() == [
         "worker",
         "state",
