@@ -168,7 +168,7 @@ async def test_last_error_is_shown_in_full_after_a_click(
 ) -> None:
     async with one_agent(tmp_path, chromium, node) as (running, seen):
         await kill(running, "a_server")
-        in_full = seen.cell("a_server", "last_error")
+        in_full = seen.cell("a_server", "last_errors")
         await expect(in_full).to_contain_text("SIGKILL")
         await expect(in_full).not_to_be_visible()
         await seen.cell("a_server", "brief").click()
@@ -228,7 +228,7 @@ async def test_texts_about_a_failed_worker(tmp_path: Path, chromium: Browser, no
         await kill(running, "b_server")
         reason = seen.cell("b_server", "reason")
         await expect(reason).to_contain_text("; it is tried again within a minute")
-        await expect(seen.cell("b_server", "last_error")).to_contain_text("killed by SIGKILL")
+        await expect(seen.cell("b_server", "last_errors")).to_contain_text("killed by SIGKILL")
         await expect(seen.summary).to_have_text("1 of 2 workers ready")
 
 
@@ -317,7 +317,7 @@ async def test_error_of_a_handler_is_shown_as_text_not_as_markup(
         # First the script shows the error. After the reload it is in the served page.
         for _ in range(2):
             await seen.cell("a_server", "brief").click()
-            await expect(seen.cell("a_server", "last_error")).to_contain_text(MARKUP)
+            await expect(seen.cell("a_server", "last_errors")).to_contain_text(MARKUP)
             assert await seen.page.locator("img").count() == 0
             await seen.page.reload()
         assert seen.console == []
@@ -516,7 +516,7 @@ async def test_page_of_another_version_keeps_what_was_typed(
         await expect(seen.query).to_have_value("half a\nquestion")
         await expect(seen.query).to_be_focused()
         await expect(seen.target).to_have_value("worker/a_server_2")
-        await expect(seen.cell("a_server_2", "last_error")).to_be_visible()
+        await expect(seen.cell("a_server_2", "last_errors")).to_be_visible()
         await seen.page.reload()
         await expect(seen.query).to_have_value("")
         assert seen.console == []
@@ -862,7 +862,7 @@ async def test_reload_keeps_what_was_typed_chosen_and_open(
         config = (tmp_path / "em-runner.toml").read_text()
         reload_config(running, config + agent("c", [node.url]))
         await expect(seen.cell("c_server", "state")).to_have_text("ready")
-        await expect(seen.cell("b_server", "last_error")).to_be_visible()
+        await expect(seen.cell("b_server", "last_errors")).to_be_visible()
         await expect(seen.target).to_have_value("worker/a_server")
         await expect(seen.query).to_have_value("half a quest")
         await expect(seen.query).to_be_focused()
@@ -907,7 +907,7 @@ async def test_page_without_a_stream_says_that_the_runner_is_up(
     tmp_path: Path, chromium: Browser, node: Node
 ) -> None:
     async with one_agent(tmp_path, chromium, node) as (_, seen):
-        await seen.page.evaluate("refusals = 2; source.onerror()")
+        await seen.page.evaluate("failedStreams = 2; source.onerror()")
         await expect(seen.connection).to_contain_text("The runner is up")
 
 
@@ -945,7 +945,7 @@ async def test_page_is_a_plain_table_without_scripts(
         await expect(seen.not_ready).to_be_hidden()  # two workers are visible at once
         await expect(seen.connection).to_be_visible()
         await expect(seen.cell("b_server", "reason")).to_contain_text("Connection refused")
-        await expect(seen.page.locator("#form")).to_be_hidden()
+        await expect(seen.page.locator("#query-section")).to_be_hidden()
         rows = seen.page.get_by_role("row")
         assert await rows.count() == 6, "a heading, two agents, two workers and an error"
         cells = rows.filter(has_text="a_server").get_by_role("cell")

@@ -65,11 +65,11 @@ async def test_events_contain_only_the_changed_cells(tmp_path: Path) -> None:
         async with running.http.stream("GET", "/events") as answer:
             stream = events(answer)
             (whole,) = (await anext(stream))["changed"]
-            assert "Connection refused" in whole["last_error"]
+            assert "Connection refused" in whole["last_errors"]
             async for event in stream:
                 for cells in event["changed"]:
                     assert cells["name"] == "a_server"
-                    assert not {"agent", "node", "state", "reason", "spark", "last_error"} & set(
+                    assert not {"agent", "node", "state", "reason", "spark", "last_errors"} & set(
                         cells
                     ), cells
                     whole |= cells

@@ -18,7 +18,7 @@ SPARK_HEIGHT: Final = 20
 """The size of a sparkline's view box. The page's template uses the same values."""
 
 # Two workers are visible at once even on a phone.
-SUMMARY_THRESHOLD: Final = 2
+LIST_THRESHOLD: Final = 2
 """With more workers than this, the page's header lists those that are not ready."""
 
 _LONGEST_BRIEF: Final = 160
@@ -30,7 +30,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         spark: the points of a sparkline of the query rate.
         peak: the highest rate in the sparkline, as a text for screen readers.
-        last_error: the last error of each part of the worker, in full and with its time.
+        last_errors: the last error of each part of the worker, in full and with its time.
         brief: one line for each of these errors, with its age.
     """
 
@@ -50,7 +50,7 @@ class View(msgspec.Struct, frozen=True, kw_only=True):
     unserved: str
     restarts: str
     brief: str
-    last_error: str
+    last_errors: str
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,14 +59,15 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         version: em-runner's version. The page reloads when it changes.
         summary: how many workers are ready.
-        layout: changes with the set and the order of the workers. The page then reloads its table.
+        table_id: changes with the set and the order of the workers. The page then reloads the
+            table.
         changed: the name and the changed cells of each worker that changed since the last event.
             The first event has all cells of all workers.
     """
 
     version: str
     summary: str
-    layout: int
+    table_id: int
     changed: list[dict[str, str]]
 
 
@@ -94,7 +95,7 @@ def views(rows: Sequence[WorkerRow], rates: Mapping[str, Sequence[float]]) -> li
 
 def not_ready(rows: Sequence[View]) -> list[View]:
     """Return the workers for the list in the page's header."""
-    if len(rows) <= SUMMARY_THRESHOLD:
+    if len(rows) <= LIST_THRESHOLD:
         return []
     return [row for row in rows if row.state != "ready"]
 
@@ -107,7 +108,7 @@ def update(rows: Sequence[View], sent: Mapping[str, View]) -> Update:
         version=version(),
         summary=table.summary([row.state for row in rows]),
         # Only compared for equality, and much shorter than the names.
-        layout=zlib.crc32(names.encode()),
+        table_id=zlib.crc32(names.encode()),
         changed=[cells for cells in changes if cells],
     )
 
@@ -133,7 +134,7 @@ def _view(row: WorkerRow, rates: Sequence[float]) -> View:
             f"{each.source}, {table.ago(each.at)}: {_cut(printable_line(each.error))}"
             for each in row.last_errors
         ),
-        last_error="\n\n".join(map(_in_full, row.last_errors)),
+        last_errors="\n\n".join(map(_in_full, row.last_errors)),
     )
 
 

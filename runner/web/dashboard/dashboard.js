@@ -16,8 +16,8 @@ let lastEventAt = performance.now();
 let isFetching = false;
 let source = null;
 let retry = null;
-let refusals = 0;
-let request = null;
+let failedStreams = 0;
+let pendingQuery = null;
 let announcements = [];
 
 // --- the table ---
@@ -41,7 +41,7 @@ function updateRow(view) {
   row.dataset.state = view.state;
   for (const cell of row.querySelectorAll("[data-cell]")) setText(cell, view[cell.dataset.cell]);
   row.querySelector("polyline").setAttribute("points", view.spark);
-  row.querySelector(".error").hidden = view.last_error === "";
+  row.querySelector(".error").hidden = view.last_errors === "";
   return announcementOf(view.name, before, statusOf(row));
 }
 
@@ -135,7 +135,7 @@ function onUpdate(update) {
     cells.set(changed.name, { ...cells.get(changed.name), ...changed });
   }
   if (update.version !== document.body.dataset.version) return void reloadPage(update.version);
-  if (String(update.layout) !== byId("agents").dataset.layout) return void replaceTable();
+  if (String(update.table_id) !== byId("agents").dataset.tableId) return void replaceTable();
   markLive();
   const changes = update.changed.map(({ name }) => updateRow(cells.get(name)));
   updateNotReadyList();
@@ -297,7 +297,7 @@ function markGone() {
   // With the date, because a page on a wall display may show it for days.
   const since = new Date(Date.now() - (performance.now() - lastEventAt)).toLocaleString();
   markStale(`The runner is unreachable since ${since}. ${OUTDATED} Trying again.`, "gone");
-  request?.abort(new Error("the runner is unreachable"));
+  pendingQuery?.abort(new Error("the runner is unreachable"));
 }
 
 // Finds out why a stream has ended: the runner may be up, but refuse this stream.
@@ -314,8 +314,8 @@ async function diagnose() {
     return markStale(`${problem}: reload the page. ${OUTDATED}`, "refused");
   }
   // Either the connection broke, or too many pages are open. The next attempts show which.
-  refusals += 1;
-  if (refusals < 3) return;
+  failedStreams += 1;
+  if (failedStreams < 3) return;
   const problem = "The runner is up, but too many pages are open: close some of them";
   markStale(`${problem}. ${OUTDATED}`, "full");
 }
@@ -342,7 +342,7 @@ function connect() {
   }, 1000);
   stream.onmessage = (event) => {
     lastEventAt = performance.now();
-    refusals = 0;
+    failedStreams = 0;
     onUpdate(JSON.parse(event.data));
     if (!document.hidden) return;
     // A browser opens at most six connections to one server for all its pages. So a hidden page
@@ -392,7 +392,7 @@ function formatResult(text) {
 
 async function onSubmit(event) {
   event.preventDefault();
-  if (request !== null) return; // The previous query is answered first.
+  if (pendingQuery !== null) return; // The previous query is answered first.
   const form = event.currentTarget;
   const button = form.querySelector("button");
   const answer = byId("answer");
@@ -401,9 +401,9 @@ async function onSubmit(event) {
   result.hidden = true; // The result of the previous query.
   answer.classList.remove("failed");
   setText(byId("verdict"), "sent");
-  request = new AbortController();
+  pendingQuery = new AbortController();
   try {
-    const found = await sendQuery(form.query.value, form.target.value, request.signal);
+    const found = await sendQuery(form.query.value, form.target.value, pendingQuery.signal);
     answer.classList.toggle("failed", !found.ok);
     setText(byId("verdict"), describe(found));
     result.hidden = !found.ok;
@@ -414,7 +414,7 @@ async function onSubmit(event) {
     const reason = error instanceof TypeError ? "the runner is unreachable" : error.message;
     setText(byId("verdict"), `No answer: ${reason}`);
   } finally {
-    request = null;
+    pendingQuery = null;
     button.removeAttribute("aria-disabled");
   }
 }
@@ -454,14 +454,14 @@ function onHeaderResize([header]) {
 
 findRows();
 setText(byId("connection"), "connecting"); // Without scripts, the served text asks for a reload.
-byId("form").hidden = false;
+byId("query-section").hidden = false;
 byId("to-form").hidden = false;
 restoreForm();
 new ResizeObserver(onHeaderResize).observe(document.querySelector("header"));
-byId("form").querySelector("form").addEventListener("submit", onSubmit);
+byId("query-section").querySelector("form").addEventListener("submit", onSubmit);
 byId("query").addEventListener("keydown", onKey);
 // On the section, because a reload of the configuration replaces the list of targets.
 const onInvalid = (event) => event.target === byId("target") && onMissingTarget();
-byId("form").addEventListener("invalid", onInvalid, true);
+byId("query-section").addEventListener("invalid", onInvalid, true);
 document.addEventListener("visibilitychange", onVisibilityChange);
 connect();

@@ -21,9 +21,9 @@ from runner.supervision.supervisor import Supervisor
 from runner.web.answers import unavailable
 from runner.web.dashboard import ASSETS
 from runner.web.dashboard._view import (
+    LIST_THRESHOLD,
     SPARK_HEIGHT,
     SPARK_WIDTH,
-    SUMMARY_THRESHOLD,
     View,
     not_ready,
     update,
@@ -103,9 +103,9 @@ class Dashboard:
             agents=agents,
             version=state.version,
             summary=state.summary,
-            layout=state.layout,
+            table_id=state.table_id,
             not_ready=not_ready(rows),
-            summary_threshold=SUMMARY_THRESHOLD,
+            list_threshold=LIST_THRESHOLD,
             spark_width=SPARK_WIDTH,
             spark_height=SPARK_HEIGHT,
         )

@@ -324,7 +324,7 @@ def test_long_error_is_cut_with_an_ellipsis_on_the_page() -> None:
     (long,) = views([row(**error_fields(handler=(0, "x" * 161)))], {})
     assert short.brief.endswith(": " + "x" * 160)
     assert long.brief.endswith(": " + "x" * 159 + "\u2026")
-    assert long.last_error.endswith("\n" + "x" * 161)
+    assert long.last_errors.endswith("\n" + "x" * 161)
 
 
 def test_control_characters_in_a_handlers_error_are_replaced() -> None:
