@@ -25,8 +25,15 @@ from runner.state_dir import read_address
 
 ROOT = Path(__file__).parent.parent
 POLL_S = 0.005
-TIMEOUT_S = 60.0
-"""How long a condition may take. It is far longer than any takes, even on a busy machine."""
+TIMEOUT_S = 45.0
+"""How long a condition may take.
+
+It is far longer than any takes, even on a busy machine. It is shorter than a minute, after which
+em-runner gives up a start or an import, and tries a failed worker again.
+"""
+
+COMMAND_TIMEOUT_S = 120.0
+"""How long a command may take that ends by itself."""
 
 NOT_CONNECTED_YET = ("starting", "standby", "connecting", "registering")
 ACCEPTS_QUERIES = ("connecting", "registering", "ready", "backoff")
@@ -289,7 +296,7 @@ async def _client(cluster: Cluster) -> AsyncIterator[httpx.AsyncClient]:
     address = await until(listening, "the runner listens")
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
-        base_url=address.http, timeout=TIMEOUT_S, limits=limits, trust_env=False
+        base_url=address.http, timeout=60, limits=limits, trust_env=False
     ) as client:
         yield client
 

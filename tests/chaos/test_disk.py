@@ -27,7 +27,7 @@ from disco import Node
 from runner.state_dir import read_address
 from shared.http.server import Address, HttpServer
 from tests.chaos.load import ECHO, Client, all_ready, ask_once, http_load, report
-from tests.cluster import COUNTER, ROOT, TIMEOUT_S, Cluster, agent, alive, cluster, until
+from tests.cluster import COMMAND_TIMEOUT_S, COUNTER, ROOT, Cluster, agent, alive, cluster, until
 from worker.memory._disk import DiskMemory
 
 pytestmark = pytest.mark.anyio
@@ -127,7 +127,7 @@ async def test_unusable_state_folder_is_reported_in_one_line(place: str, tmp_pat
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=COMMAND_TIMEOUT_S,
         )
     )
     assert done.returncode == 1

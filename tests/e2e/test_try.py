@@ -122,7 +122,7 @@ async def trial(
             env={"PYTHONPATH": str(ROOT), "HOME": str(folder), "PATH": ""},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=200,
         )
     )
 

@@ -37,7 +37,7 @@ def test_check_accepts_the_example(tmp_path):
         env={**inherited, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "echo_server" in done.stdout

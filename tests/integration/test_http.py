@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from disco import Node
-from tests.cluster import TIMEOUT_S, Cluster, agent, cluster, until
+from tests.cluster import COMMAND_TIMEOUT_S, Cluster, agent, cluster, until
 from tests.integration.test_reload import configure
 
 pytestmark = pytest.mark.anyio
@@ -302,7 +302,7 @@ async def test_error_for_a_port_in_use_is_one_line(tmp_path: Path, node: Node) -
                 capture_output=True,
                 text=True,
                 cwd=ROOT,
-                timeout=TIMEOUT_S,
+                timeout=COMMAND_TIMEOUT_S,
             )
         )
     assert ended.returncode == 1

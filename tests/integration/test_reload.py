@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from disco import Node
-from tests.cluster import COUNTER, ROOT, TIMEOUT_S, Cluster, agent, alive, cluster, until
+from tests.cluster import COMMAND_TIMEOUT_S, COUNTER, ROOT, Cluster, agent, alive, cluster, until
 
 pytestmark = pytest.mark.anyio
 
@@ -25,7 +25,7 @@ async def reload(running: Cluster) -> Any:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=COMMAND_TIMEOUT_S,
         )
     )
 

@@ -14,7 +14,7 @@ import zmq
 
 from disco import Node
 from shared import ipc
-from tests.cluster import ROOT, TIMEOUT_S, agent, cluster, until
+from tests.cluster import COMMAND_TIMEOUT_S, ROOT, agent, cluster, until
 
 pytestmark = pytest.mark.anyio
 
@@ -110,7 +110,7 @@ async def test_secret_file_that_others_can_read_is_refused(key: str, tmp_path: P
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=COMMAND_TIMEOUT_S,
         )
     )
     assert found.returncode in (1, 78)

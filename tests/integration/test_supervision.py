@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from disco import Node
-from tests.cluster import COUNTER, ROOT, TIMEOUT_S, Cluster, agent, alive, cluster, until
+from tests.cluster import COMMAND_TIMEOUT_S, COUNTER, ROOT, Cluster, agent, alive, cluster, until
 
 pytestmark = pytest.mark.anyio
 
@@ -178,7 +178,7 @@ async def test_sigterm_during_the_start_ends_the_runner(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=COMMAND_TIMEOUT_S,
         )
     )
     assert ended.returncode == 0, ended.stderr
@@ -422,7 +422,7 @@ async def test_second_runner_with_the_same_state_folder_is_refused(
         command += ["--http", "127.0.0.1:0", "--state-dir", str(tmp_path / "state")]
         second = await anyio.to_thread.run_sync(
             lambda: subprocess.run(
-                command, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_S
+                command, capture_output=True, text=True, cwd=ROOT, timeout=COMMAND_TIMEOUT_S
             )
         )
         assert second.returncode == 1

@@ -19,7 +19,7 @@ import anyio
 import pytest
 
 from em_runner.testing import HandlerFault, QueryFailed, RunAgent, running
-from tests.cluster import ROOT, TIMEOUT_S, until
+from tests.cluster import COMMAND_TIMEOUT_S, ROOT, TIMEOUT_S, until
 
 
 def echo(body: str, memory: dict[Any, Any]) -> Any:
@@ -359,7 +359,7 @@ def pytest_in(folder: Path, *arguments: str) -> str:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=2 * TIMEOUT_S,
+        timeout=COMMAND_TIMEOUT_S,
     )
     return f"{ran.stdout}{ran.stderr}\nstatus {ran.returncode}"
 
@@ -447,7 +447,11 @@ def test_plugin_is_shipped_and_imports_nothing_else_when_it_is_loaded() -> None:
     assert package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
     loads = f"import {plugin}, sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
     ran = subprocess.run(
-        [sys.executable, "-c", loads], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+        [sys.executable, "-c", loads],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_TIMEOUT_S,
     )
     assert package in ran.stdout.split()
     assert not {"runner", "worker", "shared", "disco"} & set(ran.stdout.split())

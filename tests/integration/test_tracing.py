@@ -17,8 +17,8 @@ import anyio
 import pytest
 
 from disco import Node
+from tests.cluster import COMMAND_TIMEOUT_S, Cluster, agent, cluster, until
 from tests.cluster import ROOT as CHECKOUT
-from tests.cluster import TIMEOUT_S, Cluster, agent, cluster, until
 from tests.integration.collector import ROOT, Collector, Span, collecting
 
 pytestmark = pytest.mark.anyio
@@ -417,7 +417,7 @@ def em_runner(folder: Path, command: str, **environ: str) -> subprocess.Complete
         env=env,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=COMMAND_TIMEOUT_S,
     )
 
 

@@ -91,7 +91,7 @@ def test_files_of_a_killed_runner_are_removed(tmp_path: Path) -> None:
         "    os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=60, check=False
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, timeout=200, check=False
     )
     assert killed.returncode == -9
     assert (tmp_path / "runner.json").exists()

@@ -586,7 +586,7 @@ def run_checks(
         env={"PATH": os.environ["PATH"], "HOME": str(home)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=True,
     )
     return [subprocess.CompletedProcess("check", *found) for found in ast.literal_eval(done.stdout)]
@@ -596,7 +596,7 @@ def run_check(file: Path, home: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runner", "check", "-c", str(file)]
     variables = {"PATH": os.environ["PATH"], "HOME": str(home)}
     return subprocess.run(
-        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=200, check=False
     )
 
 

@@ -312,7 +312,7 @@ def test_importing_the_logger_has_no_effect() -> None:
         "import shared.logs.logger; after = structlog.get_config(), atexit._ncallbacks(); "
         "assert before == after and not logging.getLogger().handlers"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=200, check=True)
 
 
 ECHO = Handler(handle=lambda body, memory: (body, memory), is_async=False)
@@ -484,7 +484,7 @@ def test_process_without_standard_error_continues_after_logging(redirection: str
         "import structlog; structlog.get_logger().error('e'); exit(7)"
     )
     command = ["sh", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, code]
-    assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == 7
+    assert subprocess.run(command, cwd=ROOT, timeout=200, check=False).returncode == 7
 
 
 # --- LogThrottle ---

@@ -169,7 +169,7 @@ def test_lines_lost_to_a_full_disk_are_counted(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=stream,
             text=True,
-            timeout=60,
+            timeout=200,
         )
     assert done.stdout == "[3]\n"
     assert log.read_text().splitlines() == ['{"line": 0}', '{"lin', '{"line": 4}', '{"line": 5}']
