@@ -6,7 +6,6 @@ changes.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -16,7 +15,7 @@ import anyio
 import anyio.to_thread
 from anyio.abc import TaskGroup
 
-from runner.supervision.probes import PROBE_TIMEOUT_S, SLOW_IMPORT_S, Probes
+from runner.supervision.probes import Probes
 from runner.supervision.supervisor import Supervisor
 from shared.config.handlers import HandlerRef
 from shared.config.load import Config
@@ -168,18 +167,11 @@ class Watcher:
     ) -> None:
         agents = self._agents_by_handler.get(ref, [])
         try:
-            await self._probe(ref)
-        except ConfigError as exc:
-            # Nothing has changed yet: the old workers answer until the user fixes the code.
-            self._report_failure(ref, file, error=str(exc))
-            return
+            await anyio.to_thread.run_sync(self._probes.probe, ref, abandon_on_cancel=True)
         except Exception as exc:  # noqa: BLE001 - an internal error must not stop healthy workers
-            self._log.error(
-                "handler_not_reloaded",
-                file=str(file),
-                agents=agents,
-                exc_info=exc,
-            )
+            # Nothing has changed yet: the old workers answer until the user fixes the code.
+            internal = None if isinstance(exc, ConfigError) else exc
+            self._report_failure(ref, file, error=str(exc), exc_info=internal)
             return
         failures = await self._supervisor.replace_for_handler(ref, f"{file.name} has changed")
         if self._supervisor.stopping:
@@ -206,32 +198,6 @@ class Watcher:
                 error=errors,
                 workers=list(failed),
             )
-
-    async def _probe(self, ref: HandlerRef) -> None:
-        """Load a handler in a probe process.
-
-        Raises:
-            ConfigError: if it cannot be loaded, or changes while it is loading.
-        """
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(SLOW_IMPORT_S, self._report_slow, ref)
-        try:
-            await anyio.to_thread.run_sync(
-                self._probes.probe,
-                ref,
-                abandon_on_cancel=True,
-            )
-        finally:
-            timer.cancel()
-
-    def _report_slow(self, ref: HandlerRef) -> None:
-        self._log.warning(
-            "handler_import_slow",
-            handler=str(ref),
-            after_s=SLOW_IMPORT_S,
-            hint="the old code still answers; the import is stopped "
-            f"after {PROBE_TIMEOUT_S:g} s, or when the handler changes again",
-        )
 
     def _report_failure(self, ref: HandlerRef, file: Path, **fields: Any) -> None:
         if ref in self._due or self._supervisor.stopping:

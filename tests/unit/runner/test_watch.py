@@ -218,10 +218,7 @@ async def test_files_are_polled_if_the_kernel_refuses_more_watches(
     assert "max_user_watches" in error["hint"]
 
 
-async def test_hanging_import_is_reported_and_killed_by_the_next_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("runner.watch.SLOW_IMPORT_S", 0.01)
+async def test_hanging_import_is_killed_by_the_next_save(tmp_path: Path) -> None:
     ref = handler_in(tmp_path / "a.py")
     runner = HangingRunner()
     with capture_logs() as lines:
@@ -229,14 +226,8 @@ async def test_hanging_import_is_reported_and_killed_by_the_next_save(
             await until(lambda: kernel_watches(tmp_path), "it is watched")
             save(tmp_path / "a.py", "# hangs")
             await runner.importing.wait()
-            await until(
-                lambda: any(line["event"] == "handler_import_slow" for line in lines),
-                "it is reported",
-            )
             assert not runner.killed.is_set(), "the import may still finish"
             save(tmp_path / "a.py", "# fixed")
             await until(lambda: runner.replaced, "it is replaced")
     assert runner.probed == ["# hangs", "# fixed"]
-    (report,) = (line for line in lines if line["event"] == "handler_import_slow")
-    assert report["handler"] == str(ref)
     assert not any(line["event"] == "handler_not_reloaded" for line in lines), "it was out of date"
