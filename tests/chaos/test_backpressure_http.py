@@ -438,6 +438,14 @@ async def test_ignored_upgrade_neither_drops_nor_creates_a_request() -> None:
         assert target.requests == ["/1", "/2"]
 
 
+async def test_connect_is_refused_and_the_connection_closed() -> None:
+    async with served() as target:
+        reader, writer = await target.connect()
+        writer.write(b"CONNECT h:1 HTTP/1.1\r\nhost: h:1\r\n\r\n" + GET % b"1")
+        check_error(await read_until_end(reader), 400, "invalid_request")
+        assert target.requests == []
+
+
 async def test_stall_of_the_server_does_not_count_for_timeouts_of_clients() -> None:
     async with served(header_timeout_s=0.6, body_timeout_s=0.6) as target:
         streams = [await target.connect() for _ in range(10)]
