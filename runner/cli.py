@@ -29,7 +29,14 @@ from shared.config.schema import (
     SupervisionSection,
 )
 from shared.config.tokens import Secret, TokenError
-from shared.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_HANDLER_FAILED, ConfigError, StartError
+from shared.errors import (
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    EXIT_HANDLER_FAILED,
+    CommandError,
+    ConfigError,
+    StartError,
+)
 from shared.logs import logger as logs
 from shared.logs.logger import LogFormat, LogLevel
 
@@ -118,7 +125,7 @@ def main() -> None:
                 sys.stdout.flush()
     except ConfigError as exc:
         _fail(str(exc), EXIT_CONFIG)
-    except (StartError, TokenError) as exc:
+    except (StartError, CommandError, TokenError) as exc:
         _fail(str(exc), EXIT_FAILED)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
@@ -468,7 +475,7 @@ def _status(
         return
     try:
         table = status.fetch(*find())
-    except (StartError, TokenError) as exc:
+    except (CommandError, TokenError) as exc:
         _fail(str(exc), status.EXIT_NO_RUNNER)
     if as_json:
         _print_json(table)

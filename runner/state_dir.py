@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from shared.errors import StartError
+from shared.errors import CommandError, StartError
 
 _LOCK_ATTEMPTS: Final = 10
 _LOCK_RETRY_S: Final = 0.01
@@ -164,7 +164,7 @@ def read_address(path: Path) -> RunnerAddress | None:
     """Return the address that the runner of a state folder announced, or None if none is running.
 
     Raises:
-        StartError: if this user may not read the folder.
+        CommandError: if this user may not read the folder.
     """
     try:
         address = msgspec.json.decode((path / "runner.json").read_bytes(), type=RunnerAddress)
@@ -175,7 +175,7 @@ def read_address(path: Path) -> RunnerAddress | None:
     except BlockingIOError:
         return address
     except PermissionError:
-        raise StartError(
+        raise CommandError(
             f"the state folder {path} may not be read by this user; run the command as its owner, "
             "with sudo -u, or name the runner's address with --url"
         ) from None

@@ -17,10 +17,17 @@ class ConfigError(Exception):
 
 
 class StartError(Exception):
-    """A command or process cannot start, though the configuration is valid.
+    """The runner or a process cannot start, though the configuration is valid.
 
     Examples are a port in use and a full disk. The message is one line, as for `ConfigError`.
     Commands exit with status 1, because a later attempt may succeed.
+    """
+
+
+class CommandError(Exception):
+    """A command cannot do its work, for example because no runner answers.
+
+    The message is one line, as for `ConfigError`. Most commands exit with status 1.
     """
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from runner.state_dir import ReloadOutcome, StateDir, read_address
 from shared.config.schema import DEFAULT_HTTP
-from shared.errors import StartError, with_hint
+from shared.errors import CommandError, with_hint
 from shared.http.errors import ErrorBody, ErrorCode
 from shared.logs.logger import printable_line
 
@@ -83,13 +83,13 @@ def find(url: str | None, state_dir: Path) -> str:
     """Return the runner's address: `url` if given, else the one in the state folder.
 
     Raises:
-        StartError: if the state folder has none, or this user may not read it.
+        CommandError: if the state folder has none, or this user may not read it.
     """
     if url is not None:
         return url
     address = read_address(state_dir)
     if address is None:
-        raise StartError(
+        raise CommandError(
             f"no runner is known in {state_dir}; start one with 'em-runner run', or name its "
             "folder with --state-dir or its address with --url"
         )
@@ -108,8 +108,8 @@ def call(
     """Send one request: POST with `body` as JSON, or GET without a body.
 
     Raises:
-        StartError: if the runner does not answer, or another server does. After a timeout its text
-            ends with `timeout_hint`.
+        CommandError: if the runner does not answer, or another server does. After a timeout its
+            text ends with `timeout_hint`.
         UnicodeEncodeError: if `body` contains text that UTF-8 cannot encode.
     """
     request = _request(base + path, body, token)
@@ -128,7 +128,7 @@ def call(
             problem = f" within {timeout_s:g} s; {timeout_hint}"
         else:
             problem = f": {_explain(reason)}"
-        raise StartError(f"no answer from {base}{problem}") from None
+        raise CommandError(f"no answer from {base}{problem}") from None
 
 
 def _request(
@@ -137,7 +137,7 @@ def _request(
     token: str | None,
 ) -> urllib.request.Request:
     if token is not None and not (token.isascii() and token.isprintable()):
-        raise StartError(
+        raise CommandError(
             "the token has a character that no HTTP header can have; is its file one line of text?"
         )
     data = None if body is None else msgspec.json.encode(body)
@@ -183,7 +183,7 @@ def _read_answer(
     if 300 <= status < 400:
         location = response.headers.get("location", "")
         target = urljoin(base + path, location).removesuffix(path)
-        raise StartError(
+        raise CommandError(
             f"{base} redirects with {status} to {printable_line(target)}, which is not followed; "
             "if the runner is there, name that address with --url"
         )
@@ -194,18 +194,18 @@ def _read_answer(
         # em-runner answers the paths of this client with JSON, so this response is from another
         # server, perhaps a proxy in front of it.
         if status >= 500:
-            raise StartError(f"{status} from {base}; is the runner behind it up?") from None
+            raise CommandError(f"{status} from {base}; is the runner behind it up?") from None
         raise _not_a_runner(base) from None
     except RecursionError:
         # The runner sends a handler's JSON unchanged, however deep it is nested.
-        raise StartError(
+        raise CommandError(
             f"the answer of {base} is nested too deeply for this command; use curl"
         ) from None
 
 
-def _not_a_runner(base: str) -> StartError:
+def _not_a_runner(base: str) -> CommandError:
     """Return the error for an address at which another server is listening."""
-    return StartError(
+    return CommandError(
         f"the server at {base} is not em-runner; name the runner's address with --url"
     )
 
@@ -214,11 +214,12 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> ReloadOutcome:
     """Make the runner of a state folder reload, and return the outcome.
 
     Raises:
-        StartError: if no runner is running, it exits, or the reload takes longer than `timeout_s`.
+        CommandError: if no runner is running, it exits, or the reload takes longer than
+            `timeout_s`.
     """
     address = read_address(state_dir)
     if address is None:
-        raise StartError(
+        raise CommandError(
             f"no runner is known in {state_dir}; name its state folder with --state-dir"
         )
     runner = f"the runner (pid {address.pid})"
@@ -230,19 +231,19 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> ReloadOutcome:
             with connection.makefile("rb") as reply:
                 return msgspec.json.decode(reply.read(), type=ReloadOutcome)
     except TimeoutError:
-        raise StartError(f"{runner} did not finish the reload within {timeout_s:.0f} s") from None
+        raise CommandError(f"{runner} did not finish the reload within {timeout_s:.0f} s") from None
     except (ConnectionResetError, msgspec.DecodeError):
         # The connection ended without an outcome, or in the middle of it.
-        raise StartError(f"{runner} exited before the reload was done; see its log") from None
+        raise CommandError(f"{runner} exited before the reload was done; see its log") from None
     except OSError as exc:
-        raise StartError(f"{runner} cannot be reached: {exc.strerror or exc}") from None
+        raise CommandError(f"{runner} cannot be reached: {exc.strerror or exc}") from None
 
 
 def error_of(base: str, answer: Answer) -> ErrorBody:
     """Return the error in an error response.
 
     Raises:
-        StartError: if another server sent it, which shows in a missing or unknown `code`.
+        CommandError: if another server sent it, which shows in a missing or unknown `code`.
     """
     try:
         return msgspec.convert(answer.body, ErrorBody)
@@ -259,7 +260,7 @@ def describe_failure(base: str, answer: Answer) -> str:
     """Return the message for the user about an error response, with a hint.
 
     Raises:
-        StartError: if another server sent it.
+        CommandError: if another server sent it.
     """
     error = error_of(base, answer)
     worker = f" ({answer.worker})" if answer.worker else ""

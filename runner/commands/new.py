@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from shared.errors import ConfigError, StartError
+from shared.errors import CommandError, ConfigError
 
 _HANDLER: Final = '''\
 """The agent `{name}`: counts the words of its queries."""
@@ -68,7 +68,7 @@ def write(name: str, parent: Path) -> list[Path]:
 
     Raises:
         ConfigError: if the name is not usable.
-        StartError: if the folder exists, or cannot be created.
+        CommandError: if the folder exists, or cannot be created.
     """
     valid = name.isidentifier() and name.isascii() and len(name) <= 64
     if not valid or keyword.iskeyword(name):
@@ -91,9 +91,9 @@ def write(name: str, parent: Path) -> list[Path]:
             path.write_text(text.format(name=name))
             written.append(path)
     except FileExistsError:
-        raise StartError(f"{folder} exists already; choose another name, or move it") from None
+        raise CommandError(f"{folder} exists already; choose another name, or move it") from None
     except OSError as exc:
-        raise StartError(f"{folder} cannot be written: {exc.strerror}") from None
+        raise CommandError(f"{folder} cannot be written: {exc.strerror}") from None
     return written
 
 

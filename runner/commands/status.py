@@ -18,7 +18,7 @@ from runner import table, version
 from runner.commands import client
 from runner.table import Table, WorkerRow
 from shared.config.tokens import TokenError
-from shared.errors import StartError
+from shared.errors import CommandError
 from shared.logs.logger import printable_line
 
 _EXIT_NOT_READY: Final = 1
@@ -68,7 +68,7 @@ def fetch(
     """Return the table of a runner.
 
     Raises:
-        StartError: if no runner of this version answers, or it refuses the request.
+        CommandError: if no runner of this version answers, or it refuses the request.
     """
     answer = client.call(
         base,
@@ -77,12 +77,12 @@ def fetch(
         timeout_s=timeout_s,
     )
     if answer.status != 200:
-        raise StartError(client.describe_failure(base, answer))
+        raise CommandError(client.describe_failure(base, answer))
     try:
         return msgspec.convert(answer.body, Table)
     except msgspec.ValidationError:
         # After an upgrade of a runner that was not restarted, the tables may differ.
-        raise StartError(
+        raise CommandError(
             f"the server at {base} is not em-runner {version()}; if it is em-runner, restart it "
             "after the upgrade, else name the runner's address with --url"
         ) from None
@@ -198,7 +198,7 @@ def watch(
                 # The address each time: after a restart the runner may have another port.
                 base, token = find()
                 rows = fetch(base, token, _WATCH_TIMEOUT_S).workers
-            except (StartError, TokenError) as exc:
+            except (CommandError, TokenError) as exc:
                 problem = str(exc)
             shown = view(rows, problem, wide)
             if live is not None:

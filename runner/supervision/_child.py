@@ -23,7 +23,7 @@ from shared.ipc import LastError
 
 
 class Child:
-    """One worker."""
+    """One worker, across all its processes."""
 
     def __init__(
         self,

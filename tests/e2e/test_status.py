@@ -279,7 +279,7 @@ else:
 for ask in (lambda path: client.find(None, path), client.reload):
     try:
         ask(folder)
-    except client.StartError as exc:
+    except client.CommandError as exc:
         print(exc)
 """
 

@@ -34,8 +34,8 @@ def test_behaviour_does_not_depend_on_the_text_of_a_message(
     ("source", "after"),
     [
         (
-            'raise StartError(f"no answer from {base}; try again")',
-            "raise StartError(f'on rewsna morf {base}; yrt niaga')",
+            'raise CommandError(f"no answer from {base}; try again")',
+            "raise CommandError(f'on rewsna morf {base}; yrt niaga')",
         ),
         (
             'ErrorResponse(code, "use --token-file or agent.name")',

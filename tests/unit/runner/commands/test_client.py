@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from runner.cli import cli
 from runner.commands import client
 from runner.state_dir import ReloadOutcome, ReloadResult
-from shared.errors import StartError
+from shared.errors import CommandError
 from shared.http.errors import ErrorCode
 
 
@@ -33,7 +33,7 @@ def test_error_response_with_a_code_is_the_runners_with_any_text(code: ErrorCode
     ],
 )
 def test_error_response_without_a_known_code_is_from_another_server(body: Any) -> None:
-    with pytest.raises(StartError):
+    with pytest.raises(CommandError):
         client.error_of("http://127.0.0.1:1", client.Answer(404, body, None))
 
 
