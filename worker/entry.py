@@ -50,7 +50,7 @@ def run(launch: Launch) -> None:
     except BaseException as exc:  # noqa: BLE001 - see below
         # Only an error of em-runner itself gets here. Without this, each line of its traceback
         # would be logged as a `printed` event. The runner restarts the worker.
-        logs.get_logger().error("worker_crashed", exc_info=exc)
+        logs.get_logger().error("worker_fault", exc_info=exc)
     _exit(status)
 
 

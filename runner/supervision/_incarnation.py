@@ -82,7 +82,7 @@ class Incarnation:
                     self.reason = reason
                     self._wake()
             case ipc.Failed(reason):
-                self.failure = Failure("gave_up", reason)
+                self.failure = Failure("ended_itself", reason)
             case ipc.ReplaceRequest(reason):
                 self.replacement_reason = reason
                 self._wake()

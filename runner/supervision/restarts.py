@@ -14,7 +14,7 @@ FailureKind = Literal[
     "killed",
     "exited",
     "silent",
-    "gave_up",
+    "ended_itself",
     "not_up",
     "not_started",
     "unknown",

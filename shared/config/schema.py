@@ -137,8 +137,8 @@ class SupervisionSection(SupervisionOptions, frozen=True, kw_only=True):
         liveness_timeout_ms: a worker that sends the runner nothing for this long is killed and
             restarted.
         handler_timeout_ms: a query that takes longer is answered 504, or `null` to the node. An
-            `async def` is cancelled. A plain function that does not return is killed together with
-            its worker.
+            `async def` is cancelled. A plain function that does not return ends together with its
+            worker.
     """
 
     max_restarts: Annotated[int, Meta(ge=0, le=1000)] = 10

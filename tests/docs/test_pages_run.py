@@ -198,7 +198,7 @@ NOT_RUN: dict[str, list[str]] = {
     "it needs the network": ["git clone URL em-runner"],
     "these commands take minutes": [
         "scripts/docs.sh                      # builds the documentation",
-        "scripts/test.sh                      # what CI runs: ruff, mypy, pytest",
+        "scripts/test.sh                      # ruff, mypy, pytest",
         "scripts/test.sh tests/examples -x    # only pytest, with these arguments",
         "scripts/soak.sh 15                   # 15 minutes of load, kills and cut connections",
         "scripts/bench.sh --quick             # performance, compared with alternatives; "

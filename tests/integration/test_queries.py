@@ -275,7 +275,7 @@ class Agent:
 
         await until(is_in_the_row, "the failure is shown")
         assert running.events("worker_failed")
-        assert not running.events("worker_crashed"), "the failure of a handler is not a crash"
+        assert not running.events("worker_fault"), "the failure of a handler is not a crash"
         (tmp_path / "open").touch()
         await running.wait_ready()
         assert await running.results("x") == "x"

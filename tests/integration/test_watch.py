@@ -232,7 +232,7 @@ async def test_failed_setup_of_a_saved_handler_leaves_the_old_worker_running(
         assert logged["workers"] == ["a_server", "a_server_2"]
         assert "OSError: closed" in logged["error"]
         assert not running.events("replacement_failed")
-        assert not running.events("worker_crashed")
+        assert not running.events("worker_fault")
         assert await running.worker_pid("a_server") == pid
         assert (await running.results("x"))["properties"]["version"] == "one"
         write(tmp_path / "handlers.py", handler("two"))
@@ -318,7 +318,7 @@ handle = A
         await settled(running, 1)
         assert (await running.results("x"))["properties"] == {"version": 2, "count": 2}
         assert running.events("close_failed")
-        assert not running.events("worker_crashed")
+        assert not running.events("worker_fault")
 
 
 async def test_rapid_saves_cause_one_replacement(tmp_path: Path, node: Node) -> None:

@@ -114,7 +114,15 @@ def test_counters_of_restarts_exist_for_each_reason() -> None:
     restarts = {
         name.split("'")[3] for name in found if name.startswith("em_runner_worker_restarts_total")
     }
-    assert restarts == {"killed", "exited", "silent", "gave_up", "not_up", "not_started", "unknown"}
+    assert restarts == {
+        "killed",
+        "exited",
+        "silent",
+        "ended_itself",
+        "not_up",
+        "not_started",
+        "unknown",
+    }
 
 
 def test_counters_of_ignored_frames_exist_for_each_reason() -> None:
