@@ -6,7 +6,9 @@ is a key of `PARTS`. `parts.py` writes the text between the marks.
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,7 +29,6 @@ from shared.config.schema import (
     RunnerSection,
     SupervisionSection,
     expected,
-    meanings,
 )
 from shared.ipc import Counters
 
@@ -50,6 +51,24 @@ def section(name: str) -> str:
         default = _default(fields[name], otherwise.rstrip("."))
         lines.append(f"| `{name}` | {expected(hints[name])} | {default} | {meaning} |")
     return "\n".join(lines)
+
+
+def meanings(section: type[msgspec.Struct]) -> dict[str, str]:
+    """Return the meaning of each key of a section, from its Struct's docstring.
+
+    The order is that of `Attributes:` in the docstring, which includes inherited keys.
+    """
+    found: dict[str, str] = {}
+    key = ""
+    _, _, attributes = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
+    for line in attributes.splitlines():
+        match = re.fullmatch(r"    (\w+): (.*)", line)
+        if match:
+            key = match[1]
+            found[key] = match[2]
+        elif key:
+            found[key] += " " + line.strip()
+    return found
 
 
 def _default(field: msgspec.structs.FieldInfo, otherwise: str) -> str:

@@ -15,8 +15,6 @@ An error names the key's path, the value found, what is expected, and the neares
 from __future__ import annotations
 
 import difflib
-import inspect
-import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -183,24 +181,6 @@ class AgentSection(AgentOptions, frozen=True, kw_only=True):
     handler: str
     handler_timeout_ms: Milliseconds | None = None
     nodes: tuple[str, ...] | None = None
-
-
-def meanings(section: type[msgspec.Struct]) -> dict[str, str]:
-    """Return the meaning of each key of a section, from its Struct's docstring.
-
-    The order is that of `Attributes:` in the docstring, which includes inherited keys.
-    """
-    found: dict[str, str] = {}
-    key = ""
-    _, _, attributes = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")
-    for line in attributes.splitlines():
-        match = re.fullmatch(r"    (\w+): (.*)", line)
-        if match:
-            key = match[1]
-            found[key] = match[2]
-        elif key:
-            found[key] += " " + line.strip()
-    return found
 
 
 def read_section(

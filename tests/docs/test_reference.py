@@ -21,7 +21,6 @@ from shared.config.schema import (
     ConnectionSection,
     RunnerSection,
     SupervisionSection,
-    meanings,
 )
 from shared.http.errors import ErrorCode
 from shared.http.limits import HttpLimits
@@ -159,7 +158,7 @@ def test_reference_has_exactly_the_log_events_of_the_sources() -> None:
 
 @pytest.mark.parametrize("struct", SECTIONS)
 def test_every_key_of_the_configuration_is_explained(struct: Any) -> None:
-    explained = meanings(struct)
+    explained = generated.meanings(struct)
     assert set(explained) == set(struct.__struct_fields__)
     assert all(meaning.endswith(".") for meaning in explained.values())
 
