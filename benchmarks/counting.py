@@ -25,15 +25,14 @@ from benchmarks.systems import em_runner, wait_for
 from benchmarks.ws import workload_for
 from runner.routing._queries import PendingQueries
 from shared.config.schema import RunnerSection
-from shared.ipc import Outcome
+from shared.ipc import Counters, Outcome
 from worker.dispatching import _loop_dispatcher as loop_dispatcher
 from worker.node import _connection as node_connection
-from worker.node.counts import NodeCounts
 
 ROUNDS = 20
 SECONDS = 1.0
 WINDOW = CONNECTIONS = 64
-COUNTED = (("slot.durations", loop_dispatcher), ("counts.answers", node_connection))
+COUNTED = (("slot.durations", loop_dispatcher), ("counters.node_answers", node_connection))
 
 
 class Slot:
@@ -54,13 +53,13 @@ def lines() -> str:
             for each in inspect.getsource(module).splitlines()
             if start in each and "+=" in each
         ]
-        found.append(line.replace("self._counts", "counts"))
+        found.append(line.replace("self._counters", "counters"))
     return "\n".join(found)
 
 
 def counting_us() -> float:
     """Return the time of these lines for one query: the minimum of many rounds."""
-    values = {"slot": Slot(), "counts": NodeCounts(), "now": 10**15 + 3100, "outcome": Outcome.OK}
+    values = {"slot": Slot(), "counters": Counters(), "now": 10**15 + 3100, "outcome": Outcome.OK}
     names = {f"the_{name}": value for name, value in values.items()}
     # Bind local names: the timed lines also use local names in their functions.
     setup = "; ".join(f"{name} = the_{name}" for name in values)

@@ -193,7 +193,7 @@ class Counters(msgspec.Struct, kw_only=True):
         return sum(self.direct_answers)
 
     def add(self, other: Counters) -> None:
-        """Add the counters of another process of the same worker."""
+        """Add the counters of another part or process of the same worker."""
         self.node_answers = list(map(add, self.node_answers, other.node_answers))
         self.direct_answers = list(map(add, self.direct_answers, other.direct_answers))
         self.durations = list(map(add, self.durations, other.durations))

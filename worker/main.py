@@ -321,7 +321,7 @@ class Worker:
 
     def _counters(self) -> Counters:
         counters = self._dispatcher.counters()
-        self._client.counts.write_to(counters)
+        counters.add(self._client.counters)
         return counters
 
     def _report_state(

@@ -15,12 +15,11 @@ import anyio
 from websockets.frames import CloseCode
 
 from shared.config.schema import ConnectionSection
-from shared.ipc import Outcome, WorkerState
+from shared.ipc import Counters, Outcome, WorkerState
 from shared.logs.logger import get_logger
 from worker.dispatching.dispatch import Dispatcher
 from worker.dispatching.jobs import CANCELLED, Answer, Job
 from worker.dispatching.results import encode_result
-from worker.node.counts import NodeCounts
 from worker.node.losses import Loss, LossKind
 from worker.node.session import Session, SessionState
 
@@ -50,7 +49,7 @@ class NodeConnection(asyncio.Protocol):
         session: decides what the bytes mean.
         options: the timeouts.
         dispatcher: answers the queries.
-        counts: where answers are counted.
+        counters: where answers are counted.
         on_state: called when the session registers and when it is ready.
         on_ignored: called with how many frames were ignored, by kind.
     """
@@ -60,14 +59,14 @@ class NodeConnection(asyncio.Protocol):
         session: Session,
         options: ConnectionSection,
         dispatcher: Dispatcher,
-        counts: NodeCounts,
+        counters: Counters,
         on_state: Callable[[WorkerState, Loss | None], None],
         on_ignored: Callable[[Mapping[str, int]], None],
     ) -> None:
         self._session = session
         self._options = options
         self._dispatcher = dispatcher
-        self._counts = counts
+        self._counters = counters
         self._on_state = on_state
         self._on_ignored = on_ignored
         self._loop = asyncio.get_running_loop()
@@ -268,12 +267,12 @@ class NodeConnection(asyncio.Protocol):
         self._waiting_size -= job.size
         if outcome is Outcome.CANCELLED:
             return
-        self._counts.answers[outcome] += 1
+        self._counters.node_answers[outcome] += 1
         if self._finished or not self._session.answer(
             job.ticket,
             payload if outcome is Outcome.OK else b"null",
         ):
-            self._counts.late += 1
+            self._counters.late += 1
             return
         self._answer_bytes += len(payload) + len(job.ticket)
         # All answers of a loop turn are one write, and one system call.

@@ -20,12 +20,11 @@ import anyio
 from shared.config.load import WorkerSpec
 from shared.config.nodes import is_ip_address
 from shared.config.tokens import TokenError
-from shared.ipc import WorkerState
+from shared.ipc import Counters, WorkerState
 from shared.logs.logger import LogThrottle, get_logger
 from shared.logs.redaction import redact
 from worker.dispatching.dispatch import Dispatcher
 from worker.node._connection import NodeConnection
-from worker.node.counts import NodeCounts
 from worker.node.losses import Loss, LossKind
 from worker.node.session import Session
 
@@ -62,7 +61,7 @@ class NodeClient:
         on_state: called at each change of state. With `backoff` it gets why there is no connection.
 
     Attributes:
-        counts: what was counted over all connections.
+        counters: what was counted over all connections. It has only the fields about the node.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class NodeClient:
         dispatcher: Dispatcher,
         on_state: Callable[[WorkerState, Loss | None], None],
     ) -> None:
-        self.counts = NodeCounts()
+        self.counters = Counters()
         self._spec = spec
         self._options = spec.agent.connection
         self._capabilities = capabilities
@@ -92,7 +91,7 @@ class NodeClient:
             # The interval is shortened, not lengthened: an operator set it as the longest wait.
             delay_s = self._options.reconnect_interval_ms / 1000
             delay_s *= 1 - JITTER * random.random()
-            self.counts.connection_failures += 1
+            self.counters.connection_failures += 1
             self._on_state("backoff", loss)
             await anyio.sleep(delay_s)
 
@@ -176,14 +175,14 @@ class NodeClient:
             session,
             self._options,
             self._dispatcher,
-            self.counts,
+            self.counters,
             self._on_state,
             self._count_ignored,
         )
 
     def _count_ignored(self, ignored: Mapping[str, int]) -> None:
         for kind, number in ignored.items():
-            self.counts.ignored[kind] = self.counts.ignored.get(kind, 0) + number
+            self.counters.ignored[kind] = self.counters.ignored.get(kind, 0) + number
             # A node can send any number of such frames.
             suppressed = self._throttle.admit(kind)
             if suppressed is not None:

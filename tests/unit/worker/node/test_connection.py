@@ -12,11 +12,10 @@ from websockets.frames import Frame, Opcode
 
 from shared.config.nodes import parse_node
 from shared.config.schema import ConnectionSection
-from shared.ipc import Outcome
+from shared.ipc import Counters, Outcome
 from tests.unit.worker.node.test_session import READY, NodePeer
 from worker.dispatching.jobs import Job
 from worker.node._connection import MAX_PENDING, MAX_PENDING_SIZE, NodeConnection
-from worker.node.counts import NodeCounts
 from worker.node.session import Session
 
 pytestmark = pytest.mark.anyio
@@ -79,7 +78,7 @@ class FakeNode:
             session,
             ConnectionSection(),
             self.dispatcher,
-            NodeCounts(),
+            Counters(),
             lambda state: None,
             lambda ignored: None,  # type: ignore[arg-type]
         )
