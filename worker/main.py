@@ -66,7 +66,7 @@ class Worker:
         self._has_successor = False
         self._hang: HandlerFault | None = None
         self._promoted = anyio.Event()
-        self._inherited_memory: bytes | None = None
+        self._handover: bytes | None = None
         self._log = logs.get_logger()
         self._states = StateLog(self._log)
 
@@ -184,14 +184,14 @@ class Worker:
             # Starting empty is acceptable only if the memory was handed over: no later process
             # could read it either. A file that cannot be opened may still have its content, so that
             # error ends the worker.
-            if self._inherited_memory is None:
+            if self._handover is None:
                 raise
             self._log.error(
-                "memory_not_inherited",
+                "handover_unreadable",
                 error=str(exc),
                 hint="the agent starts with an empty memory",
             )
-        self._inherited_memory = None
+        self._handover = None
         reason = self._limits.check_at_start()
         if reason is not None:
             self._log.error(
@@ -205,7 +205,7 @@ class Worker:
         # killed. The lock is the kernel's, so it ends with that process and no event announces it.
         while not self._stopping.is_set():
             try:
-                self._memory.open(self._inherited_memory)
+                self._memory.open(self._handover)
                 return
             except MemoryBusy as exc:
                 self._log.debug("memory_awaited", error=str(exc))
@@ -289,7 +289,7 @@ class Worker:
         self._stopping.set()
 
     def _on_promote(self, memory: bytes | None) -> None:
-        self._inherited_memory = memory
+        self._handover = memory
         self._promoted.set()
 
     def _on_hung(self, reason: str) -> None:
