@@ -170,7 +170,7 @@ class NodeConnection(asyncio.Protocol):
             self._changed.clear()
             with anyio.move_on_after(DRAIN_POLL_S):
                 await self._changed.wait()
-        self._session.close(CloseCode.GOING_AWAY, "the agent leaves")
+        self._session.close(CloseCode.GOING_AWAY, "the agent disconnects")
         self._write()
         # The node's close frame ends the session. That ends `run`, which closes the socket.
         with anyio.move_on_after(CLOSE_TIMEOUT_S):

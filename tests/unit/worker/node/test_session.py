@@ -611,7 +611,7 @@ def test_queries_read_together_with_the_close_are_accepted() -> None:
 
 def test_session_sends_one_close_and_ends_at_the_nodes_echo() -> None:
     peer = ready()
-    peer.client.close(CloseCode.GOING_AWAY, "the agent leaves")
+    peer.client.close(CloseCode.GOING_AWAY, "the agent disconnects")
     peer.client.close(CloseCode.GOING_AWAY, "again")
     assert close_code(peer) == 1001
     assert peer.client.loss is None
@@ -627,7 +627,7 @@ def test_session_that_closes_ends_only_at_the_nodes_close(cut: int) -> None:
     late = text_frame({"action": "query", "id": "1", "body": "x"})
     if cut:
         assert peer.client.receive(late[:cut]) == []
-    peer.client.close(CloseCode.GOING_AWAY, "the agent leaves")
+    peer.client.close(CloseCode.GOING_AWAY, "the agent disconnects")
     assert peer.client.receive(late[cut:] + Frame(Opcode.PING, b"p").serialize(mask=False)) in (
         [],
         [(b'"1"', "x")],
