@@ -110,7 +110,7 @@ class Worker:
     def _report_failure(self, error: Exception) -> None:
         """Log and report why the worker cannot continue."""
         self._log.error(
-            "worker_failed",
+            "worker_ended_itself",
             error=str(error),
             # The cause is what the handler raised.
             exc_info=error.__cause__,

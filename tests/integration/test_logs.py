@@ -135,10 +135,10 @@ async def test_traceback_of_a_failed_setup_has_only_the_handlers_frames(
 ) -> None:
     async with cluster(tmp_path, agent("a", [node.url]), handlers=handlers) as running:
         await until(
-            lambda: any("exception" in line for line in running.events("worker_failed")),
+            lambda: any("exception" in line for line in running.events("worker_ended_itself")),
             "the failure is logged",
         )
-        failed = next(line for line in running.events("worker_failed") if "exception" in line)
+        failed = next(line for line in running.events("worker_ended_itself") if "exception" in line)
         assert failed["error"] == "the handler's setup() failed: ValueError: no db"
         assert failed["agent"] == "a"
         assert 'connect("db")' in failed["exception"]

@@ -274,7 +274,7 @@ class Agent:
             return "the database is closed" in (await running.row("a_server"))["last_error"]
 
         await until(is_in_the_row, "the failure is shown")
-        assert running.events("worker_failed")
+        assert running.events("worker_ended_itself")
         assert not running.events("worker_fault"), "the failure of a handler is not a crash"
         (tmp_path / "open").touch()
         await running.wait_ready()
