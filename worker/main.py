@@ -245,7 +245,7 @@ class Worker:
             return
         self._log.warning(
             "drain_timed_out",
-            unanswered=self._dispatcher.pending,
+            pending=self._dispatcher.pending,
         )
         self._dispatcher.give_back()
         if self._has_successor:
@@ -279,7 +279,10 @@ class Worker:
             memory = self._memory.handover()
         except MemoryFault as exc:
             # The successor starts with an empty memory. It must not wait for this one.
-            self._log.error("memory_not_handed_over", error=str(exc))
+            self._log.error(
+                "memory_not_handed_over",
+                reason=str(exc),
+            )
         self._link.send(Handover(memory))
 
     # --- what happens while it serves ---

@@ -168,7 +168,7 @@ class Incarnation:
             with anyio.move_on_after(timeout_s):
                 await self.over.wait()
                 return
-            self.log.warning("drain_timed_out", pid=self.process.pid)
+            self.log.warning("exit_timed_out", pid=self.process.pid)
         self.kill()
         await self.over.wait()
 

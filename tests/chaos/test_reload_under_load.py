@@ -106,7 +106,7 @@ def handle(body, memory):
         assert row["pid"] != pid
         assert row["restarts"] == 0
         (event,) = running.events("memory_not_handed_over")
-        assert "_thread.lock" in event["error"]
+        assert "_thread.lock" in event["reason"]
         assert event["worker"] == "e_server"
 
 

@@ -244,6 +244,8 @@ async def test_drain_timeout_kills_workers_and_exits_with_status_0(
             assert time.monotonic() - began < 5.0, "sooner than with the default timeout"
         assert answers[0].status_code == 503
         await running.wait_exited()
+        (timed_out,) = running.events("drain_timed_out")
+        assert timed_out["pending"] == 1
 
 
 async def exit_by_repeated_signals(running: Cluster, number: signal.Signals) -> None:

@@ -345,6 +345,7 @@ async def test_unresponsive_collector_delays_neither_queries_nor_shutdown(
     assert {line.get("worker") for line in lines} <= {None, "a_server"}
     assert not running.events("worker_killed")
     assert not running.events("drain_timed_out")
+    assert not running.events("exit_timed_out")
     assert "Traceback" not in running.log
     for secret in ("s3cr3t", "p4ssw0rd"):
         assert secret not in running.log
