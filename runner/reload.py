@@ -145,7 +145,7 @@ class Reloader:
             else:
                 incomplete = outcome.result == "incomplete"
                 event = "reload_incomplete" if incomplete else "reload_refused"
-                self._log.error(event, error=outcome.message)
+                self._log.error(event, reason=outcome.message)
             reload.done.set()
 
     async def _reload(self) -> ReloadOutcome:

@@ -171,7 +171,12 @@ class Watcher:
         except Exception as exc:  # noqa: BLE001 - an internal error must not stop healthy workers
             # Nothing has changed yet: the old workers answer until the user fixes the code.
             internal = None if isinstance(exc, ConfigError) else exc
-            self._report_failure(ref, file, error=str(exc), exc_info=internal)
+            self._report_failure(
+                ref,
+                file,
+                reason=str(exc),
+                exc_info=internal,
+            )
             return
         failures = await self._supervisor.replace_for_handler(ref, f"{file.name} has changed")
         if self._supervisor.stopping:
@@ -191,11 +196,11 @@ class Watcher:
         failed = {worker: failure.reason for worker, failure in failures.items() if failure}
         if failed:
             # Workers of one handler usually fail for the same reason, which is reported once.
-            errors = "; ".join(dict.fromkeys(failed.values()))
+            reasons = "; ".join(dict.fromkeys(failed.values()))
             self._report_failure(
                 ref,
                 file,
-                error=errors,
+                reason=reasons,
                 workers=list(failed),
             )
 

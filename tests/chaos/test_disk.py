@@ -334,7 +334,7 @@ async def test_reload_is_refused_if_the_hard_limit_of_descriptors_is_too_low(
         await until(lambda: running.events("reload_refused"), "the reload is refused")
         (refused,) = running.events("reload_refused")
         # The limit, the number of workers, and the descriptors that they need.
-        assert re.findall(r"\d+", refused["error"]) == ["80", "7", "92"]
+        assert re.findall(r"\d+", refused["reason"]) == ["80", "7", "92"]
         assert list(await running.rows()) == ["e_server"]
 
 
@@ -346,7 +346,7 @@ async def test_reload_counts_removed_workers_while_new_ones_start(
         reload(before.replace(agent("e", [node.url]), agents(4, node)))
         await until(lambda: running.events("reload_refused"), "the reload is refused")
         (refused,) = running.events("reload_refused")
-        assert re.findall(r"\d+", refused["error"]) == ["80", "5", "84"]
+        assert re.findall(r"\d+", refused["reason"]) == ["80", "5", "84"]
         assert list(await running.rows()) == ["e_server"]
 
 

@@ -179,9 +179,9 @@ async def test_error_for_a_broken_handler_is_one_line_with_its_location(
         write(file, text)
         await until(lambda: running.events("handler_not_reloaded"), "the error is logged")
         (logged,) = running.events("handler_not_reloaded")
-        assert error in logged["error"]
-        assert line in logged["error"]
-        assert str(file) in logged["error"]
+        assert error in logged["reason"]
+        assert line in logged["reason"]
+        assert str(file) in logged["reason"]
         assert running.log.count(error) == 1
 
 
@@ -230,7 +230,7 @@ async def test_failed_setup_of_a_saved_handler_leaves_the_old_worker_running(
         await until(lambda: running.events("handler_not_reloaded"), "the error is logged")
         (logged,) = running.events("handler_not_reloaded")
         assert logged["workers"] == ["a_server", "a_server_2"]
-        assert "OSError: closed" in logged["error"]
+        assert "OSError: closed" in logged["reason"]
         assert not running.events("replacement_failed")
         assert not running.events("worker_fault")
         assert await running.worker_pid("a_server") == pid

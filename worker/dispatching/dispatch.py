@@ -409,25 +409,25 @@ class Dispatcher(ABC):
         now: int,
         timeout_ns: int,
     ) -> None:
-        error = f"a query took longer than {timeout_ns // 1_000_000} ms"
+        reason = f"a query took longer than {timeout_ns // 1_000_000} ms"
         if not slot.timed_out:
             slot.timed_out = True
             suppressed = self._timeouts.admit()
             if suppressed is not None:
                 _log.error(
                     "handler_timed_out",
-                    error=error,
+                    reason=reason,
                     **suppressed,
                 )
             # The answer leaves before the handler has stopped, so its source waits no longer.
-            self._settle(job, (Outcome.TIMED_OUT, error.encode()))
+            self._settle(job, (Outcome.TIMED_OUT, reason.encode()))
             if self._interrupt(slot):
                 overrun_ns = now - slot.started_ns - timeout_ns
                 slot.grace_ns = overrun_ns + STOP_GRACE_NS
                 return
         # It cannot be interrupted, or it did not stop within its grace.
         slot.hung = True
-        self._on_hung(f"{error} and cannot be stopped")
+        self._on_hung(f"{reason} and cannot be stopped")
 
 
 def _shape_of(value: Any) -> str:
