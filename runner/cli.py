@@ -231,7 +231,7 @@ def _check(config: _ConfigFile = _DEFAULT_CONFIG) -> None:
     from runner.commands import check
 
     rows, problems = check.check(load(config))
-    check.show(rows, _out)
+    check.print_rows(rows, _out)
     for problem in problems:
         print(f"em-runner: {problem}", file=sys.stderr)
     if problems:

@@ -70,7 +70,7 @@ def _node(node: NodeAddress, origin: str) -> str:
     return str(node) if origin == OWN_NODES else f"{node} ({origin})"
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def print_rows(rows: Sequence[Row], console: Console) -> None:
     """Print the workers: a line each, or a paragraph each if the terminal is too narrow."""
     table = Table(*_COLUMNS, box=None, pad_edge=False)
     for row in rows:

@@ -42,7 +42,7 @@ _EXIT_STATUSES: Final = {
 }
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """A response: its status, its decoded body, and the worker that answered, if one did."""
 
     status: int
@@ -104,7 +104,7 @@ def call(
     token: str | None = None,
     timeout_s: float,
     timeout_hint: str = _UP_HINT,
-) -> Answer:
+) -> Response:
     """Send one request: POST with `body` as JSON, or GET without a body.
 
     Raises:
@@ -116,10 +116,10 @@ def call(
     try:
         try:
             with _open(request, timeout=timeout_s) as response:
-                return _read_answer(base, path, response)
+                return _read_response(base, path, response)
         except urllib.error.HTTPError as error_response:
             with error_response:
-                return _read_answer(base, path, error_response)
+                return _read_response(base, path, error_response)
     except (OSError, ValueError, http.client.HTTPException) as exc:
         # urllib wraps the error of a connection that cannot be made, but not that of one that is
         # lost later.
@@ -174,11 +174,11 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects).open
 
 
-def _read_answer(
+def _read_response(
     base: str,
     path: str,
     response: http.client.HTTPResponse | urllib.error.HTTPError,
-) -> Answer:
+) -> Response:
     status = int(response.status or 0)
     if 300 <= status < 400:
         location = response.headers.get("location", "")
@@ -189,7 +189,7 @@ def _read_answer(
         )
     try:
         body = msgspec.json.decode(response.read())
-        return Answer(status, body, response.headers.get("x-worker"))
+        return Response(status, body, response.headers.get("x-worker"))
     except msgspec.DecodeError:
         # em-runner answers the paths of this client with JSON, so this response is from another
         # server, perhaps a proxy in front of it.
@@ -239,14 +239,14 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> ReloadOutcome:
         raise CommandError(f"{runner} cannot be reached: {exc.strerror or exc}") from None
 
 
-def error_of(base: str, answer: Answer) -> ErrorBody:
+def error_of(base: str, response: Response) -> ErrorBody:
     """Return the error in an error response.
 
     Raises:
         CommandError: if another server sent it, which shows in a missing or unknown `code`.
     """
     try:
-        return msgspec.convert(answer.body, ErrorBody)
+        return msgspec.convert(response.body, ErrorBody)
     except msgspec.ValidationError:
         raise _not_a_runner(base) from None
 
@@ -256,14 +256,14 @@ def exit_status(http_status: int) -> int:
     return _EXIT_STATUSES.get(http_status, 1)
 
 
-def describe_failure(base: str, answer: Answer) -> str:
+def describe_failure(base: str, response: Response) -> str:
     """Return the message for the user about an error response, with a hint.
 
     Raises:
         CommandError: if another server sent it.
     """
-    error = error_of(base, answer)
-    worker = f" ({answer.worker})" if answer.worker else ""
+    error = error_of(base, response)
+    worker = f" ({response.worker})" if response.worker else ""
     # The other errors' texts contain their hint already.
     hint = _HINTS.get(error.code)
-    return with_hint(f"{answer.status}: {error.error}{worker}", hint)
+    return with_hint(f"{response.status}: {error.error}{worker}", hint)

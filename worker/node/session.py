@@ -75,7 +75,7 @@ _STATUS_LOSSES: Final = {
 
 _END_OF_HEAD: Final = b"\r\n\r\n"
 
-Query = tuple[bytes, str]
+ReceivedQuery = tuple[bytes, str]
 """A query's id, as the JSON that the node sent, and its body."""
 
 
@@ -104,7 +104,7 @@ class Session:
         self._agent = agent
         self._token = token
         self._capabilities = capabilities
-        self._queries: list[Query] = []
+        self._queries: list[ReceivedQuery] = []
         self._message: bytearray | None = None
         self._framing = TextFraming(max_frame_bytes)
         self._output: list[bytes] = []
@@ -157,7 +157,7 @@ class Session:
 
     # --- from the node ---
 
-    def receive(self, data: bytes) -> list[Query]:
+    def receive(self, data: bytes) -> list[ReceivedQuery]:
         """Process what the socket read (`b""` at its end). Return the queries in it, in order."""
         try:
             if not data:

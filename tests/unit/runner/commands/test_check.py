@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runner.commands.check import show, token_problems
+from runner.commands.check import print_rows, token_problems
 from runner.supervision.fork_server import ForkServer
 from runner.supervision.probes import Probes
 from shared.config.handlers import HandlerRef
@@ -115,7 +115,7 @@ def test_narrow_terminal_shows_every_cell_of_a_worker(width: int, lines: int) ->
         "none",
     )
     console = Console(width=width, record=True, force_terminal=True, file=StringIO())
-    show([row], console)
+    print_rows([row], console)
     text = console.export_text()
     assert len(text.splitlines()) == lines
     assert all(cell in text for cell in row)
