@@ -9,17 +9,10 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from shared.ipc import LastError
+from shared.ipc import LastError, WorkerState
 
 ChildState = Literal[
-    "starting",
-    "standby",
-    "connecting",
-    "registering",
-    "ready",
-    "backoff",
-    "draining",
-    "stopped",
+    WorkerState,
     "crashed",
     "restarting",
     "failed",

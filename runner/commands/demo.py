@@ -9,18 +9,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import disco
 from runner import start
 from shared.config.handlers import HandlerRef
 from shared.config.load import Agent, Config, HttpAddress
-from shared.config.nodes import NodeAddress
+from shared.config.nodes import DEFAULT_HOST, NodeAddress
 from shared.config.schema import RunnerSection
 from shared.config.tokens import Secret, TokenSource, read_secret_file
 from shared.errors import ConfigError, StartError
-
-_HOST: Final = "127.0.0.1"
 
 
 def run(
@@ -44,7 +41,7 @@ def run(
         StartError: if a port or the state folder is in use.
     """
     ports = _ports(first_port, count)
-    addresses = tuple(NodeAddress(_HOST, port, False) for port in ports)
+    addresses = tuple(NodeAddress(DEFAULT_HOST, port, False) for port in ports)
     secret_file = _secret_file(state_dir)
     secret = Secret(read_secret_file(secret_file))
     echo = Agent(
@@ -73,7 +70,6 @@ def run(
 def _node(port: int, secret: Secret) -> disco.NodeSettings:
     hint = "choose other ports for the nodes with --first-port (0 takes any free ones)"
     return disco.NodeSettings(
-        host=_HOST,
         port=port,
         secret=secret,
         port_hint=hint,
@@ -94,7 +90,7 @@ def _ports(first: int, count: int) -> list[int]:
     with ExitStack() as sockets:
         ports = []
         for _ in range(count):
-            server = sockets.enter_context(socket.create_server((_HOST, 0)))
+            server = sockets.enter_context(socket.create_server((DEFAULT_HOST, 0)))
             ports.append(server.getsockname()[1])
         return ports
 
