@@ -309,6 +309,12 @@ IDIOM = (
     r"told|mend(s|ed)?|anew|afresh|once more|in good order|whoever|nobody|somebody|time-outs?",
     r"to be had|cannot be had|(how|where) (it|they) stands?|at the (most|least)|the begin",
     r"(for|after|of) so (many|long)|of (ours|our own|their own)|where there is one|if there is any",
+    # At the end of a clause, "leaves" means that a process exits or a client disconnects.
+    r"orderly|(agent|worker|process|client|node|runner)s? (leaves?|left)(?=[.,;:\")]|$)",
+    # An error response, not "an answer that is none". `None` and "there is none" are fine.
+    r"(?-i:(?<![Tt]here )(is|are) none)",
+    # The subject first, not "Watched are the files".
+    r"(?-i:[A-Z][a-z]+[^e]ed (is|are))",
 )
 TEXTS = ("*.py", "*.md", "*.toml", "*.sh", "*.js", "*.css", "*.html", "*.yml", "*.service")
 FOLDERS = (*PACKAGES, "tests", "docs", "deploy", "scripts", "examples", "benchmarks")
