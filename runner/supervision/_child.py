@@ -1,4 +1,4 @@
-"""One worker: restarts its process after an unplanned end, and has it replaced or drained."""
+"""One worker: restarts its process after an unexpected end, and has it replaced or drained."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Child:
             self._ended.set()
 
     async def _run_until_failure(self, tasks: TaskGroup) -> tuple[Failure, float]:
-        """Run a process and its planned successors until one ends unplanned.
+        """Run a process and its planned successors until one ends unexpectedly.
 
         Returns:
             Why it ended, and how long the worker was up: 0.0 if no process had loaded its handler.
@@ -186,7 +186,7 @@ class Child:
             current = current.successor
 
     async def _wait_for_restart(self, failure: Failure, up_s: float) -> None:
-        """Decide when to restart after an unplanned end, and wait until then."""
+        """Decide when to restart after an unexpected end, and wait until then."""
         lineage = self._lineage
         decision = self._history.record_end(time.monotonic(), up_s)
         lineage.record.restarts[failure.kind] += 1

@@ -19,7 +19,7 @@ _LAST_MESSAGES_S: Final = 1.0
 """How long the last messages of a process that drained may take to arrive."""
 
 _LAST_MESSAGES_AFTER_EXIT_S: Final = 0.25
-"""How long those of a process that exited unplanned may take. Its restart waits for them."""
+"""How long those of a process that exited unexpectedly may take. Its restart waits for them."""
 
 _LAST_MESSAGES_POLL_S: Final = 0.002
 
@@ -37,7 +37,7 @@ class Incarnation:
         handover: its memory for the successor, once it has sent that.
         draining: whether the runner has asked it to finish and exit.
         up_since_s: when it had loaded its handler, by the monotonic clock; infinite before that.
-        successor: the process that takes its place when it ends. Without one its end is unplanned.
+        successor: the process that takes its place when it ends. Without one its end is unexpected.
         changed: set, and replaced by a new event, when the state or `replacement_reason` changes.
         log: a logger that names this incarnation.
         over: set when the process has ended and its last messages have arrived.

@@ -27,7 +27,7 @@ class _Record:
         ended: the counters of all processes that have ended.
         recent: the last five minutes.
         restarts, replacements: how many, by kind.
-        last_failure: why the last process that ended unplanned did so.
+        last_failure: why the last process that ended unexpectedly did so.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ FailureKind = Literal[
     "not_started",
     "unknown",
 ]
-"""How a process ended unplanned. `unknown`: the fork server died before it sent the exit status."""
+"""How a process ended unexpectedly. `unknown`: the fork server died before it sent the status."""
 
 ReplacementKind = Literal["configuration", "handler", "limit"]
 """Why a new process replaces another one."""
@@ -34,7 +34,7 @@ _MAX_DOUBLINGS: Final = 30
 
 
 class Failure(NamedTuple):
-    """Why a process ended unplanned, or did not start. `reason` is for operators."""
+    """Why a process ended unexpectedly, or did not start. `reason` is for operators."""
 
     kind: FailureKind
     reason: str
