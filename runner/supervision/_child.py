@@ -192,6 +192,7 @@ class Child:
         lineage.record.restarts[failure.kind] += 1
         lineage.record.last_failure = LastError.now(failure.reason)
         fields = {
+            "kind": failure.kind,
             "reason": failure.reason,
             "again_in_s": decision.delay_s,
         }

@@ -320,7 +320,9 @@ async def test_sigterm_to_a_worker_drains_and_restarts_it(tmp_path: Path, node: 
         os.kill(pid, signal.SIGTERM)
         await until(lambda: not alive(pid), "the worker has exited")
         await until(lambda: running.events("worker_restarting"), "its exit is logged")
-        assert "exit status 0" in running.events("worker_restarting")[0]["reason"]
+        restarting = running.events("worker_restarting")[0]
+        assert restarting["kind"] == "exited"
+        assert "exit status 0" in restarting["reason"]
         row = await running.wait_state("count_server", "ready")
         assert row["pid"] != pid
 
