@@ -37,12 +37,12 @@ KEY_BYTES: Final = 32
 
 
 class Outcome(IntEnum):
-    """How a query ended. Metrics, spans and pages use `label`. A worker reports OK to RETURNED.
+    """How a query ended. Metrics, spans and pages use `label`. A worker reports OK to GIVEN_BACK.
 
     Attributes:
         HANDLER_FAILED: the handler raised, or returned an invalid value.
         TIMED_OUT: the handler or the whole query took too long.
-        RETURNED: the handler never saw the query, so another worker may answer it.
+        GIVEN_BACK: the handler never saw the query, so another worker may answer it.
         CANCELLED: no one waits for the query any more, so no reply is sent.
         WORKER_UNAVAILABLE: no worker is up, or it died before it answered.
         WORKER_BUSY: too many queries wait already.
@@ -51,7 +51,7 @@ class Outcome(IntEnum):
     OK = 0
     HANDLER_FAILED = 1
     TIMED_OUT = 2
-    RETURNED = 3
+    GIVEN_BACK = 3
     CANCELLED = 4
     WORKER_UNAVAILABLE = 5
     WORKER_BUSY = 6

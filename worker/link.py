@@ -187,7 +187,7 @@ class Link:
         if outcome is Outcome.CANCELLED:
             return
         # Another worker will answer a query that was given back, and count it.
-        if outcome is not Outcome.RETURNED:
+        if outcome is not Outcome.GIVEN_BACK:
             self._answer_counts[outcome] += 1
         # All replies of one turn of the loop are one message, so that a burst costs one send.
         if not self._replies:

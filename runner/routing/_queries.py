@@ -191,7 +191,7 @@ class PendingQueries:
         pending = peer.in_flight.get(sequence)
         if pending is None:
             return
-        if outcome is Outcome.RETURNED:
+        if outcome is Outcome.GIVEN_BACK:
             self._reroute(pending)
         else:
             self.finish(pending, outcome, payload)

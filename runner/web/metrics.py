@@ -41,10 +41,15 @@ A shorter duration is counted in the first bucket, a longer one in +Inf alone. A
 its bucket's index in `Counters.durations`.
 """
 
-# No client sees RETURNED: a direct query that a worker returns is given to another worker.
-_DIRECT_OUTCOMES: Final = tuple(each for each in Outcome if each is not Outcome.RETURNED)
+# No client sees GIVEN_BACK: another worker answers a direct query that was given back.
+_DIRECT_OUTCOMES: Final = tuple(each for each in Outcome if each is not Outcome.GIVEN_BACK)
 _REFUSED_STATUSES: Final = (400, 401, 403, 404, 413, 503)
-_WORKER_OUTCOMES: Final = (Outcome.OK, Outcome.HANDLER_FAILED, Outcome.TIMED_OUT, Outcome.RETURNED)
+_WORKER_OUTCOMES: Final = (
+    Outcome.OK,
+    Outcome.HANDLER_FAILED,
+    Outcome.TIMED_OUT,
+    Outcome.GIVEN_BACK,
+)
 _PAGE_BYTES: Final = os.sysconf("SC_PAGESIZE")
 _WORKER: Final = ("worker", "agent", "node")
 

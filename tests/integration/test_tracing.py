@@ -294,12 +294,13 @@ def handle(body, memory):
             config.write_text(config.read_text() + 'capabilities = ["new"]\n')
             running.process.send_signal(1)
             await until(
-                lambda: "returned" in outcomes(collector), "the old worker has returned the query"
+                lambda: "given_back" in outcomes(collector),
+                "the old worker has given the query back",
             )
             (tmp_path / "gate").touch()
         (second,) = found
         await until(
-            lambda: outcomes(collector) == ["ok", "returned"],
+            lambda: outcomes(collector) == ["given_back", "ok"],
             "the spans of both workers have arrived",
         )
     assert isinstance(second, dict)

@@ -25,7 +25,7 @@ from shared.ipc import BUCKETS, Counters, LastError, Outcome
 from shared.logs.logger import LogThrottle, get_logger, place_of, shortened
 from worker.dispatching._flusher import Flusher
 from worker.dispatching.handler import Handler, without_internal_frames
-from worker.dispatching.jobs import CANCELLED, RETURNED, Answer, Job, Source
+from worker.dispatching.jobs import CANCELLED, GIVEN_BACK, Answer, Job, Source
 from worker.dispatching.results import HandlerFault
 from worker.memory.base import Memory
 
@@ -280,7 +280,7 @@ class Dispatcher(ABC):
             await anyio.sleep(SUBMITTED_POLL_S)
 
     def give_back(self, source: Source | None = None) -> None:
-        """Give the jobs of a source, or of all sources, the answer `RETURNED`.
+        """Give the jobs of a source, or of all sources, the answer `GIVEN_BACK`.
 
         Jobs that the handler has started are left out. Another worker may run the others.
         """
@@ -288,9 +288,9 @@ class Dispatcher(ABC):
             if source is not None and job.source is not source:
                 continue
             # The order of the next two lines is a protocol with the handler's thread, see `Job`.
-            job.skipped_as = RETURNED
+            job.skipped_as = GIVEN_BACK
             if not job.claimed:
-                self._settle(job, RETURNED)
+                self._settle(job, GIVEN_BACK)
 
     # --- the end of a query ---
 

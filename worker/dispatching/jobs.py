@@ -10,7 +10,7 @@ Answer = tuple[Outcome, bytes]
 """How a query ended. The payload is JSON for `OK`, else a message in UTF-8."""
 
 CANCELLED: Final = (Outcome.CANCELLED, b"")
-RETURNED: Final = (Outcome.RETURNED, b"")
+GIVEN_BACK: Final = (Outcome.GIVEN_BACK, b"")
 
 
 class Source(Protocol):

@@ -123,7 +123,7 @@ def test_returned_query_goes_to_another_worker() -> None:
     sequence = setup.ask(alternatives=("echo_server_2",))
     peer.accepting = False
     other = setup.peer("echo_server_2")
-    setup.queries.reply(peer, sequence, Outcome.RETURNED, b"")
+    setup.queries.reply(peer, sequence, Outcome.GIVEN_BACK, b"")
     assert sequences(other) == [sequence]
     assert setup.replies == []
 
@@ -134,7 +134,7 @@ def test_returned_query_waits_for_the_successor_if_no_other_worker_is_up() -> No
     other = setup.peer("echo_server_2", accepting=False)
     sequence = setup.ask(alternatives=("echo_server_2",))
     peer.accepting = False
-    setup.queries.reply(peer, sequence, Outcome.RETURNED, b"")
+    setup.queries.reply(peer, sequence, Outcome.GIVEN_BACK, b"")
     assert sequences(other) == []
     assert setup.queries.in_flight_at("echo_server") == 1
     successor = setup.peer()
@@ -149,9 +149,9 @@ def test_query_that_was_returned_twice_waits_for_the_successor_of_the_first() ->
     sequence = setup.ask(alternatives=("echo_server_2",))
     peer.accepting = False
     other = setup.peer("echo_server_2")
-    setup.queries.reply(peer, sequence, Outcome.RETURNED, b"")
+    setup.queries.reply(peer, sequence, Outcome.GIVEN_BACK, b"")
     other.accepting = False
-    setup.queries.reply(other, sequence, Outcome.RETURNED, b"")
+    setup.queries.reply(other, sequence, Outcome.GIVEN_BACK, b"")
     successor = setup.peer()
     setup.queries.release(successor)
     assert sequences(successor) == [sequence]

@@ -572,7 +572,7 @@ async def test_returned_query_goes_to_another_worker_of_its_agent() -> None:
         setup.client.ask("q", alternatives=("echo_server_2",))
         queries = await worker.receive_queries()
         worker.send(Failed("the handler hangs"))
-        worker.reply(*queries.values(), payload=b"", outcome=Outcome.RETURNED)
+        worker.reply(*queries.values(), payload=b"", outcome=Outcome.GIVEN_BACK)
         moved = await other.receive_queries()
         assert list(moved) == ["q"]
         other.reply(*moved.values(), payload=b"2")
@@ -587,7 +587,7 @@ async def test_returned_query_waits_for_the_successor_without_an_alternative() -
         setup.client.ask("q")
         queries = await worker.receive_queries()
         worker.send(Failed("the handler hangs"))
-        worker.reply(*queries.values(), payload=b"", outcome=Outcome.RETURNED)
+        worker.reply(*queries.values(), payload=b"", outcome=Outcome.GIVEN_BACK)
         await setup.until_read(worker)
         assert setup.client.replies["q"] == []
         _, successor = await setup.worker(incarnation=2)

@@ -879,7 +879,7 @@ async def test_query_that_waits_for_its_memory_flush_is_not_given_back(tmp_path:
             assert hanging.is_set()
             dispatcher.give_back()
             given_back = [
-                ticket for ticket, outcome, _ in source.answers if outcome is Outcome.RETURNED
+                ticket for ticket, outcome, _ in source.answers if outcome is Outcome.GIVEN_BACK
             ]
             # Another worker must not run a query that was run here.
             assert given_back == ["behind"]
@@ -890,7 +890,7 @@ async def test_query_that_waits_for_its_memory_flush_is_not_given_back(tmp_path:
     assert {ticket: outcome for ticket, outcome, _ in source.answers} == {
         "done": Outcome.OK,
         "hangs": Outcome.TIMED_OUT,
-        "behind": Outcome.RETURNED,
+        "behind": Outcome.GIVEN_BACK,
     }
 
 
@@ -1019,4 +1019,4 @@ async def test_query_given_back_at_its_start_is_returned() -> None:
         job = GivenBack(harness.source, "x", "x")
         job.give_back = give_back
         harness.dispatcher.submit([job])
-        assert await harness.source.wait_for(1) == [("x", Outcome.RETURNED, b"")]
+        assert await harness.source.wait_for(1) == [("x", Outcome.GIVEN_BACK, b"")]
