@@ -242,7 +242,10 @@ def _check(config: _ConfigFile = _DEFAULT_CONFIG) -> None:
 
 @cli.command("demo")
 def _demo(
-    nodes: Annotated[int, typer.Option(min=1, max=100, help="The number of embedded nodes.")] = 2,
+    nodes: Annotated[
+        int,
+        typer.Option(min=1, max=100, help="The number of embedded nodes."),
+    ] = 2,
     first_port: Annotated[
         int,
         typer.Option(

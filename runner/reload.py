@@ -51,7 +51,10 @@ def workers_by_agent(specs: Sequence[WorkerSpec]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def check_handlers(agents: Sequence[Agent], probes: Probes) -> dict[str, tuple[str, ...]]:
+def check_handlers(
+    agents: Sequence[Agent],
+    probes: Probes,
+) -> dict[str, tuple[str, ...]]:
     """Load each agent's handler in a probe process.
 
     Returns:

@@ -83,7 +83,11 @@ class _Directory:
                 self._agent_of[worker] = agent
                 self._paths[f"/workers/{worker}/query".encode()] = (None, worker)
 
-    def choose(self, agent: str | None, worker: str | None) -> str | ErrorResponse:
+    def choose(
+        self,
+        agent: str | None,
+        worker: str | None,
+    ) -> str | ErrorResponse:
         """Return the worker to ask, or why the query is refused."""
         if worker is not None:
             return self._check_worker(agent, worker)

@@ -120,7 +120,11 @@ def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
         labels=(*_WORKER[:2], "outcome"),
     )
     for row, counted, *_ in samples:
-        for source, counts in (("node", counted.node_answers), ("direct", counted.direct_answers)):
+        by_source = {
+            "node": counted.node_answers,
+            "direct": counted.direct_answers,
+        }
+        for source, counts in by_source.items():
             for outcome in _WORKER_OUTCOMES:
                 queries.add_metric((*_labels(row), source, outcome.label), counts[outcome])
         durations.add_metric(_labels(row), _buckets(counted.durations), counted.busy_s)

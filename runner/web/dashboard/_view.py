@@ -83,7 +83,10 @@ def _changes(before: View | None, now: View) -> dict[str, str]:
     return {"name": now.name, **found} if found else {}
 
 
-def views(rows: Sequence[WorkerRow], rates: Mapping[str, Sequence[float]]) -> list[View]:
+def views(
+    rows: Sequence[WorkerRow],
+    rates: Mapping[str, Sequence[float]],
+) -> list[View]:
     """Return the cells of each worker.
 
     Args:
