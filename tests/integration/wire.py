@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from websockets.exceptions import InvalidState
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
 from websockets.server import ServerProtocol
@@ -115,8 +116,8 @@ class ScriptedNode:
         script = self.first if self.connections == 1 else self.then
         try:
             await script(Wire(reader, writer))
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, InvalidState):
+            pass  # the client has disconnected, or is closing the connection
         except AssertionError as exc:
             self.failures.append(exc)
         finally:
