@@ -51,7 +51,7 @@ class TracedExchange(QueryExchange):
 
     def start(self) -> None:
         """Start the span, and the answer."""
-        route = _route(self._names)
+        route = _route(self.names)
         path = self.head.url.partition(b"?")[0]
         attributes = {
             "http.request.method": "POST",
@@ -83,17 +83,18 @@ class TracedExchange(QueryExchange):
         # OpenTelemetry's conventions for HTTP servers: 4xx is the client's error, not the span's.
         failed = status >= 500
         if failed:
-            # `_on_reply` may have set the more specific outcome already.
+            # `on_reply` may have set the more specific outcome already.
             self._end_attributes.setdefault("error.type", str(status))
         self._end(failed=failed)
         super().answer(status, headers, *body)
 
-    def _on_reply(self, reply: Reply) -> None:
+    def on_reply(self, reply: Reply) -> None:
+        """Record how the query ended, and answer."""
         self._end_attributes["em_runner.worker"] = reply.worker
         self._end_attributes["em_runner.outcome"] = reply.outcome.label
         if reply.outcome is not Outcome.OK:
             self._end_attributes["error.type"] = reply.outcome.label
-        super()._on_reply(reply)
+        super().on_reply(reply)
 
     def _end(self, *, failed: bool) -> None:
         # A query may be answered before its client disconnects: only the first of both ends the

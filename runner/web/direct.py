@@ -192,9 +192,14 @@ class DirectQueries:
 
 
 class QueryExchange(Responder):
-    """One direct query."""
+    """One direct query.
 
-    __slots__ = ("_names", "_queries", "_refusal", "_sequence")
+    Attributes:
+        names: the agent and the worker that its path names.
+        trace: the trace context that its worker gets.
+    """
+
+    __slots__ = ("_queries", "_refusal", "_sequence", "names")
 
     trace: Trace = NO_TRACE
 
@@ -207,7 +212,7 @@ class QueryExchange(Responder):
     ) -> None:
         super().__init__(head, channel)
         self._queries = queries
-        self._names = names
+        self.names = names
         self._sequence: int | None = None
         # Checked when the head is complete, although earlier requests may still wait for their
         # answers. The result stays valid: a reload changes neither the guard nor the limit.
@@ -255,8 +260,8 @@ class QueryExchange(Responder):
             return _BAD_BODY
         # The exchange may live as long as its connection. It needs the body no more.
         self.body.clear()
-        agent = self._names[0] or asked.agent
-        worker = self._names[1] or asked.worker
+        agent = self.names[0] or asked.agent
+        worker = self.names[1] or asked.worker
         for kind, name, in_body in (
             ("agent", agent, asked.agent),
             ("worker", worker, asked.worker),
@@ -275,13 +280,14 @@ class QueryExchange(Responder):
         self._sequence = self._queries.router.submit(
             chosen,
             asked.query,
-            self._on_reply,
+            self.on_reply,
             alternatives,
             self.trace,
         )
         return None
 
-    def _on_reply(self, reply: Reply) -> None:
+    def on_reply(self, reply: Reply) -> None:
+        """Answer with how the query ended. The router calls it once, unless it was cancelled."""
         if reply.outcome is Outcome.OK:
             headers = CONTENT_TYPE_LINE + b"x-worker: %b\r\n" % reply.worker.encode()
             # The handler's result is JSON already. It is neither decoded nor copied here.

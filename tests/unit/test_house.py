@@ -203,10 +203,12 @@ def private_names_of_self(node: ast.ClassDef) -> set[str]:
 
 
 def inherited_names(one: type) -> set[str]:
-    """Return the names that the bases of a class from other libraries define or assign."""
+    """Return the names that the bases of a class from elsewhere define or assign."""
     found: set[str] = set()
     for base in one.__mro__[1:]:
-        if base.__module__.partition(".")[0] in (*PACKAGES, "builtins"):
+        # A private name belongs to its folder.
+        folder = base.__module__.rpartition(".")[0]
+        if base.__module__ == "builtins" or folder == one.__module__.rpartition(".")[0]:
             continue
         found |= vars(base).keys()
         with contextlib.suppress(OSError, TypeError):  # a class written in C has no source
