@@ -53,10 +53,6 @@ class Secret:
     def __hash__(self) -> int:
         return hash(self._value)
 
-    # By default, pickle's protocols 0 and 1 refuse a class with `__slots__`.
-    def __reduce__(self) -> tuple[type[Secret], tuple[str]]:
-        return Secret, (self._value,)
-
 
 class TokenError(Exception):
     """A token is unavailable or invalid. The text has the source and the reason, not the token."""

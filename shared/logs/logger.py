@@ -260,28 +260,16 @@ def _escape_values(_: Any, __: str, event: Event) -> Event:
 
 
 def escaped(text: str) -> str:
-    """Return a text with each unprintable character as Python writes it, such as `\\x1b`."""
-    return "".join(map(_escaped_char, text))
-
-
-def _escaped_char(char: str) -> str:
-    if char.isprintable():
-        return char
-    return char.encode("unicode_escape", "backslashreplace").decode()
+    """Return a text with each unprintable character escaped as in JSON, such as `\\u001b`."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def printable_json(text: str) -> str:
-    """Return the same JSON with unprintable characters escaped, such as `\\u009b`.
+    """Return the same JSON with unprintable characters escaped, except for its line breaks.
 
     JSON allows some characters that a terminal obeys, or that change how the text looks.
     """
-    parts = []
-    for char in text:
-        if char.isprintable() or char == "\n":
-            parts.append(char)
-        else:
-            parts.append(json.dumps(char)[1:-1])
-    return "".join(parts)
+    return "\n".join(map(escaped, text.split("\n")))
 
 
 def shortened(text: str, longest: int) -> str:

@@ -655,7 +655,7 @@ def test_logged_text_cannot_control_the_terminal_or_forge_a_line(stderr: Read) -
         log().error("handler_failed", exc_info=exc)
     found = stderr()
     assert not set(found) & {"\x1b", "\x07", "\r"}
-    assert "\\x1b]0;pwned\\x07" in found
+    assert "\\u001b]0;pwned\\u0007" in found
     first, *rest = found.splitlines()
     assert "warns" in first
     assert [line for line in rest if line.startswith("12:00:00")] == []
