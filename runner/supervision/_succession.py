@@ -48,26 +48,8 @@ class Replacement(msgspec.Struct, frozen=True):
     moves_memory: bool = False
 
 
-class _TookOver(msgspec.Struct, frozen=True):
-    """The new process has taken over from the old one."""
-
-
-class _Stopping(msgspec.Struct, frozen=True):
-    """The worker is stopping, so the new process was discarded."""
-
-
-class _NotUp(msgspec.Struct, frozen=True):
-    """The new process did not come up, because of `failure`. The old one stays."""
-
-    failure: Failure
-
-
 class _Overtaken(msgspec.Struct, frozen=True):
     """Meanwhile the old process ended, or the handler changed again. Another attempt is needed."""
-
-
-_Attempt = _TookOver | _Stopping | _NotUp | _Overtaken
-"""How one attempt to replace a process ended."""
 
 
 class Succession:
@@ -92,13 +74,10 @@ class Succession:
         """
         self._lineage.handler_version += 1
         self._lineage.restart_now.set()
-        try:
-            return await self._replace(Replacement("handler", reason, only_if_stale=True))
-        except Exception as exc:  # noqa: BLE001 - see `_report_internal_error`
-            return self._report_internal_error(exc)
+        return await self.replace(Replacement("handler", reason, only_if_stale=True))
 
     async def replace(self, replacement: Replacement) -> Failure | None:
-        """Replace the running process, and log a failure.
+        """Replace the running process, and log a failure, except if its handler changed.
 
         The new process loads its handler and stands by before the old one disconnects. If no
         process runs, the spec applies from the next start.
@@ -107,17 +86,12 @@ class Succession:
         """
         try:
             failure = await self._replace(replacement)
-        except Exception as exc:  # noqa: BLE001 - see `_report_internal_error`
-            return self._report_internal_error(exc)
-        if failure is not None:
+        except Exception as exc:  # this must not end healthy processes
+            self._lineage.log.error("replacement_failed", exc_info=exc)
+            return Failure("unknown", f"an internal error: {type(exc).__name__}")
+        if failure is not None and replacement.kind != "handler":
             self._lineage.log.error("replacement_failed", reason=failure.reason)
         return failure
-
-    def _report_internal_error(self, exc: Exception) -> Failure:
-        # An internal error must not end the caller's task group: the old process of this worker,
-        # and in a reload all other workers, are healthy.
-        self._lineage.log.error("replacement_failed", exc_info=exc)
-        return Failure("unknown", f"an internal error: {type(exc).__name__}")
 
     async def _replace(self, replacement: Replacement) -> Failure | None:
         lineage, only_if_stale = self._lineage, replacement.only_if_stale
@@ -138,14 +112,11 @@ class Succession:
                 if is_up_to_date or lineage.stopping.is_set():
                     lineage.adopt(spec)
                     return None
-                match await self._try_once(old, spec, replacement):
-                    case _TookOver() | _Stopping():
-                        return None
-                    case _NotUp(failure):
-                        return failure
-                    case _Overtaken():
-                        # The process that is current now may have the new spec already.
-                        only_if_stale = True
+                result = await self._try_once(old, spec, replacement)
+                if not isinstance(result, _Overtaken):
+                    return result
+                # The process that is current now may have the new spec already.
+                only_if_stale = True
 
     def _adopt_without_process(self, spec: WorkerSpec, *, moves_memory: bool) -> None:
         """Adopt a spec while no process runs, and restart the worker now if the spec is new."""
@@ -162,8 +133,11 @@ class Succession:
         old: Incarnation,
         spec: WorkerSpec,
         replacement: Replacement,
-    ) -> _Attempt:
-        """Start a new process, and have it take over from the old one once it stands by."""
+    ) -> Failure | _Overtaken | None:
+        """Start a new process, and have it take over from the old one once it stands by.
+
+        Returns why the new process did not come up; None if it took over, or the worker stops.
+        """
         lineage = self._lineage
         self._outdated = anyio.Event()
         self._starting_spec = spec
@@ -171,17 +145,17 @@ class Succession:
             new = await lineage.fork(spec, standby=True)
             is_up = await self._wait_until_up(new)
         except StartError as exc:
-            return _NotUp(Failure("not_started", str(exc)))
+            return Failure("not_started", str(exc))
         finally:
             self._starting_spec = None
         # There is no `await` between this check and the start of the hand-over, so it still holds.
         may_take_over = lineage.current is old and not lineage.stopping.is_set()
         if is_up and may_take_over:
             await self._hand_over(old, new, replacement)
-            return _TookOver()
+            return None
         failure = await self._discard(new, is_up=is_up)
         if lineage.stopping.is_set():
-            return _Stopping()
+            return None
         if is_up:
             # The old process has ended, and another one with the old spec may run already.
             # Restarts use the new spec from now on, unless the memory moves: its file keeps the old
@@ -194,7 +168,7 @@ class Succession:
         # so that is retried here.
         if self._outdated.is_set() and replacement.kind == "configuration":
             return _Overtaken()
-        return _NotUp(failure)
+        return failure
 
     async def _wait_until_up(self, new: Incarnation) -> bool:
         """Wait until a new process stands by; False if it ends, is late, or is outdated."""
