@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -71,25 +70,14 @@ def _node(node: NodeAddress, origin: str) -> str:
 
 
 def print_rows(rows: Sequence[Row], console: Console) -> None:
-    """Print the workers: a line each, or a paragraph each if the terminal is too narrow."""
+    """Print a line for each worker. A terminal folds the lines that are too long for it."""
     table = Table(*_COLUMNS, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*map(Text, row))
-    # The width that the table would have without a limit. Rich would fold the columns of a wider
-    # table to a few characters each, which cannot be read or copied.
-    options = console.options.update(max_width=_UNLIMITED)
-    wanted = Measurement.get(console, options, table).maximum
-    # A pipe or a file gets one line for each worker, at any width.
-    if not console.is_terminal or wanted <= console.width:
-        console.print(table)
-        return
-    for name, *cells in rows:
-        paragraph = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
-        paragraph.add_column()
-        paragraph.add_column(overflow="fold")
-        for heading, cell in zip(_COLUMNS[1:], cells, strict=True):
-            paragraph.add_row(heading, Text(cell))
-        console.print(Text(name, style="bold"), paragraph, sep="\n")
+    # Rich would fold the columns of a wider table to a few characters each, which cannot be read or
+    # copied.
+    console.width = _UNLIMITED
+    console.print(table)
 
 
 def token_problems(agent: Agent) -> list[str]:

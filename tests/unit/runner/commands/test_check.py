@@ -103,8 +103,8 @@ def test_message_for_a_missing_token_file_names_agent_and_source(tmp_path: Path)
     assert problem.startswith(f"agent 'echo', token (file {tmp_path}/missing): cannot read")
 
 
-@pytest.mark.parametrize(("width", "lines"), [(80, 7), (120, 2)])
-def test_narrow_terminal_shows_every_cell_of_a_worker(width: int, lines: int) -> None:
+@pytest.mark.parametrize("width", [80, 120])
+def test_terminal_of_any_width_gets_one_line_for_a_worker(width: int) -> None:
     row = (
         "echo_server",
         "echo",
@@ -117,7 +117,7 @@ def test_narrow_terminal_shows_every_cell_of_a_worker(width: int, lines: int) ->
     console = Console(width=width, record=True, force_terminal=True, file=StringIO())
     print_rows([row], console)
     text = console.export_text()
-    assert len(text.splitlines()) == lines
+    assert len(text.splitlines()) == 2
     assert all(cell in text for cell in row)
 
 
