@@ -29,17 +29,15 @@ def raise_limit(workers: int) -> None:
     Raises:
         StartError: if the hard limit is too low for the workers.
     """
+    # Linux has no infinite limit of this kind: `fs.nr_open` bounds it.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     least = needed(workers)
-    unlimited = hard == resource.RLIM_INFINITY
     # Refuse now, because later ZeroMQ would abort the process, and forks would fail.
-    if hard < least and not unlimited:
+    if hard < least:
         raise StartError(
             f"only {hard} files may be open at once, and {workers} workers need {least}; "
             "raise the limit with ulimit -n, or LimitNOFILE in a systemd unit"
         )
-    wanted = least + _CLIENTS
-    if not unlimited:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    wanted = min(least + _CLIENTS, hard)
+    if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
