@@ -11,13 +11,10 @@ import msgspec
 from runner.supervision.fork_server import ForkServer
 from runner.supervision.probes import Probes
 from shared.config.handlers import parse_handler
-from shared.config.schema import ConnectionSection
 from shared.embryos import drop_reason
 from shared.errors import ConfigError, with_hint
 from shared.logs.logger import printable_json
 from shared.trial import EncodingFault, Trial
-
-_MIB: Final = 2**20
 
 _HINTS: Final = {
     EncodingFault.NOT_AWAITED: "'await' it before you return it",
@@ -93,16 +90,7 @@ def _lines(trial: Trial) -> list[str]:
         # A node may refuse a result that a direct query would get: notes, not errors.
         notes = (
             drop_reason(msgspec.json.decode(trial.result)),
-            _too_large(trial.result),
             *trial.notes,
         )
         lines += [f"note    {note}" for note in notes if note is not None]
     return lines
-
-
-def _too_large(result: bytes) -> str | None:
-    limit = ConnectionSection().max_frame_bytes
-    if len(result) < limit:
-        return None
-    size = f"the result has {len(result) / _MIB:.1f} MiB as JSON"
-    return f"{size}; a node accepts {limit / _MIB:g} MiB, and closes the connection at more"

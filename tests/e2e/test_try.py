@@ -36,7 +36,6 @@ def omits_memory(body, memory): return [body]
 def returns_list_as_memory(body, memory): return body, [1]
 def swaps_result_and_memory(body, memory): return {"asked": 1}, [{"type": "x"}]
 def returns_one_embryo(body, memory): return {"type": "x"}, memory
-def returns_too_much(body, memory): return [{"type": "x", "text": "x" * (1 << 24)}], memory
 class _Pair(tuple): pass
 def returns_tuple_subclass(body, memory): return _Pair(([{"type": "x"}], {"pair": 1}))
 def decorator_without_wraps(function): return lambda body, memory: function(body, memory)
@@ -253,11 +252,6 @@ async def test_async_handler_is_awaited(tmp_path: Path) -> None:
     [
         ("omits_type", "embryo 0 is not an object with a 'type'"),
         ("returns_text", "the result is a str, which nodes drop: they expect a list"),
-        (
-            "returns_too_much",
-            "the result has 16.0 MiB as JSON; a node accepts 16 MiB, "
-            "and closes the connection at more",
-        ),
     ],
 )
 async def test_note_explains_that_a_node_rejects_the_result(
