@@ -13,7 +13,7 @@ from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
-from runner.state_dir import ReloadOutcome, StateDir, read_address
+from runner.state_dir import ReloadOutcome, RunnerAddress, StateDir, read_address
 from shared.config.schema import DEFAULT_HTTP
 from shared.errors import CommandError, with_hint
 from shared.http.errors import ErrorBody, ErrorCode
@@ -22,6 +22,10 @@ from shared.logs.logger import printable_line
 EXAMPLE_URL: Final = f"http://{DEFAULT_HTTP}"
 
 _UP_HINT: Final = "is the runner up?"
+_TLS_HINT: Final = (
+    "the runner itself does not speak TLS, its address starts with http://; for a proxy with TLS, "
+    "SSL_CERT_FILE can name a file with the certificate of its issuer"
+)
 _HINTS: Final = {
     ErrorCode.AGENT_REQUIRED: "use --agent NAME",
     ErrorCode.UNAUTHORIZED: "name the file with the token as --token-file",
@@ -87,13 +91,17 @@ def find(url: str | None, state_dir: Path) -> str:
     """
     if url is not None:
         return url
+    return _running(state_dir).http
+
+
+def _running(state_dir: Path) -> RunnerAddress:
     address = read_address(state_dir)
     if address is None:
         raise CommandError(
             f"no runner is known in {state_dir}; start one with 'em-runner run', or name its "
-            "folder with --state-dir or its address with --url"
+            "folder with --state-dir"
         )
-    return address.http
+    return address
 
 
 def call(
@@ -120,14 +128,16 @@ def call(
         except urllib.error.HTTPError as error_response:
             with error_response:
                 return _read_response(base, path, error_response)
-    except (OSError, ValueError, http.client.HTTPException) as exc:
+    # The runner sends a handler's JSON unchanged, also if it is nested too deeply to be decoded.
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as exc:
         # urllib wraps the error of a connection that cannot be made, but not that of one that is
         # lost later.
         reason = getattr(exc, "reason", None) or exc
         if isinstance(reason, TimeoutError):
             problem = f" within {timeout_s:g} s; {timeout_hint}"
         else:
-            problem = f": {_explain(reason)}"
+            hint = _TLS_HINT if isinstance(reason, ssl.SSLError) else _UP_HINT
+            problem = f": {printable_line(reason)}; {hint}"
         raise CommandError(f"no answer from {base}{problem}") from None
 
 
@@ -146,20 +156,6 @@ def _request(
     if token is not None:
         request.add_header("Authorization", f"Bearer {token}")
     return request
-
-
-def _explain(reason: object) -> str:
-    """Return why a request failed, and what the user can do."""
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        hint = (
-            "its certificate is not trusted here; SSL_CERT_FILE can name a file with the "
-            "certificate of its issuer"
-        )
-        return f"{printable_line(reason.verify_message)}; {hint}"
-    if isinstance(reason, ssl.SSLError):
-        hint = "does it speak TLS? The runner itself does not: its address starts with http://"
-        return f"{printable_line(reason)}; {hint}"
-    return f"{printable_line(reason)}; {_UP_HINT}"
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -196,11 +192,6 @@ def _read_response(
         if status >= 500:
             raise CommandError(f"{status} from {base}; is the runner behind it up?") from None
         raise _not_a_runner(base) from None
-    except RecursionError:
-        # The runner sends a handler's JSON unchanged, however deep it is nested.
-        raise CommandError(
-            f"the answer of {base} is nested too deeply for this command; use curl"
-        ) from None
 
 
 def _not_a_runner(base: str) -> CommandError:
@@ -217,11 +208,7 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> ReloadOutcome:
         CommandError: if no runner is running, it exits, or the reload takes longer than
             `timeout_s`.
     """
-    address = read_address(state_dir)
-    if address is None:
-        raise CommandError(
-            f"no runner is known in {state_dir}; name its state folder with --state-dir"
-        )
+    address = _running(state_dir)
     runner = f"the runner (pid {address.pid})"
     try:
         with socket.socket(socket.AF_UNIX) as connection:
