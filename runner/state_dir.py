@@ -128,10 +128,7 @@ def _lock(path: Path) -> Iterator[None]:
         0o600,
     )
     try:
-        try:
-            _lock_with_retries(lock)
-        except BlockingIOError:
-            raise _in_use(path, lock) from None
+        _lock_with_retries(path, lock)
         # For the error message of another runner. The lock itself is the kernel's, which releases
         # it when the process ends in any way, so a pid in a file never keeps a folder locked.
         os.truncate(lock, 0)
@@ -141,20 +138,16 @@ def _lock(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _lock_with_retries(lock: int) -> None:
+def _lock_with_retries(path: Path, lock: int) -> None:
     # Other commands hold the lock for a moment, to find out whether a runner has it (see
     # `read_address`). A start must not fail because of that.
     for _ in range(_LOCK_ATTEMPTS):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(_LOCK_RETRY_S)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _in_use(path: Path, lock: int) -> StartError:
     pid = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
     runner = f"another em-runner (pid {pid})" if pid else "another em-runner"
-    return StartError(
+    raise StartError(
         f"{runner} uses the state folder {path}; "
         "stop it, or choose another folder with --state-dir or runner.state_dir"
     )
