@@ -159,10 +159,6 @@ class Router:
         """Return whether a worker can be given a query now."""
         return self._queries.accepts(name)
 
-    def receive(self) -> None:
-        """Process the messages that wait in the socket, without waiting for the event loop."""
-        self._read()
-
     def silent_for_s(self, launch: Launch) -> float:
         """Return the time since an incarnation's last processed message."""
         peer = self._peers.get(launch.routing_id)
@@ -198,7 +194,7 @@ class Router:
         """
         if not self._queries.accepts(name):
             # Its report that it is up may wait in the socket: do not refuse in that case.
-            self._read()
+            self.receive()
         pending = self._queries.submit(name, query, on_reply, alternatives, trace)
         if pending is None:
             return None
@@ -233,7 +229,7 @@ class Router:
     def _expire(self) -> None:
         """Answer the queries whose deadline has passed, and set the timer for the next one."""
         # Replies that wait in the socket came in time, even if the runner reads them late.
-        self._read()
+        self.receive()
         expired = self._queries.take_expired()
         # Before the clients are answered: see `take_expired`.
         self._flush()
@@ -313,11 +309,14 @@ class Router:
     def _on_readable(self) -> None:
         # The descriptor does not become readable again for the messages that are still unread, see
         # `_send`.
-        if self._read(_READ_BYTES):
+        if self.receive(_READ_BYTES):
             self._loop.call_soon(self._on_readable)
 
-    def _read(self, limit_bytes: float = inf) -> bool:
-        """Process messages, up to about `limit_bytes`. Return whether there may be more."""
+    def receive(self, limit_bytes: float = inf) -> bool:
+        """Process the messages that wait in the socket, without waiting for the event loop.
+
+        Stop after about `limit_bytes`. Return whether there may be more.
+        """
         read_bytes = 0
         # A message may lead to a callback that closes the socket.
         while read_bytes < limit_bytes and not self._socket.closed:
