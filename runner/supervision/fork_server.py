@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
@@ -23,7 +22,6 @@ import anyio.to_thread
 from runner.supervision._process import WorkerProcess
 from shared.errors import StartError
 from shared.ipc import Launch
-from shared.logs.logger import get_logger
 from worker.entry import run
 
 _SAFE_PATH: Final = "PYTHONSAFEPATH"
@@ -39,7 +37,6 @@ class ForkServer:
         tracing_modules = ["worker.preload_tracing"] if tracing else []
         self._context.set_forkserver_preload([*tracing_modules, "worker.preload"])
         self._one_at_a_time = anyio.CapacityLimiter(1)
-        self._pid: int | None = None
         # A reload probes handlers on one thread while another thread starts a worker.
         self._starting = threading.Lock()
 
@@ -98,8 +95,6 @@ class ForkServer:
         try:
             with self._starting, _isolated_imports():
                 process.start()
-                assert process.pid is not None
-                self._report_new_server(process.pid)
         except (OSError, EOFError) as exc:
             reason = str(exc) or "the fork server died"
             raise StartError(
@@ -107,25 +102,6 @@ class ForkServer:
                 "and have another process?"
             ) from None
         return process
-
-    def _report_new_server(self, child_pid: int) -> None:
-        """Log if another fork server than before has forked a child."""
-        # If multiprocessing finds its fork server dead, it starts another one without a message.
-        try:
-            stat = Path(f"/proc/{child_pid}/stat").read_text()
-        except OSError:  # the child has ended already
-            return
-        # The name in parentheses may contain anything, also spaces and parentheses. The state and
-        # the parent's process ID follow it (proc(5)).
-        pid = int(stat.rpartition(")")[2].split()[1])
-        if self._pid not in (None, pid):
-            get_logger().warning(
-                "fork_server_restarted",
-                pid=pid,
-                before=self._pid,
-                reason="the previous one was killed or ended; its workers keep running",
-            )
-        self._pid = pid
 
 
 @contextmanager

@@ -263,7 +263,6 @@ async def test_fork_server_and_worker_killed_together_are_restarted(
                     f"registered again after {(time.monotonic() - began_s) * 1000:.0f} ms",
                 )
                 assert alive(fork_server_pid(running))
-        assert len(running.events("fork_server_restarted")) == 3
         report("kill -9 the fork server and a worker", str(load))
         load.assert_nothing_lost()
         calm.assert_nothing_lost()
