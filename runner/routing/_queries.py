@@ -50,10 +50,6 @@ class PendingQueries:
         self._outcomes: defaultdict[str, Counter[Outcome]] = defaultdict(Counter)
         self._sequence = 0
 
-    def __len__(self) -> int:
-        """Return how many queries wait for a reply."""
-        return len(self._pending)
-
     def set_limits(self, limits: RunnerSection) -> None:
         """Change the limits. A shorter timeout also applies to the queries in flight."""
         self.limits = limits

@@ -213,11 +213,6 @@ class Router:
         """How many queries one worker may have."""
         return self._queries.limits.max_in_flight
 
-    @property
-    def in_flight(self) -> int:
-        """How many queries wait for a reply."""
-        return len(self._queries)
-
     def in_flight_at(self, name: str) -> int:
         """Return how many queries a worker has, or will have once it is up."""
         return self._queries.in_flight_at(name)

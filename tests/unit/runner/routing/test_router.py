@@ -238,7 +238,7 @@ async def test_query_reaches_its_worker_and_the_reply_returns() -> None:
         worker.reply(sequence, payload=b'{"a":1}')
         await until(lambda: setup.client.replies["é?"])
         assert setup.client.replies["é?"] == [Reply(Outcome.OK, b'{"a":1}', "echo_server")]
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at("echo_server") == 0
 
 
 async def test_failed_handler_has_another_outcome_than_an_answer() -> None:
@@ -411,7 +411,7 @@ async def test_query_for_a_worker_that_is_not_up_is_refused_at_once(name: str) -
         setup.expect()
         assert setup.client.submit("q", name) is None
         assert setup.client.outcomes("q") == [Outcome.WORKER_UNAVAILABLE]
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at(name) == 0
 
 
 async def test_query_is_accepted_if_the_workers_status_waits_in_the_socket() -> None:
@@ -494,7 +494,7 @@ async def test_expired_query_makes_room() -> None:
         await setup.worker()
         setup.client.ask("q")
         await setup.client.reply_to("q")
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at("echo_server") == 0
         assert setup.client.submit("next") is not None
 
 
@@ -546,7 +546,7 @@ async def test_query_that_a_dead_worker_had_is_answered_at_once() -> None:
         assert sent == [Reply(Outcome.WORKER_UNAVAILABLE, b"killed by SIGKILL", "echo_server")]
         assert setup.client.submit("after") is None
         assert setup.client.replies["neighbour's"] == []
-        assert setup.router.in_flight == 1
+        assert setup.router.in_flight_at("neighbour") == 1
 
 
 async def test_query_that_a_dead_worker_was_not_sent_waits_for_the_successor() -> None:
@@ -557,7 +557,7 @@ async def test_query_that_a_dead_worker_was_not_sent_waits_for_the_successor() -
         setup.client.ask("not sent")
         setup.router.drop(launch, "killed by SIGKILL")
         assert setup.client.replies["not sent"] == []
-        assert setup.router.in_flight == 1
+        assert setup.router.in_flight_at("echo_server") == 1
         _, successor = await setup.worker(incarnation=2)
         queries = await successor.receive_queries()
         assert list(queries) == ["not sent"]
@@ -646,7 +646,7 @@ async def test_cancelled_query_makes_room() -> None:
         await setup.worker()
         sequence = setup.client.ask("q")
         setup.router.cancel(sequence)
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at("echo_server") == 0
         assert setup.client.submit("next") is not None
 
 
@@ -829,7 +829,7 @@ def test_each_query_ends_exactly_once_unless_it_is_cancelled(steps: list[tuple[s
                         setup.router.drain(launch)
         for query in sequences:
             assert len(setup.client.replies[query]) == (0 if query in cancelled else 1)
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at("echo_server") == 0
 
     anyio.run(main, backend_options={"use_uvloop": True})
 
@@ -843,7 +843,7 @@ async def test_held_query_ends_at_its_deadline() -> None:
         setup.client.ask("q")
         setup.router.drop(launch, "died")
         assert (await setup.client.reply_to("q"))[0] is Outcome.TIMED_OUT
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at("echo_server") == 0
 
 
 async def test_held_query_can_be_cancelled() -> None:
@@ -852,7 +852,7 @@ async def test_held_query_can_be_cancelled() -> None:
         sequence = setup.client.ask("q")
         setup.router.drop(launch, "died")
         setup.router.cancel(sequence)
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at("echo_server") == 0
     assert setup.client.replies["q"] == []
 
 
@@ -925,7 +925,7 @@ async def test_held_queries_are_refused_when_the_worker_will_not_be_up() -> None
         assert setup.client.replies["held"] == []
         setup.router.refuse_held("echo_server")
         assert setup.client.outcomes("held") == [Outcome.WORKER_UNAVAILABLE]
-        assert setup.router.in_flight == 0
+        assert setup.router.in_flight_at("echo_server") == 0
         assert not setup.router.accepts("echo_server")
 
 
