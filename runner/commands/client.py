@@ -8,16 +8,19 @@ import ssl
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
+from runner import version
 from runner.state_dir import ReloadOutcome, RunnerAddress, StateDir, read_address
 from shared.config.schema import DEFAULT_HTTP
 from shared.errors import CommandError, with_hint
 from shared.http.errors import ErrorBody, ErrorCode
 from shared.logs.logger import printable_line
+
+_Body = TypeVar("_Body")
 
 EXAMPLE_URL: Final = f"http://{DEFAULT_HTTP}"
 
@@ -197,7 +200,8 @@ def _read_response(
 def _not_a_runner(base: str) -> CommandError:
     """Return the error for an address at which another server is listening."""
     return CommandError(
-        f"the server at {base} is not em-runner; name the runner's address with --url"
+        f"the server at {base} is not em-runner {version()}; if it is em-runner, restart it after "
+        "the upgrade, else name the runner's address with --url"
     )
 
 
@@ -226,14 +230,14 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> ReloadOutcome:
         raise CommandError(f"{runner} cannot be reached: {exc.strerror or exc}") from None
 
 
-def error_of(base: str, response: Response) -> ErrorBody:
-    """Return the error in an error response.
+def convert(base: str, response: Response, body: type[_Body]) -> _Body:
+    """Return the body of a response as a Struct.
 
     Raises:
-        CommandError: if another server sent it, which shows in a missing or unknown `code`.
+        CommandError: if another server sent it, or a runner of another version.
     """
     try:
-        return msgspec.convert(response.body, ErrorBody)
+        return msgspec.convert(response.body, body)
     except msgspec.ValidationError:
         raise _not_a_runner(base) from None
 
@@ -249,7 +253,7 @@ def describe_failure(base: str, response: Response) -> str:
     Raises:
         CommandError: if another server sent it.
     """
-    error = error_of(base, response)
+    error = convert(base, response, ErrorBody)
     worker = f" ({response.worker})" if response.worker else ""
     # The other errors' texts contain their hint already.
     hint = _HINTS.get(error.code)

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Final, NamedTuple
 
-import msgspec
 from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.styled import Styled
 from rich.table import Table as Grid
 from rich.text import Text
 
-from runner import table, version
+from runner import table
 from runner.commands import client
 from runner.table import Table, WorkerRow
 from shared.config.tokens import TokenError
@@ -78,14 +77,7 @@ def fetch(
     )
     if answer.status != 200:
         raise CommandError(client.describe_failure(base, answer))
-    try:
-        return msgspec.convert(answer.body, Table)
-    except msgspec.ValidationError:
-        # After an upgrade of a runner that was not restarted, the tables may differ.
-        raise CommandError(
-            f"the server at {base} is not em-runner {version()}; if it is em-runner, restart it "
-            "after the upgrade, else name the runner's address with --url"
-        ) from None
+    return client.convert(base, answer, Table)
 
 
 def exit_status(rows: Sequence[WorkerRow]) -> int:

@@ -11,13 +11,13 @@ from runner.cli import cli
 from runner.commands import client
 from runner.state_dir import ReloadOutcome, ReloadResult
 from shared.errors import CommandError
-from shared.http.errors import ErrorCode
+from shared.http.errors import ErrorBody, ErrorCode
 
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_error_response_with_a_code_is_the_runners_with_any_text(code: ErrorCode) -> None:
     answer = client.Response(code.status, {"error": "reworded", "code": str(code)}, None)
-    error = client.error_of("http://127.0.0.1:1", answer)
+    error = client.convert("http://127.0.0.1:1", answer, ErrorBody)
     assert (error.code, error.error) == (code, "reworded")
 
 
@@ -34,7 +34,7 @@ def test_error_response_with_a_code_is_the_runners_with_any_text(code: ErrorCode
 )
 def test_error_response_without_a_known_code_is_from_another_server(body: Any) -> None:
     with pytest.raises(CommandError):
-        client.error_of("http://127.0.0.1:1", client.Response(404, body, None))
+        client.convert("http://127.0.0.1:1", client.Response(404, body, None), ErrorBody)
 
 
 @pytest.mark.parametrize(
