@@ -121,7 +121,6 @@ class Runner:
             self._api.app,
             listener,
             respond_first=self._api.queries.take,
-            has_error_codes=True,
         )
         self._server.reserve(descriptors.needed(len(specs)))
         # With port 0 the kernel chose the port, so the configuration does not have it.

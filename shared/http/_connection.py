@@ -68,7 +68,6 @@ class _Server(Protocol):
     limits: HttpLimits
     upgrade: Callable[[set[Any]], asyncio.Protocol] | None
     date: bytes
-    has_error_codes: bool
 
     @property
     def connections(self) -> set[Any]: ...
@@ -542,10 +541,7 @@ class HttpConnection(asyncio.Protocol):
         headers: bytes = b"",
     ) -> None:
         """Write an error response after which the connection closes."""
-        error = {"error": text}
-        if self._server.has_error_codes:
-            error["code"] = code
-        body = msgspec.json.encode(error)
+        body = msgspec.json.encode({"error": text, "code": code})
         lines = (
             STATUS_LINES[code.status],
             self.date,

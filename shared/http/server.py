@@ -64,11 +64,9 @@ class HttpServer:
         limits: what clients may take.
         respond_first: called first for each request. If it returns a responder, that one answers
             the request instead of the application.
-        has_error_codes: whether the server's own error responses have a `code`. Those of an
-            em_disco node do not.
 
     Attributes:
-        limits, upgrade, has_error_codes: see the arguments.
+        limits, upgrade: see the arguments.
         admitted_connections: how many connections may be open: `limits.max_connections`, or fewer
             if the process may not open as many files (RLIMIT_NOFILE).
         connections: the open connections, including upgraded ones.
@@ -82,13 +80,11 @@ class HttpServer:
         upgrade: _Upgrade | None = None,
         limits: HttpLimits | None = None,
         respond_first: _RespondFirst | None = None,
-        has_error_codes: bool = False,
     ) -> None:
         self.limits = limits or HttpLimits()
         self.upgrade = upgrade
         self.connections = _Connections()
         self.date = b""
-        self.has_error_codes = has_error_codes
         self._app = app
         self._listener = listener
         self._respond_first = respond_first

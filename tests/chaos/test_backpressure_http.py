@@ -146,7 +146,6 @@ async def served(**limits: Any) -> AsyncIterator[Served]:
         listener,
         limits=HttpLimits(**limits),
         respond_first=direct,
-        has_error_codes=True,
     )
     await target.server.start()
     try:
