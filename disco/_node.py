@@ -17,9 +17,10 @@ import anyio
 from disco import _embryos
 from disco._http import application
 from disco._hub import Hub
-from disco._registry import AgentConnection, Registry
+from disco._registry import Registry
 from disco._settings import NodeSettings
 from disco._socket import AgentSocket
+from shared.config.nodes import NodeAddress
 from shared.config.tokens import require_strong
 from shared.errors import ConfigError
 from shared.http.server import Address, HttpServer
@@ -37,6 +38,7 @@ class Node:
     Attributes:
         host: the address at which clients on this machine reach the node.
         port: the TCP port.
+        address: the same as a node's address.
     """
 
     def __init__(
@@ -47,19 +49,13 @@ class Node:
     ) -> None:
         self.host = host
         self.port = port
-        # An IPv6 address has brackets in a URL (RFC 3986, 3.2.2).
-        self._authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.address = NodeAddress(host, port, False)
         self._hub = Hub(settings, self.url)
 
     @property
     def url(self) -> str:
         """The node's URL for agents, without the path, such as `ws://127.0.0.1:8080`."""
-        return f"ws://{self._authority}"
-
-    @property
-    def http_url(self) -> str:
-        """The node's URL for HTTP clients."""
-        return f"http://{self._authority}"
+        return str(self.address)
 
     @property
     def registry(self) -> Registry:
@@ -96,42 +92,7 @@ class Node:
         Raises:
             TimeoutError: after `timeout_s`.
         """
-        await self._wait_until(lambda: name in self.registry, timeout_s)
-
-    async def wait_gone(
-        self,
-        name: str,
-        timeout_s: float = _WAIT_TIMEOUT_S,
-    ) -> None:
-        """Wait until no agent is registered as `name`.
-
-        Raises:
-            TimeoutError: after `timeout_s`.
-        """
-        await self._wait_until(lambda: name not in self.registry, timeout_s)
-
-    async def wait_replaced(
-        self,
-        name: str,
-        former: AgentConnection | None,
-        timeout_s: float = _WAIT_TIMEOUT_S,
-    ) -> None:
-        """Wait until `name` is registered by another connection than `former`.
-
-        For an agent that reconnects: `wait_gone` can miss the short time between its two
-        connections.
-
-        Args:
-            name: the agent's name.
-            former: what `registry.connection(name)` returned before.
-            timeout_s: the longest wait.
-
-        Raises:
-            TimeoutError: after `timeout_s`.
-        """
-        await self._wait_until(
-            lambda: self.registry.connection(name) not in (None, former), timeout_s
-        )
+        await self.wait_until(lambda: name in self.registry, timeout_s)
 
     def drop(self, name: str) -> bool:
         """Cut an agent's socket without a close frame. Returns whether it was registered."""
@@ -141,11 +102,16 @@ class Node:
         connection.drop("the node dropped it on request")
         return True
 
-    async def _wait_until(
+    async def wait_until(
         self,
         condition: Callable[[], bool],
-        timeout_s: float,
+        timeout_s: float = _WAIT_TIMEOUT_S,
     ) -> None:
+        """Wait until a condition on the registry holds.
+
+        Raises:
+            TimeoutError: after `timeout_s`.
+        """
         with self._hub.changes() as changes, anyio.fail_after(timeout_s):
             while not condition():
                 await changes.wait()

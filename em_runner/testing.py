@@ -26,7 +26,6 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from disco import Node, NodeSettings, serve
 from shared.config.handlers import HandlerRef, parse_handler
 from shared.config.load import Agent, WorkerSpec
-from shared.config.nodes import NodeAddress
 from shared.config.schema import DEFAULT_MEMORY, ConnectionSection, MemoryKind
 from shared.embryos import drop_reason
 from shared.errors import ConfigError
@@ -320,19 +319,18 @@ async def _running(
 
 
 def _spec(node: Node) -> WorkerSpec:
-    address = NodeAddress(node.host, node.port, False)
     # The node is in this process, so it needs no protection from clients that reconnect at once.
     connection = ConnectionSection(reconnect_interval_ms=100)
     agent = Agent(
         name=_NAME,
         handler=_REF,
-        nodes=(address,),
+        nodes=(node.address,),
         connection=connection,
     )
     return WorkerSpec(
         name=_NAME,
         agent=agent,
-        node=address,
+        node=node.address,
     )
 
 

@@ -384,7 +384,7 @@ async def test_sigterm_under_load_answers_earlier_queries_and_leaves_nothing(
         await running.wait_exited()
         assert not (running.state_dir / "ipc").exists()
         assert not (running.state_dir / "runner.json").exists()
-        await node.wait_gone("e")
+        await node.wait_until(lambda: "e" not in node.registry)
         assert "Traceback" not in running.log
 
 
@@ -570,4 +570,4 @@ class Agent:
             await supervisor.drain()
     finally:
         router.close()
-    await node.wait_gone("e")
+    await node.wait_until(lambda: "e" not in node.registry)

@@ -36,6 +36,6 @@ async def guarded(anyio_backend: object) -> AsyncIterator[Node]:
 async def http(node: Node) -> AsyncIterator[httpx.AsyncClient]:
     """A client of `node`."""
     async with httpx.AsyncClient(
-        base_url=node.http_url, timeout=LIMIT_S, trust_env=False
+        base_url=f"http://{node.address.authority}", timeout=LIMIT_S, trust_env=False
     ) as client:
         yield client

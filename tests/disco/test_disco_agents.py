@@ -136,7 +136,7 @@ async def test_taken_name_is_refused_until_its_agent_disconnects(node: Node) -> 
             assert (await second.register("a"))["action"] == "registered"
             assert await second.hello() == {"status": "error", "reason": "name_taken"}
             assert await node.query("not for the second", timeout_ms=0) == []
-        await node.wait_gone("a")
+        await node.wait_until(lambda: "a" not in node.registry)
         # The first frame received answers this hello, so no query came before it.
         assert (await second.hello())["action"] == "agent_registered"
         assert "a" in node.registry
@@ -223,9 +223,9 @@ async def test_pings_and_pongs_keep_an_idle_socket_open(anyio_backend: object, k
         # "quiet" has the same idle timeout, so to outlive it twice is not chance.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(keep_alive, fake, kind)
-            await node.wait_gone("quiet")
+            await node.wait_until(lambda: "quiet" not in node.registry)
             async with agent(node, "quiet"):
-                await node.wait_gone("quiet")
+                await node.wait_until(lambda: "quiet" not in node.registry)
             assert "a" in node.registry
             tasks.cancel_scope.cancel()
 
@@ -258,7 +258,7 @@ async def test_name_is_freed_when_the_socket_is_closed_or_reset(node: Node) -> N
                 writer.transport.abort()
             else:
                 writer.write_eof()
-            await node.wait_gone("a")
+            await node.wait_until(lambda: "a" not in node.registry)
 
 
 async def test_dropped_agent_gets_no_close_frame(node: Node) -> None:
@@ -296,7 +296,7 @@ async def test_each_registration_and_disconnection_is_logged_once(node: Node) ->
             async with connected(node) as rival:
                 await rival.register("a")
                 await rival.hello()
-        await node.wait_gone("a")
+        await node.wait_until(lambda: "a" not in node.registry)
     assert [(line["event"], line["agent"]) for line in lines] == [
         ("agent_registered", "a"),
         ("agent_refused", "a"),
@@ -310,7 +310,7 @@ async def test_logged_disconnection_has_a_reason(node: Node) -> None:
     with capture_logs() as lines:
         async with agent(node, "a"):
             pass
-        await node.wait_gone("a")
+        await node.wait_until(lambda: "a" not in node.registry)
     assert lines[-1]["reason"] == "the agent closed"
 
 

@@ -101,7 +101,9 @@ async def test_request_errors_are_answered_in_json(
 async def test_queries_over_the_rate_limit_are_answered_429(anyio_backend: object) -> None:
     async with (
         node_with(queries_per_s=0.001) as node,
-        httpx.AsyncClient(base_url=node.http_url, trust_env=False, timeout=LIMIT_S) as http,
+        httpx.AsyncClient(
+            base_url=f"http://{node.address.authority}", trust_env=False, timeout=LIMIT_S
+        ) as http,
     ):
         assert (await http.post("/query", json={"query": "q"})).status_code == 200
         response = await http.post("/query", json={"query": "q"})
@@ -158,7 +160,9 @@ async def test_registry_events_report_the_state_and_each_change(
 async def test_idle_event_stream_is_kept_open_by_comments(anyio_backend: object) -> None:
     async with (
         node_with(sse_ping_interval_ms=10) as node,
-        httpx.AsyncClient(base_url=node.http_url, trust_env=False, timeout=LIMIT_S) as http,
+        httpx.AsyncClient(
+            base_url=f"http://{node.address.authority}", trust_env=False, timeout=LIMIT_S
+        ) as http,
         events(http) as lines,
     ):
         assert await next_names(lines) == []
@@ -167,7 +171,9 @@ async def test_idle_event_stream_is_kept_open_by_comments(anyio_backend: object)
 
 async def test_event_stream_ends_when_its_reader_disconnects(node: Node) -> None:
     before = asyncio.all_tasks()
-    async with httpx.AsyncClient(base_url=node.http_url, trust_env=False, timeout=LIMIT_S) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{node.address.authority}", trust_env=False, timeout=LIMIT_S
+    ) as http:
         async with events(http) as lines:
             await next_names(lines)
             assert asyncio.all_tasks() != before
@@ -182,7 +188,9 @@ async def test_event_stream_ends_cleanly_when_the_node_stops(
         httpx.AsyncClient(trust_env=False, timeout=LIMIT_S) as http,
     ):
         node = await stack.enter_async_context(serve(NodeSettings(port=0)))
-        async with http.stream("GET", f"{node.http_url}/registry/events") as response:
+        async with http.stream(
+            "GET", f"http://{node.address.authority}/registry/events"
+        ) as response:
             lines = response.aiter_lines()
             assert await next_names(lines) == []
             await stack.aclose()

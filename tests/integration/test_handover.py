@@ -130,7 +130,7 @@ def handle(body, memory):
         connection = node.registry.connection("forks")
         os.kill(await running.worker_pid("forks_server"), signal.SIGKILL)
         await until(lambda: not alive(first), "the child has exited, too")
-        await node.wait_replaced("forks", connection)
+        await node.wait_until(lambda: node.registry.connection("forks") not in (None, connection))
         await running.wait_ready()
         second = await running.results("x")
         running.process.kill()

@@ -51,7 +51,9 @@ async def test_killed_worker_registers_again_while_its_neighbour_answers(
             await until(lambda: answered > 5, "the neighbour answers")
             connection = other_node.registry.connection("count")
             os.kill(victim, signal.SIGKILL)
-            await other_node.wait_replaced("count", connection)
+            await other_node.wait_until(
+                lambda: other_node.registry.connection("count") not in (None, connection)
+            )
             before = answered
             await until(lambda: answered > before + 5, "the neighbour still answers")
             tasks.cancel_scope.cancel()
@@ -145,7 +147,7 @@ async def test_sigterm_leaves_no_process_and_no_socket(tmp_path: Path, node: Nod
         await running.wait_exited()
         assert not (tmp_path / "state" / "ipc").exists()
         assert not (tmp_path / "state" / "runner.json").exists()
-        await node.wait_gone("count")
+        await node.wait_until(lambda: "count" not in node.registry)
         assert "Traceback" not in running.log
 
 
