@@ -23,8 +23,8 @@ WINDOW_S = 10.0
 class NodeLog:
     """Logs agents that are registered, gone or refused, up to a number of lines per window.
 
-    The other lines are suppressed. The next line of their event has their number. If there is none
-    in the next window, `report_suppressed` logs it.
+    The other lines are suppressed. The next line of their event has their number. If none follows
+    soon after the window, `report_suppressed` logs the number.
 
     Args:
         node: the node's URL. It distinguishes the nodes of one process.

@@ -143,7 +143,7 @@ class AgentUnderTest:
 
     def _check_not_hung(self) -> None:
         if self._hang_reason is not None:
-            raise QueryFailed(f"{self._hang_reason}; the runner would replace a worker for this")
+            raise QueryFailed(f"{self._hang_reason}; em-runner would restart a worker for this")
 
     def _on_hung(self, reason: str) -> None:
         """Fail all further queries. A thread that hangs cannot be stopped in this process."""

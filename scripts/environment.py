@@ -125,7 +125,7 @@ def is_wanted(version: tuple[int, ...]) -> bool:
 
 
 def can_be_repaired() -> bool:
-    """Return whether there is an environment whose Python and pip run."""
+    """Return whether there is an environment with the right Python, whose Python and pip run."""
     version = venv_version()
     return (
         version is not None

@@ -8,7 +8,7 @@ from shared.errors import kind_of
 
 
 def drop_reason(result: Any) -> str | None:
-    """Return why nodes drop a result, given as decoded JSON; None if they accept it."""
+    """Return why em_disco drops a result, given as decoded JSON; None if it accepts it."""
     if not isinstance(result, list | dict):
         return (
             f"the result is {kind_of(result)}, which nodes drop: they expect a list of "

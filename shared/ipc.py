@@ -37,7 +37,7 @@ KEY_BYTES: Final = 32
 
 
 class Outcome(IntEnum):
-    """How a query ended. Metrics, spans and pages use `label`. A worker reports OK to GIVEN_BACK.
+    """How a query ended. Metrics, spans and pages use `label`. A worker sends only the first four.
 
     Attributes:
         HANDLER_FAILED: the handler raised, or returned an invalid value.
@@ -94,9 +94,10 @@ class Cancel(msgspec.Struct, array_like=True, tag=2):
 
 
 class Drain(msgspec.Struct, array_like=True, tag=3):
-    """Finish what came before this message, then exit. No query follows it.
+    """Finish the queries that came before this message, then exit. No query follows it.
 
-    With `hand_over`, send the memory in a `Handover` before exiting: a successor waits for it.
+    With `hand_over`, a successor waits: give back the direct queries that have not started, and
+    send the memory in a `Handover` before exiting.
     """
 
     hand_over: bool = False
@@ -158,14 +159,14 @@ class Counters(msgspec.Struct, kw_only=True):
     Attributes:
         node_answers, direct_answers: answers by `Outcome`, to queries from the node and to direct
             queries.
-        errors: handlers that failed or took too long.
+        errors: queries that ended as HANDLER_FAILED or TIMED_OUT.
         late: answers that came after their connection was lost.
         connection_failures: connections that were lost or failed.
         ignored: invalid or unknown frames, by kind (see `IGNORED_KINDS`).
         durations: how long handlers took. Index n counts the durations in [2**(n-1), 2**n)
             nanoseconds: n is the duration's `bit_length`.
         busy_s: the sum of these durations. It is updated less often, so it may lack the last ones.
-        in_flight_node: the node's queries without an answer. Not a count: it also decreases.
+        in_flight_node: the node's queries without an answer. A gauge, which `add` leaves out.
         handler_error, connection_error: the last error of the handler, and of the connection to
             the node.
     """

@@ -123,7 +123,7 @@ class Tracing:
             self._report(exc)
 
     def close(self, limit_s: float = _FLUSH_S) -> None:
-        """Send the remaining spans. Wait at most `limit_s`, but at least 0.1 and at most 1 s."""
+        """Send the remaining spans. Wait for that up to `limit_s`, and from 0.1 to 1 s."""
         # The library's `shutdown` waits for a collector that hangs as long as its own timeouts
         # allow. So it runs on a daemon thread, which does not keep the process from exiting.
         closing = threading.Thread(

@@ -181,9 +181,9 @@ class Worker:
         try:
             await self._open_memory()
         except MemoryFault as exc:
-            # Starting empty is acceptable only if the memory was handed over: no later process
-            # could read it either. A file that cannot be opened may still have its content, so that
-            # error ends the worker.
+            # If a memory that was handed over cannot be read, no later process can read it either,
+            # so the worker starts empty. A file that cannot be opened may still have its content,
+            # so that error ends the worker.
             if self._handover is None:
                 raise
             self._log.error(

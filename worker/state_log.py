@@ -18,8 +18,8 @@ class StateLog:
     """Logs the states of one worker.
 
     A node can cause `ready` and `backoff` without bound. `ready` is logged at most once a minute,
-    and `backoff` at most once a minute for each kind of loss. A suppressed state that lasts is
-    logged later, so that the last line in the log is soon correct again.
+    and `backoff` at most once a minute for each kind of loss. A suppressed state that lasts
+    for `SETTLED_S` is logged then, so that the last line in the log is correct again.
 
     Args:
         log: the logger.

@@ -26,7 +26,7 @@ MIN_SECRET_BYTES: Final = 32
 _ALGORITHM: Final = "HS256"
 
 # em_disco checks a token only at the WebSocket upgrade, so an hour is more than enough for one
-# connection attempt. It also covers a node whose clock is some minutes behind.
+# connection attempt. It also covers a node whose clock is some minutes ahead.
 _MINTED_TTL_S: Final = 3600
 
 

@@ -510,23 +510,24 @@ class HttpConnection(asyncio.Protocol):
         `_last` is either that request, if its head is complete, or the one before it. Three cases
         must not be confused, or a client gets a response to another of its requests:
 
+        - `_last` is the invalid request, and its response has started, or earlier requests wait. An
+          error response would be read as a part of it, or as that of another request. So the
+          connection closes.
         - `_last` is complete, but not answered: it comes before the invalid request. It is
           answered, and the connection then closes. The invalid request gets no response.
-        - `_last` is the invalid request, and its response has started, or earlier requests wait. An
-          error response would be written into another one. So the connection closes.
         - Otherwise it is the turn of the invalid request, and the error is its response.
         """
         self._state = _State.ENDED
         self._unparsed = b""
         last = self._last
-        if last is not None and not last.response_complete:
-            if not last.more_body:
-                last.keep_alive = False
-                return
+        if last is not None and last.more_body:
             if last.response_started or self.pipeline:
                 self.transport.close()
                 return
             last.disconnect()
+        elif last is not None and not last.response_complete:
+            last.keep_alive = False
+            return
         self._write_error(code, text)
         # RFC 9112, 9.6: close the sending side, and read for a moment before closing the other, so
         # that the client gets the response. See `on_response_complete`.

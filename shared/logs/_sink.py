@@ -115,7 +115,7 @@ class Sink:
 
     def _write_now(self, line: bytes) -> None:
         try:
-            rest = self._write_some(self._on_new_line(line))
+            rest = self._write_some(self._at_line_start(line))
         except OSError:  # the disk is full, or no process reads the pipe
             self._dropped += 1
             return
@@ -124,7 +124,7 @@ class Sink:
         else:
             self._report_dropped()
 
-    def _on_new_line(self, line: bytes) -> bytes:
+    def _at_line_start(self, line: bytes) -> bytes:
         """Return the line, after a newline if the previous line was written only in part.
 
         A pipe accepts a line whole or not at all. A file on a disk that becomes full does not.
@@ -180,7 +180,7 @@ class Sink:
                     if not lost:
                         self._report_dropped()
                     return
-                rest = self._on_new_line(self._waiting[0])
+                rest = self._at_line_start(self._waiting[0])
 
     def _note_thread_ended(self) -> None:
         self._thread = None

@@ -35,7 +35,7 @@ _MAX_THROTTLE_KEYS: Final = 256
 _MAX_KEYS_PER_PLACE: Final = 8
 
 LONGEST_CHARS: Final = 3800
-"""The longest value of a field. A value may quote a node or a client, as a traceback does."""
+"""How much of a field's value is kept. It may quote a node or a client, as a traceback does."""
 
 _MIN_FIELD_CHARS: Final = 24
 """Fields are not cut below this. If a line is still too long, only `_ESSENTIAL` ones are kept."""
@@ -272,11 +272,14 @@ def printable_json(text: str) -> str:
     return "\n".join(map(escaped, text.split("\n")))
 
 
-def shortened(text: str, longest: int) -> str:
-    """Return the text. If it is longer than `longest`, the omitted length replaces its middle."""
-    if len(text) <= longest:
+def shortened(text: str, kept: int) -> str:
+    """Return the text, or its first and last characters if it has more than `kept`.
+
+    Then `kept` characters remain, and a note in the middle says how many were omitted.
+    """
+    if len(text) <= kept:
         return text
-    half = longest // 2
+    half = kept // 2
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 

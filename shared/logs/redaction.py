@@ -15,7 +15,7 @@ _MARK: Final = "***"
 
 
 def redact(text: str, *secrets: str | None) -> str:
-    """Return `text` with `***` for each of `secrets` and for longer parts of them."""
+    """Return `text` with `***` for each of `secrets` and for parts of at least 12 characters."""
     for secret in filter(None, secrets):
         text = _without_runs(text.replace(secret, _MARK), secret)
     return text

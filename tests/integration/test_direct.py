@@ -158,6 +158,16 @@ async def test_early_errors_are_answered_in_order(tmp_path: Path, node: Node) ->
         assert (await one.answer()).results == "last"
 
 
+async def test_invalid_body_of_an_answered_request_gets_no_second_response(
+    tmp_path: Path, node: Node
+) -> None:
+    async with running_agent(tmp_path, node) as running, client(running) as one:
+        one.send(b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n")
+        assert (await one.answer()).status == 404
+        one.send(b"this is no chunk\r\n")
+        assert await one.ended()
+
+
 async def test_content_length_may_have_thousands_of_leading_zeros(
     tmp_path: Path, node: Node
 ) -> None:

@@ -46,7 +46,7 @@ LONGEST_ERROR_CHARS: Final = 4000
 """How much of an exception's text is reported. The log has its traceback."""
 
 SUSPENDED_NS: Final = _NS_PER_S
-"""If the timer fires this late, the process was suspended, and the handler with it."""
+"""If the timer fires this late, the process was suspended, or the handler blocked the loop."""
 
 _log = get_logger()
 
@@ -183,7 +183,7 @@ class Dispatcher(ABC):
         """Try to stop what runs in a slot. Return False if that is impossible in this process."""
 
     def _not_started(self) -> Iterable[Job]:
-        """Return the submitted jobs that the handler has perhaps not started."""
+        """Return all jobs that the handler has not started, and perhaps some that it has."""
         return list(self._queue)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -273,7 +273,10 @@ class Dispatcher(ABC):
             await self._all_answered.wait()
 
     async def wait_for_submitted(self) -> None:
-        """Wait until every job that was submitted before this call is answered."""
+        """Wait until the handler has ended every job that was submitted before this call.
+
+        Answers that wait for the disk may still be unsent.
+        """
         jobs = [*(slot.job for slot in self._slots), *self._not_started()]
         # An event in each job would slow down every query. Polling slows down only a drain.
         while any(job is not None and not job.settled for job in jobs):  # noqa: ASYNC110
@@ -385,8 +388,9 @@ class Dispatcher(ABC):
             due = min(due, now + timeout_ns)
             await anyio.sleep((due - now) / _NS_PER_S)
             now = perf_counter_ns()
-            # The process was suspended, by SIGSTOP or with its machine. The handler could not run
-            # during that time, so the time does not count.
+            # A process that was suspended, for example by SIGSTOP, could not run its handler, so
+            # that time does not count. A handler that blocks the event loop looks the same here:
+            # the runner's liveness timeout ends it.
             late = now - due
             if late > SUSPENDED_NS:
                 for slot in self._slots:

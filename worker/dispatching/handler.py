@@ -167,7 +167,7 @@ def _is_async(handle: Callable[..., Any]) -> bool:
     while isinstance(handle, functools.partial):
         handle = handle.func
     # Either side of a decorator may be async: the wrapper, or the function that it wraps. An
-    # object may be async by its `__call__`, which has to be looked at: every callable has one.
+    # object may be async by its `__call__`. `iscoroutinefunction` does not look at that method.
     forms = (handle, inspect.unwrap(handle), getattr(handle, "__call__", None))  # noqa: B004
     return any(inspect.iscoroutinefunction(form) for form in forms)
 

@@ -292,8 +292,8 @@ def _move_aside(path: Path) -> Path:
     timestamp = time.strftime("%Y%m%dT%H%M%S")
     aside = path.with_name(f"{path.name}.aside-{timestamp}-{time.monotonic_ns() % 1_000_000}")
     # The database comes first. If this process is killed before the log follows, the next one finds
-    # a log without its database, and moves that aside too. A database without its log would open as
-    # an older state of the memory.
+    # a log without its database, and moves that aside too. In the other order, a
+    # database could be left without its log, and would open as an older state of the memory.
     for suffix in ("", *SIDE_FILES):
         source = path.with_name(path.name + suffix)
         if source.exists():

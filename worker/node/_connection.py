@@ -27,7 +27,7 @@ MAX_PENDING: Final = 1024
 """How many queries of a node may wait for the handler. Then reading pauses, and TCP pushes back."""
 
 MAX_PENDING_SIZE: Final = 8 * 1024 * 1024
-"""How much these queries may hold together, and separately the unsent answers.
+"""The limit for these queries together. The same limit applies to the unsent answers together.
 
 A single message may exceed it. A query counts with the characters of its text, an answer with its
 bytes: encoding a text only to count its bytes would cost each query.

@@ -61,7 +61,8 @@ class NodeClient:
         on_state: called at each change of state. With `backoff` it gets why there is no connection.
 
     Attributes:
-        counters: what was counted over all connections. It has only the fields about the node.
+        counters: what was counted over all connections. Fields that the client does not count are
+            zero.
     """
 
     def __init__(

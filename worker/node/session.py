@@ -362,7 +362,7 @@ class Session:
             return Loss(
                 LossKind.REDIRECTED,
                 f"the node redirects ({status}), and workers follow no redirect: "
-                "configure its address",
+                "configure the address to which it redirects",
             )
         reason = f"the node answered {status} instead of the upgrade"
         return Loss(LossKind.UPGRADE_REFUSED, reason)
@@ -373,6 +373,7 @@ class Session:
         The agent's token is removed, because a node may quote what it received.
         """
         # A node may send megabytes, so the text is cut before the search. The token is removed
-        # before the second cut, which could leave a part of it that the search does not find.
+        # before the cut to 200 characters. After that cut, a part of the token could remain that is
+        # too short for the search.
         line = printable_line(redact(str(text)[:_SEARCHED_CHARS], self._token))
         return line if len(line) <= 200 else line[:197] + "..."
