@@ -183,9 +183,9 @@ class Runner:
         # collection, which would delay the queries that arrive during it.
         gc.freeze()
         await self._supervisor.run()
-        # Every query that a worker had is answered by now. One that was returned may still be held
-        # for a worker that had ended before. It is refused before the server stops, or its client
-        # would get a closed connection.
+        # Every query that a worker had is answered by now. One that a worker gave back may
+        # still be held for a worker that had ended before. It is refused before the server stops,
+        # or its client would get a closed connection.
         self._router.refuse_all()
         self._api.end_streams()
         await self._server.stop(_REPLY_GRACE_S)
@@ -220,8 +220,8 @@ class Runner:
             self._log.info("draining", signal=number.name)
             tasks.start_soon(self._drain)
         elif time.monotonic() - self._stopping_since_s > _SAME_SIGNAL_S:
-            # A second signal that comes sooner is the same request: some senders signal the process
-            # and its group. That must not kill the workers.
+            # A second signal within `_SAME_SIGNAL_S` is ignored: some senders signal both the
+            # process and its group. This one is another request.
             self._log.warning("killing", reason="a second signal")
             self._supervisor.kill()
 

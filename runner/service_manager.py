@@ -44,7 +44,7 @@ class ServiceManager:
         self._status = ""
 
     async def report(self, rows: Callable[[], Sequence[WorkerRow]]) -> None:
-        """Report the status, that the event loop runs, and once that the start is complete.
+        """Report that the start is complete, and repeatedly the status and that the loop runs.
 
         Returns only without a service manager; otherwise it runs until cancelled.
 
@@ -54,10 +54,9 @@ class ServiceManager:
         if not self._address:
             return
         tried: set[str] = set()
-        while not _is_start_complete(rows(), tried):
+        while not (_is_start_complete(rows(), tried) and self._send("READY=1")):
             self._report_status(rows())
             await anyio.sleep(CHECK_INTERVAL_S)
-        self._send("READY=1")
         interval_s = _REPORT_INTERVAL_S
         if self._watchdog_s is not None:
             # Half of the watchdog's time, as sd_watchdog_enabled(3) recommends.
@@ -75,21 +74,21 @@ class ServiceManager:
         # The watchdog needs each report, also if the status is the same.
         if self._watchdog_s is not None:
             self._send(f"{status}\nWATCHDOG=1")
-        elif status != self._status:
-            self._send(status)
-        self._status = status
+        elif status != self._status and self._send(status):
+            self._status = status
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str) -> bool:
+        """Send a message if there is a service manager. Return whether it was sent."""
         if not self._address:
-            return
+            return False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
                 # A full queue must not block the event loop.
                 notify.setblocking(False)
                 notify.sendto(message.encode(), self._address)
-        except OSError:
-            # systemd is restarting, or its queue is full. The next report follows soon.
-            return
+        except OSError:  # systemd is restarting, or its queue is full
+            return False
+        return True
 
 
 def _is_start_complete(rows: Sequence[WorkerRow], tried: set[str]) -> bool:

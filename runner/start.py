@@ -68,7 +68,7 @@ def run(
     from runner.app import Runner
     from runner.reload import check_handlers
     from runner.state_dir import locked_state_dir
-    from runner.supervision.memories import report_unused
+    from runner.supervision.memories import report_unused_memories
     from runner.supervision.probes import Probes
     from shared.http.server import Address
 
@@ -81,7 +81,7 @@ def run(
         _tracing(config) as make_exchange,
     ):
         check_handlers(config.agents, Probes(fork_server))
-        report_unused(worker_specs(config))
+        report_unused_memories(worker_specs(config))
         runner = Runner(
             config,
             read_config,

@@ -34,8 +34,9 @@ ReloadResult = Literal["done", "incomplete", "invalid", "refused"]
 """What a reload did.
 
 `done`: the runner and all its workers have the new configuration, except for the keys that only a
-restart changes. `incomplete`: some workers keep their old process. `invalid`, `refused`: nothing
-was changed, because the configuration is invalid, or for another reason.
+restart changes. `incomplete`: some workers keep their old process, or an internal error left it
+unknown what was changed. `invalid`, `refused`: nothing was changed, because the configuration is
+invalid, or for another reason.
 """
 
 
@@ -43,7 +44,7 @@ class ReloadOutcome(msgspec.Struct, frozen=True):
     """The outcome of a reload, which the runner sends over its reload socket.
 
     Attributes:
-        message: what changed, or why nothing did.
+        message: what changed, or why the reload failed.
     """
 
     result: ReloadResult

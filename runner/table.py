@@ -65,7 +65,7 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     restarts: Annotated[int, Meta(description="How often its process exited unexpectedly.")]
     queries: Annotated[
         int,
-        Meta(description="All queries that it answered since the runner started."),
+        Meta(description="All queries that it answered at this node since the runner started."),
     ]
     queries_node: Annotated[int, Meta(description="The queries from its node.")]
     queries_direct: Annotated[int, Meta(description="The direct queries, over HTTP.")]
@@ -196,7 +196,7 @@ def ago(at: datetime) -> str:
 
 
 def latency(seconds: float | None) -> str:
-    """Return a duration with two or three digits, such as `1.3 ms`; empty for None."""
+    """Return a duration, such as `1.3 ms` or `5 us`; empty for None."""
     if seconds is None:
         return ""
     for size, unit in ((1.0, "s"), (1e-3, "ms")):

@@ -42,8 +42,8 @@ def check(config: Config) -> tuple[list[Row], list[str]]:
     if config.runner.tracing:
         from shared.tracing import Tracing
 
-        # A tracer reads the variables when it is created. An invalid one is an error. OpenTelemetry
-        # logs a warning for one that it ignores.
+        # A tracer reads the variables when it is created, and raises an error for an invalid one.
+        # OpenTelemetry logs a warning for a variable that it ignores.
         logs.configure("warning")
         Tracing({}).close(0)
     capabilities = check_handlers(config.agents, Probes(fork_server))

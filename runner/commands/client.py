@@ -50,7 +50,7 @@ _EXIT_STATUSES: Final = {
 
 
 class Response(NamedTuple):
-    """A response: its status, its decoded body, and the worker that answered, if one did."""
+    """A response: its status, its decoded body, and the worker that had the query, if any."""
 
     status: int
     body: Any
@@ -94,10 +94,10 @@ def find(url: str | None, state_dir: Path) -> str:
     """
     if url is not None:
         return url
-    return _running(state_dir).http
+    return _running_address(state_dir).http
 
 
-def _running(state_dir: Path) -> RunnerAddress:
+def _running_address(state_dir: Path) -> RunnerAddress:
     address = read_address(state_dir)
     if address is None:
         raise CommandError(
@@ -200,8 +200,8 @@ def _read_response(
 def _not_a_runner(base: str) -> CommandError:
     """Return the error for an address at which another server is listening."""
     return CommandError(
-        f"the server at {base} is not em-runner {version()}; if it is em-runner, restart it after "
-        "the upgrade, else name the runner's address with --url"
+        f"the server at {base} does not answer as em-runner {version()} does; if it is an older "
+        "em-runner, restart it, else name the runner's address with --url"
     )
 
 
@@ -212,7 +212,7 @@ def reload(state_dir: Path, timeout_s: float = 120.0) -> ReloadOutcome:
         CommandError: if no runner is running, it exits, or the reload takes longer than
             `timeout_s`.
     """
-    address = _running(state_dir)
+    address = _running_address(state_dir)
     runner = f"the runner (pid {address.pid})"
     try:
         with socket.socket(socket.AF_UNIX) as connection:

@@ -40,7 +40,7 @@ def try_out(
         text: the query.
         memory: the memory before the query, a JSON object.
         timeout_s: the handler's timeout.
-        report: is called with messages for the user while the handler is running.
+        report: is called with a message for the user if the import takes long.
 
     Returns:
         The lines to print, and why the call failed; None if it succeeded.
@@ -84,7 +84,7 @@ def _lines(trial: Trial) -> list[str]:
     lines.append(f"memory  {printable_json(trial.memory)}")
     if trial.seconds is not None:
         ms = trial.seconds * 1000
-        # From 999.5 on, ".3g" would write 1e+03.
+        # From 100 on, three digits need no decimal place, and ".3g" could write 1e+03.
         lines.append(f"time    {ms:.3g} ms" if ms < 100 else f"time    {ms:.0f} ms")
     if trial.result is not None:
         # A node may refuse a result that a direct query would get: notes, not errors.

@@ -69,7 +69,7 @@ class PendingQueries:
         return self._assigned.get(peer.name) is peer
 
     def drop(self, peer: Peer, reason: str) -> None:
-        """Answer each query of an incarnation that has ended with an error.
+        """Answer with an error each query of an incarnation that has ended.
 
         Those that were not sent yet go to another worker, or wait for the next incarnation.
         """
@@ -103,13 +103,13 @@ class PendingQueries:
             self._place(pending, peer)
 
     def refuse_held(self, name: str) -> None:
-        """Answer each query held for a worker with an error, as it will not be up soon."""
+        """Answer with an error each query held for a worker, as it will not be up soon."""
         self.stop_holding(name)
         for pending in self._held.pop(name, {}).values():
             self.finish(pending, Outcome.WORKER_UNAVAILABLE, b"the worker is not up")
 
     def refuse_all(self) -> None:
-        """Answer every query that still waits with an error, because the runner shuts down."""
+        """Answer with an error every query that still waits, because the runner shuts down."""
         for pending in list(self._pending.values()):
             self.finish(
                 pending,
@@ -130,7 +130,7 @@ class PendingQueries:
         return count
 
     def outcomes_of(self, name: str) -> Mapping[Outcome, int]:
-        """Return how many queries to a worker ended with each outcome that a client sees."""
+        """Return how many queries to a worker ended with each outcome."""
         return self._outcomes.get(name, {})
 
     # --- queries ---
@@ -181,7 +181,7 @@ class PendingQueries:
         outcome: Outcome,
         payload: bytes,
     ) -> None:
-        """Answer a query with a worker's reply, or give it to another worker if it is returned."""
+        """Answer a query with a worker's reply, or give one that is given back to another."""
         # Only the peer's own queries: no worker can answer for another one. A query that expired
         # or was cancelled is no longer among them.
         pending = peer.in_flight.get(sequence)
@@ -199,13 +199,13 @@ class PendingQueries:
         if self._pending.pop(pending.sequence, None) is None:
             return
         self._remove(pending)
-        # A returned query may have been answered by another worker than the one asked.
+        # A query that was given back may have been answered by another worker than the one asked.
         name = pending.name if pending.peer is None else pending.peer.name
         self._count(name, outcome)
         pending.on_reply(Reply(outcome, payload, name))
 
     def take_expired(self) -> list[Pending]:
-        """Withdraw the expired queries from their workers, and return them. Finish them next."""
+        """Withdraw the expired queries from their workers. The caller finishes them."""
         # Not finished here: the router first sends the workers that they are cancelled. No worker
         # may start a query after its client got 504.
         now_s = self._clock()

@@ -104,7 +104,7 @@ class Router:
         self._context.term()
 
     def refuse_all(self) -> None:
-        """Answer every query that still waits with an error, because the runner shuts down."""
+        """Answer with an error every query that still waits, because the runner shuts down."""
         self._queries.refuse_all()
 
     # --- workers start and end ---
@@ -118,7 +118,7 @@ class Router:
             self._queries.assign(peer)
 
     def drop(self, launch: Launch, reason: str) -> None:
-        """Forget an incarnation, and answer every query that it still had with an error.
+        """Forget an incarnation, and answer with an error every query that it still had.
 
         Queries that were not sent yet go to another worker, or wait for the next incarnation.
         """
@@ -152,7 +152,7 @@ class Router:
         self._send(peer, ipc.Promote(memory))
 
     def refuse_held(self, name: str) -> None:
-        """Answer each query held for a worker with an error, as it will not be up soon."""
+        """Answer with an error each query held for a worker, as it will not be up soon."""
         self._queries.refuse_held(name)
 
     def accepts(self, name: str) -> bool:
@@ -218,7 +218,7 @@ class Router:
         return self._queries.in_flight_at(name)
 
     def outcomes_of(self, name: str) -> Mapping[Outcome, int]:
-        """Return how many queries to a worker ended with each outcome that a client sees."""
+        """Return how many queries to a worker ended with each outcome."""
         return self._queries.outcomes_of(name)
 
     def _expire(self) -> None:
@@ -281,7 +281,7 @@ class Router:
         return ipc.Queries(items, traces)
 
     def _send(self, peer: Peer, message: ipc.RunnerMessage) -> bool:
-        """Send a message. Return False if the worker is disconnected or has stopped reading."""
+        """Send a message. Return False if the worker is disconnected."""
         try:
             self._socket.send_multipart([peer.routing_id, ipc.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as exc:

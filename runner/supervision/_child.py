@@ -109,11 +109,11 @@ class Child:
         return Sample(
             row=self.row,
             counted=self._lineage.counted,
-            restarts=record.restarts,
+            restarts=dict(record.restarts),
             in_flight=self._router.in_flight_at(name),
             silent_s=0.0 if current is None else current.silent_s,
-            outcomes=self._router.outcomes_of(name),
-            replacements=record.replacements,
+            outcomes=dict(self._router.outcomes_of(name)),
+            replacements=dict(record.replacements),
         )
 
     @property
@@ -258,8 +258,8 @@ class Child:
         self.stop_restarting()
         current = self._lineage.current
         if current is not None:
-            # During a hand-over, `Succession` promotes the successor when this process has ended.
-            # If the successor had been killed, the log would say that it is unreachable.
+            # The successor is killed below, not here: `Succession` promotes it when this process
+            # ends, and the log would say of a killed one that it is unreachable.
             self._lineage.kill(spared=(current, current.successor))
             current.successor = None
             await current.drain(timeout_s)

@@ -81,7 +81,7 @@ class Lineage:
 
     @property
     def counted(self) -> Counters:
-        """Counters summed over all incarnations, so that they never decrease."""
+        """Counters summed over the incarnations at the present node. They do not decrease."""
         counted = Counters()
         counted.add(self.record.ended)
         current = self.current

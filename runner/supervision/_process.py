@@ -35,7 +35,7 @@ class WorkerProcess:
         self._process = process
         # The kernel reports an end through a pidfd. The sentinel of multiprocessing will not do:
         # it is a pipe of the fork server, so it reports an end when the *fork server* dies. It is
-        # used only for a process that has no pidfd, because it has ended and the fork server has
+        # watched only for a process that has no pidfd, because it has ended and the fork server has
         # already reaped it.
         self._pidfd: int | None = None
         with suppress(OSError):

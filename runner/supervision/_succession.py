@@ -77,10 +77,11 @@ class Succession:
         return await self.replace(Replacement("handler", reason, only_if_stale=True))
 
     async def replace(self, replacement: Replacement) -> Failure | None:
-        """Replace the running process, and log a failure, except if its handler changed.
+        """Replace the running process, and log a failure, except one of the kind `handler`.
 
         The new process loads its handler and stands by before the old one disconnects. If no
-        process runs, the spec applies from the next start.
+        process runs, the spec applies from the next start. The caller logs a failure of the kind
+        `handler`. An internal error is always logged.
 
         Returns why the old process stays; None if the worker runs with the new spec, or will.
         """
@@ -158,14 +159,14 @@ class Succession:
             return None
         if is_up:
             # The old process has ended, and another one with the old spec may run already.
-            # Restarts use the new spec from now on, unless the memory moves: its file keeps the old
-            # name until no process has it open.
+            # Restarts use the new spec from now on, unless the memory moves. Its file can be
+            # renamed only while no process has it open, so that is left to the next attempt.
             if lineage.current is not None and not replacement.moves_memory:
                 lineage.adopt(spec)
             return _Overtaken()
-        # The handler changed again while the new process was loading it. The watcher replaces only
-        # workers that already have this handler. No one repeats a reload that gives it to a worker,
-        # so that is retried here.
+        # If a reload gives the worker this handler, and the file was saved again while the new
+        # process was loading it: the watcher replaces only workers that have the handler already,
+        # and a reload is not repeated. So the replacement is repeated here.
         if self._outdated.is_set() and replacement.kind == "configuration":
             return _Overtaken()
         return failure

@@ -91,7 +91,7 @@ def move_file(before: WorkerSpec, after: WorkerSpec) -> None:
         _log.info("memory_renamed", file=str(old), to=str(new))
 
 
-def report_unused(specs: Iterable[WorkerSpec]) -> None:
+def report_unused_memories(specs: Iterable[WorkerSpec]) -> None:
     """Log which agents start with an empty memory on disk although files of other nodes exist."""
     files: defaultdict[str, set[Path]] = defaultdict(set)
     for spec in specs:

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from shared.ipc import BUCKETS, Counters
 
 STEP_S: Final = 5.0
-"""The time between two points. It is longer than the time between two heartbeats."""
+"""The time between two points: longer than that between two heartbeats of a busy worker."""
 
 STEPS: Final = 60
 """How many steps are kept: five minutes."""

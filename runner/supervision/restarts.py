@@ -19,7 +19,11 @@ FailureKind = Literal[
     "not_started",
     "unknown",
 ]
-"""How a process ended unexpectedly. `unknown`: the fork server died before it sent the status."""
+"""How a process ended unexpectedly.
+
+`ended_itself`: it reported why it cannot continue. `exited`: it exited without that. `unknown`: the
+fork server died before it sent the status.
+"""
 
 ReplacementKind = Literal["configuration", "handler", "limit"]
 """Why a new process replaces another one."""

@@ -15,7 +15,7 @@ class Sample(NamedTuple):
 
     Attributes:
         row: the worker as operators see it.
-        counted: the counters of all its processes together.
+        counted: the counters of all its processes at the present node together.
         restarts, replacements: how many, by kind.
         in_flight, outcomes: its direct queries, as the router counts them.
         silent_s: the time since the last message of its process.

@@ -140,7 +140,7 @@ class Supervisor:
             after,
         )
         moving = _memory_movers(before, after)
-        # Also for workers that are not replaced: a process does not depend on the policy.
+        # For all workers: a new policy alone replaces no process.
         for child in self._children.values():
             child.set_policy(policy)
         slots = anyio.CapacityLimiter(_REPLACED_AT_ONCE)

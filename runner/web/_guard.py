@@ -99,7 +99,7 @@ class TokenGuard:
             return None
         if scheme == b"basic" and self._is_right(_password(credentials)):
             host, origin = _host_and_origin(headers)
-            # The scheme may differ from the runner's: a proxy in front of it may add TLS.
+            # The URL's scheme may be another one: a proxy in front of it may add TLS.
             if origin in (b"", b"http://" + host, b"https://" + host):
                 return None
             return _FOREIGN_ORIGIN

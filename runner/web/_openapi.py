@@ -1,7 +1,8 @@
 """GET /openapi.json: the HTTP interface as an OpenAPI document.
 
 The format is OpenAPI 3.1, https://spec.openapis.org/oas/v3.1.1.html. The schemas of bodies follow
-from the Structs that the code reads and writes, so that they cannot differ.
+from the Structs that the code reads and writes, so that they cannot differ. The exception is
+`Results`, whose body is written as bytes.
 """
 
 from __future__ import annotations

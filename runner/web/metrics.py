@@ -116,7 +116,7 @@ def _queries(samples: Sequence[Sample]) -> Iterator[Metric]:
     )
     direct = CounterMetricFamily(
         "em_runner_direct_queries",
-        "Direct queries by the outcome that their clients saw.",
+        "Direct queries by outcome.",
         labels=(*_WORKER[:2], "outcome"),
     )
     for row, counted, *_ in samples:

@@ -396,8 +396,8 @@ OLD_TABLE = b'{"workers":[{"name":"a_server","state":"ready"}]}'
     [
         (502, b"<html>Bad Gateway</html>", "http", "502 from http://127.0.0.1:"),
         (502, b"<html>Bad Gateway</html>", "http", "; is the runner behind it up?"),
-        (404, b"<html>", "http", "is not em-runner"),
-        (200, b"{}", "http", "is not em-runner"),
+        (404, b"<html>", "http", "does not answer as em-runner"),
+        (200, b"{}", "http", "does not answer as em-runner"),
         (200, b"{}", "https", "its address starts with http://"),
     ],
 )
@@ -414,7 +414,7 @@ async def test_message_about_an_invalid_response_gives_the_cause(
 async def test_message_about_an_older_runner_asks_for_a_restart() -> None:
     with server(200, OLD_TABLE) as (url, _):
         done = await em_runner("status", "--url", url)
-        assert "is not em-runner " in done.stderr
+        assert "does not answer as em-runner " in done.stderr
         assert "restart it after the upgrade" in done.stderr
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 _TICK_S: Final = 0.5
-"""A change is sent within this time."""
+"""How often a stream looks for changes."""
 
 # The page's script reports that the runner is gone after 6 s without an event (`SILENCE_MS`).
 _QUIET_S: Final = 2.0

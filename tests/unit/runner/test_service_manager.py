@@ -90,6 +90,22 @@ async def test_ready_is_sent_once_every_agent_is_up_or_has_tried(
         tasks.cancel_scope.cancel()
 
 
+async def test_ready_is_sent_again_if_systemd_did_not_receive_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_manager, "CHECK_INTERVAL_S", 0.001)
+    address = str(tmp_path / "notify")
+    table = Table(row())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ServiceManager({"NOTIFY_SOCKET": address}).report, table.read)
+        await table.wait_for_checks()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(address)
+            systemd.setblocking(False)
+            await wait_for(systemd, "READY=1")
+        tasks.cancel_scope.cancel()
+
+
 async def test_same_status_is_sent_once(
     systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
