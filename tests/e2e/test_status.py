@@ -415,7 +415,7 @@ async def test_message_about_an_older_runner_asks_for_a_restart() -> None:
     with server(200, OLD_TABLE) as (url, _):
         done = await em_runner("status", "--url", url)
         assert "does not answer as em-runner " in done.stderr
-        assert "restart it after the upgrade" in done.stderr
+        assert "if it is an older em-runner, restart it" in done.stderr
 
 
 @pytest.mark.parametrize(
