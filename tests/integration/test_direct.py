@@ -176,7 +176,7 @@ async def test_content_length_may_have_thousands_of_leading_zeros(
             one.send(query("x").replace(b"content-length: ", b"content-length: " + b"0" * zeros))
             answer = await one.answer()
             assert answer.results == "x"
-        assert not running.events("internal_error")
+        assert not running.events("request_fault")
 
 
 async def test_connection_is_kept_or_closed_as_the_client_requests(
